@@ -1,0 +1,129 @@
+"""What all tests share: the things of the system that some need, and environments without torch."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class SystemNeed:
+    """Something that pip cannot install."""
+
+    present: Callable[[], bool]
+    remedy: str
+
+
+@functools.cache
+def another_python() -> Path | None:
+    """A Python of 3.10 or newer, of another minor version than this one, that can make environments."""
+    code = "import ensurepip, sys; print(*sys.version_info[:2])"
+    for name in ("/usr/bin/python3", *(f"python3.{minor}" for minor in range(10, 20))):
+        if (program := shutil.which(name)) is None:
+            continue
+        told = subprocess.run([program, "-c", code], capture_output=True, text=True, check=False)
+        version = tuple(map(int, told.stdout.split()))
+        if told.returncode == 0 and version >= (3, 10) and version != sys.version_info[:2]:
+            return Path(program)
+    return None
+
+
+SYSTEM_NEEDS = {
+    "another-python": SystemNeed(
+        lambda: another_python() is not None,
+        "a second Python, 3.10 or newer, with its venv module: on Debian and Ubuntu apt-get install python3-venv",
+    ),
+    "dataset-fashion-mnist": SystemNeed(
+        Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz").is_file,
+        "apt-get install dataset-fashion-mnist",
+    ),
+}
+
+
+def _missing() -> list[str]:
+    return [name for name, need in SYSTEM_NEEDS.items() if not need.present()]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("ROWCOL_REQUIRE_SYSTEM") == "1" and (missing := _missing()):
+        raise pytest.UsageError(f"ROWCOL_REQUIRE_SYSTEM=1, but this system lacks {', '.join(missing)}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `system(NAME)` run where NAME is there; elsewhere they are left out and the last lines say so."""
+    missing = set(_missing())
+    left_out = []
+    for item in items:
+        needs = {name for mark in item.iter_markers("system") for name in mark.args}
+        if unknown := needs - set(SYSTEM_NEEDS):
+            raise pytest.UsageError(f"{item.nodeid} needs {sorted(unknown)}, which tests/conftest.py does not know")
+        if needs & missing:
+            left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if missing := _missing():
+        remedies = "; ".join(f"{name} ({SYSTEM_NEEDS[name].remedy})" for name in missing)
+        terminalreporter.write_line(f"not checked, because this system lacks: {remedies}", yellow=True)
+
+
+@pytest.fixture(scope="session")
+def other_python() -> Path:
+    """See another_python(); for tests marked `system("another-python")`."""
+    found = another_python()
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture
+def python_loads() -> Callable[[str], set[str]]:
+    """Names in sys.modules after a fresh interpreter has run some code: what the code loads."""
+
+    def run(code: str) -> set[str]:
+        code = f"{code}\nimport sys; print('\\n'.join(sys.modules))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return set(done.stdout.split())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def bare_python() -> Callable[..., Path]:
+    """An environment with just the given requirements, kept in .cache between runs: `bare_python("ort", "numpy<2")`.
+
+    `base` is the Python to make it with; this one if not given.
+    """
+
+    def make(name: str, *requirements: str, base: Path = Path(sys.executable)) -> Path:
+        folder = ROOT / ".cache" / "venvs" / name
+        python, done = folder / "bin" / "python", folder / "requirements.txt"
+        wanted = "\n".join([str(base), *requirements])
+        if not (done.is_file() and done.read_text() == wanted and python.exists()):
+            done.unlink(missing_ok=True)
+            subprocess.run([base, "-m", "venv", "--clear", folder], check=True)
+            pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
+            subprocess.run(pip, check=True)
+            done.write_text(wanted)
+        return python
+
+    return make
