@@ -1,0 +1,204 @@
+"""From a model's raw outputs to an answer, as the manifest's contract says.
+
+| contract | outputs[0], one sample | answer |
+|---|---|---|
+| ``classify`` | logits (1, C); or (1, 1): one logit for the positive label | label, each label's probability |
+| ``segment`` | logits (1, C, H, W); or (1, 1, H, W) as above | label index a pixel, each label's share |
+| ``anomaly_map`` | scores (1, 1, H, W) or (1, H, W), higher is worse | map, its maximum, label by the threshold |
+| ``detect`` | rows x1, y1, x2, y2, score, class: (N, 6) or (1, N, 6) | boxes, best first |
+| ``embed`` | a vector (1, D) or (D,) | the vector divided by its length |
+
+Outputs are logits, never probabilities: softmax (or sigmoid) is applied here. With a positive label and a threshold,
+the answer is the positive label exactly if its probability is ≥ the threshold, otherwise the most probable of the other
+labels; without a threshold it is the most probable label. The positive label of a single logit is the last of the two
+unless the manifest says otherwise. Only the first output is read; the others are there for :meth:`Predictor.run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..errors import BundleError, DataError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """An answer; which fields are set depends on the contract.
+
+    ``score`` is the label's probability (classify) or the anomaly score; ``scores`` gives each label its probability
+    (classify) or its share of the pixels (segment). ``map`` is (H, W): label indices (segment) or anomaly scores.
+    ``boxes`` is (N, 6) float32.
+    """
+
+    contract: str
+    label: str | None = None
+    score: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    map: np.ndarray | None = None
+    boxes: np.ndarray | None = None
+    box_labels: tuple[str, ...] = ()
+    embedding: np.ndarray | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; only the fields of the contract, arrays as nested lists."""
+        values: dict[str, Any] = {"contract": self.contract}
+        if self.label is not None:
+            values["label"] = self.label
+        if self.score is not None:
+            values["score"] = self.score
+        if self.scores:
+            values["scores"] = dict(self.scores)
+        if self.map is not None:
+            values["map"] = self.map.tolist()
+        if self.boxes is not None:
+            values["boxes"] = [
+                {"box": row[:4], "score": row[4], "label": label}
+                for row, label in zip(self.boxes.tolist(), self.box_labels, strict=True)
+            ]
+        if self.embedding is not None:
+            values["embedding"] = self.embedding.tolist()
+        return values
+
+
+def decode(
+    contract: str,
+    outputs: Mapping[str, np.ndarray],
+    labels: Sequence[str] = (),
+    positive: str | None = None,
+    threshold: float | None = None,
+) -> Prediction:
+    """One sample's outputs → the answer.
+
+    BundleError: an output that does not fit the contract. DataError: NaN or Inf in it.
+    """
+    if contract not in _DECODERS:
+        raise BundleError("contract", expected=f"one of {', '.join(_DECODERS)}", got=repr(contract))
+    if not outputs:
+        raise BundleError("outputs", expected="at least one", got="none")
+    name, array = next(iter(outputs.items()))
+    if array.dtype.kind not in "fiu":
+        raise BundleError(f"output {name!r}", expected="numbers", got=str(array.dtype))
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise DataError(
+            f"output {name!r}",
+            expected="finite values",
+            got="NaN or Inf",
+            hint="check the input, or use an arm of higher precision",
+        )
+    return _DECODERS[contract](array, tuple(labels), positive, threshold)
+
+
+def probabilities(logits: np.ndarray, labels: Sequence[str], positive: str | None) -> np.ndarray:
+    """Logits (N, C, …) → probabilities (N, C, …) float64 by softmax; C = 1 is one logit of two labels → C = 2."""
+    logits = logits.astype(np.float64)
+    if logits.shape[1] == 1:
+        # a pair of logits (0, z) has the softmax (1 - sigmoid(z), sigmoid(z))
+        pair = (np.zeros_like(logits), logits)
+        logits = np.concatenate(pair[::-1] if labels and positive == labels[0] else pair, axis=1)
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
+
+
+def decide(probability: np.ndarray, labels: Sequence[str], positive: str | None, threshold: float | None) -> np.ndarray:
+    """Probabilities (N, C, …) → label indices (N, …), by the rule in the module's docstring."""
+    if positive is None or threshold is None:
+        return np.asarray(probability.argmax(axis=1))
+    index = labels.index(positive)
+    others = probability.copy()
+    others[:, index] = -1.0
+    return np.where(probability[:, index] >= threshold, index, others.argmax(axis=1))
+
+
+def _names(count: int, labels: tuple[str, ...], what: str) -> tuple[str, ...]:
+    """The label of each of ``count`` classes; a model without labels gets its indices."""
+    if not labels:
+        return tuple(str(i) for i in range(max(count, 2)))
+    if len(labels) != (2 if count == 1 else count):
+        raise BundleError(what, expected=f"one class for each of {len(labels)} labels", got=f"{count}")
+    return labels
+
+
+def _classify(array: np.ndarray, labels: tuple[str, ...], positive: str | None, threshold: float | None) -> Prediction:
+    if array.ndim != 2 or array.shape[0] != 1 or not array.shape[1]:
+        raise _shape("classify", "logits (1, classes)", array)
+    names = _names(array.shape[1], labels, "classify output")
+    probability = probabilities(array, names, positive)
+    index = int(decide(probability, names, positive, threshold)[0])
+    scores = dict(zip(names, probability[0].tolist(), strict=True))
+    return Prediction("classify", label=names[index], score=scores[names[index]], scores=scores)
+
+
+def _segment(array: np.ndarray, labels: tuple[str, ...], positive: str | None, threshold: float | None) -> Prediction:
+    if array.ndim != 4 or array.shape[0] != 1 or not array.size:
+        raise _shape("segment", "logits (1, classes, height, width)", array)
+    names = _names(array.shape[1], labels, "segment output")
+    if threshold is None and array.shape[1] > 1:
+        indices = array[0].argmax(axis=0)  # softmax keeps the order, so it can be left out
+    else:
+        indices = decide(probabilities(array, names, positive), names, positive, threshold)[0]
+    shares = np.bincount(indices.ravel(), minlength=len(names)) / indices.size
+    small = indices.astype(np.uint8 if len(names) <= 256 else np.int32)
+    return Prediction("segment", scores=dict(zip(names, shares.tolist(), strict=True)), map=small)
+
+
+def _anomaly_map(
+    array: np.ndarray, labels: tuple[str, ...], positive: str | None, threshold: float | None
+) -> Prediction:
+    if array.ndim not in (3, 4) or not array.size or any(size != 1 for size in array.shape[:-2]):
+        raise _shape("anomaly_map", "scores (1, 1, height, width) or (1, height, width)", array)
+    scores = array.reshape(array.shape[-2:]).astype(np.float32)
+    score = float(scores.max())
+    label = None
+    if threshold is not None:
+        bad = positive or (labels[1] if len(labels) == 2 else "anomalous")
+        good = next((name for name in labels if name != bad), "normal")
+        label = bad if score >= threshold else good
+    return Prediction("anomaly_map", label=label, score=score, map=scores)
+
+
+def _detect(array: np.ndarray, labels: tuple[str, ...], positive: str | None, threshold: float | None) -> Prediction:
+    if array.ndim == 3 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != 2 or array.shape[1] != 6:
+        raise _shape("detect", "rows x1, y1, x2, y2, score, class: (N, 6)", array)
+    boxes = array.astype(np.float32)
+    if threshold is not None:
+        boxes = boxes[boxes[:, 4] >= threshold]
+    boxes = boxes[np.argsort(-boxes[:, 4], kind="stable")]
+    classes = boxes[:, 5].astype(np.int64)
+    if labels and classes.size and not 0 <= classes.min() <= classes.max() < len(labels):
+        raise BundleError(
+            "detect output", expected=f"classes 0 to {len(labels) - 1}", got=f"{classes.min()} to {classes.max()}"
+        )
+    names = tuple(labels[i] if labels else str(i) for i in classes.tolist())
+    return Prediction("detect", boxes=boxes, box_labels=names)
+
+
+def _embed(array: np.ndarray, labels: tuple[str, ...], positive: str | None, threshold: float | None) -> Prediction:
+    if array.ndim == 2 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != 1 or not array.size:
+        raise _shape("embed", "a vector (1, D) or (D,)", array)
+    vector = array.astype(np.float64)
+    length = float(np.sqrt(vector @ vector))
+    if not length:
+        raise DataError("embed output", expected="a vector with a direction", got="all zeros")
+    return Prediction("embed", embedding=(vector / length).astype(np.float32))
+
+
+def _shape(contract: str, expected: str, array: np.ndarray) -> BundleError:
+    hint = "decode one sample at a time" if array.ndim and array.shape[0] > 1 and contract != "detect" else ""
+    return BundleError(f"{contract} output", expected=expected, got=str(array.shape), hint=hint)
+
+
+_DECODERS = {
+    "classify": _classify,
+    "segment": _segment,
+    "anomaly_map": _anomaly_map,
+    "detect": _detect,
+    "embed": _embed,
+}

@@ -1,0 +1,258 @@
+"""The command line at the board: ``python3 rowcol-edge-device.pyz verify|run|profile BUNDLE``.
+
+Exit codes: 0 good; 1 an arm does not reproduce its golden outputs; 2 bad input; 3 not comparable; 130 Ctrl-C; 141 the
+reader of the output went away. Errors are one line on stderr. With ``--json`` stdout holds one JSON document and
+nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BundleError, MissingDependencyError, RowcolError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .bundle import Bundle
+    from .decode import Prediction
+    from .profile import Profile
+    from .verify import VerifyReport
+
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a board's locale may lack a character of a label or a path
+    try:
+        if arguments[:1] == ["_worker"]:
+            from .worker import main as worker  # how the profiler starts a fresh process of this same archive
+
+            code: int = worker(arguments[1:])
+            return code
+        options = _parser().parse_args(arguments)
+        code = options.command(options)
+        sys.stdout.flush()
+        return code
+    except RowcolError as e:
+        return _fail(str(e), e.exit_code)
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.startswith("rowcol_edge"):
+            raise  # a fault of this program, not of the board
+        package = e.name.partition(".")[0]
+        return _fail(str(MissingDependencyError("running a bundle", package=package)), RowcolError.exit_code)
+    except BrokenPipeError:
+        # whatever is still buffered has no reader; without this the interpreter complains when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except (OSError, MemoryError) as e:
+        return _fail(str(e) or "not enough memory", RowcolError.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", _INTERRUPTED)
+
+
+def _fail(text: str, code: int) -> int:
+    # one line, so that a log or a script can take it whole
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    name = sys.argv[0].rpartition("/")[2]
+    parser = argparse.ArgumentParser(
+        prog=name if name.endswith(".pyz") else "rowcol-edge-device",
+        description="Check, run and measure a rowcol_edge bundle on this machine.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="verify|run|profile")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("bundle", metavar="BUNDLE", help="bundle folder or .zip")
+    common.add_argument("--json", action="store_true", help="print one JSON document")
+    common.add_argument(
+        "--threads", type=_count, metavar="N", help="threads of the runtime (default: what the target asks for)"
+    )
+
+    verify = commands.add_parser("verify", parents=[common], help="check every file and reproduce the golden outputs")
+    verify.set_defaults(command=_verify)
+
+    run = commands.add_parser("run", parents=[common], help="predict for pictures, .npy, .npz or raw frames")
+    run.add_argument("images", metavar="IMAGE", nargs="+")
+    run.add_argument("--arm", metavar="NAME", help="default: the bundle's default arm")
+    run.set_defaults(command=_run)
+
+    profile = commands.add_parser(
+        "profile", parents=[common], help="measure latency, cold start, memory and size of the arms"
+    )
+    profile.add_argument("--arms", type=_names, metavar="A,B", help="default: all arms")
+    profile.add_argument("--baseline", metavar="NAME", help="the arm the others are compared with")
+    profile.add_argument("--blocks", type=_count, metavar="N", help="fresh processes an arm")
+    profile.add_argument("--seconds", type=_seconds, metavar="S", help="time budget in seconds")
+    profile.add_argument(
+        "--out", metavar="FILE", help="where the JSON goes (default: BUNDLE/profiles/, for a .zip this folder)"
+    )
+    profile.set_defaults(command=_profile)
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"a number ≥ 0, not {text}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"a time > 0, not {text}")
+    return value
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in (part.strip() for part in text.split(",")) if name)
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from .bundle import Bundle
+    from .verify import verify
+
+    with Bundle.open(options.bundle, check=False) as bundle:  # verify checks it itself
+        report = verify(bundle, threads=options.threads)
+    if options.json:
+        _print_json(report.to_dict())
+    else:
+        _print_verify(report)
+    report.raise_if_failed()
+    return 0
+
+
+def _print_verify(report: VerifyReport) -> None:
+    print(f"{report.bundle}: {report.files} files match the manifest; {report.runtime} {report.runtime_version}")
+    width = max(len(arm.name) for arm in report.arms)
+    for arm in report.arms:
+        error = arm.reason if arm.relative_error is None else f"relative error {arm.relative_error:.2e}"
+        labels = "" if arm.labels_same is None else f", {arm.labels_same} of {arm.samples} labels the same"
+        print(f"  {'ok    ' if arm.ok else 'FAILED'} {arm.name:{width}}  {error} (tolerance {arm.tolerance:g}){labels}")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from .bundle import Bundle
+    from .predictor import Predictor
+
+    with (
+        Bundle.open(options.bundle) as bundle,
+        Predictor(bundle, arm=options.arm, threads=options.threads) as predictor,
+    ):
+        results = []
+        for image in options.images:
+            prediction = predictor.predict(image)
+            if options.json:
+                results.append({"source": image, "prediction": prediction.to_dict()})
+            else:
+                print(f"{image}: {_prediction_text(prediction)}", flush=True)
+        if options.json:
+            _print_json(
+                {"bundle": bundle.manifest.name, "digest": bundle.digest, "arm": predictor.arm.name, "results": results}
+            )
+    return 0
+
+
+def _prediction_text(prediction: Prediction) -> str:
+    if prediction.contract == "classify":
+        return f"{prediction.label} ({prediction.score:.4f})"
+    if prediction.contract == "segment":
+        return ", ".join(f"{label} {share:.2%}" for label, share in prediction.scores.items())
+    if prediction.contract == "anomaly_map":
+        return f"{prediction.label or 'score'} ({prediction.score:.6g})"
+    if prediction.boxes is not None:
+        rows = zip(prediction.box_labels, prediction.boxes.tolist(), strict=True)
+        return (
+            "; ".join(f"{label} {row[4]:.4f} [{', '.join(f'{x:.1f}' for x in row[:4])}]" for label, row in rows)
+            or "nothing found"
+        )
+    values = [] if prediction.embedding is None else prediction.embedding.tolist()
+    return " ".join(f"{value:.6g}" for value in values)
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from .bundle import Bundle
+    from .measure import profile
+    from .table import profile_table
+
+    # only what was asked for, so that the profiler's defaults stay in one place
+    given = {
+        key: value
+        for key in ("arms", "baseline", "blocks", "seconds", "threads")
+        if (value := getattr(options, key)) is not None
+    }
+    with Bundle.open(options.bundle) as bundle:
+        out = profile_path(options.out, bundle)
+        measured = profile(bundle, progress=_progress(sys.stderr.isatty()), **given)
+        write_profile(measured, out)
+    if options.json:
+        _print_json(measured.to_dict())
+    else:
+        print(profile_table(measured))
+    print(f"written to {out}", file=sys.stderr)
+    return 0
+
+
+def profile_path(out: str | Path | None, bundle: Bundle) -> Path:
+    """Where the profile goes; BundleError before the measurement if that place cannot be written."""
+    import platform
+    import re
+    import time
+    from pathlib import Path
+
+    if out is not None:
+        path = Path(out)
+    else:
+        host = re.sub(r"[^A-Za-z0-9.-]+", "-", platform.node()) or "board"
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        folder = bundle.root / "profiles" if bundle.source.is_dir() else Path.cwd()
+        path = folder / f"{stamp}-{host}.json"
+        if bundle.source.is_dir():
+            folder.mkdir(exist_ok=True)
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise BundleError(
+            str(path),
+            expected="a file in a folder that can be written",
+            got="neither",
+            hint="name another place with --out",
+        )
+    return path
+
+
+def write_profile(measured: Profile, path: Path) -> None:
+    """Write the profile's JSON in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(measured.to_json(), encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _progress(interactive: bool) -> Any:
+    """A line on stderr for each step: rewritten in place at a terminal, every tenth one in a log."""
+
+    def show(what: str, done: int, total: int) -> None:
+        if interactive:
+            print(f"\r\x1b[K{what} {done}/{total}", end="\n" if done >= total else "", file=sys.stderr, flush=True)
+        elif done >= total or done % max(1, total // 10) == 0:
+            print(f"{what} {done}/{total}", file=sys.stderr, flush=True)
+
+    return show

@@ -1,0 +1,208 @@
+"""The runner: preprocess, infer, decode."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ..errors import BundleError, DataError
+from .bundle import Bundle
+from .decode import Prediction, decode
+from .manifest import ArmEntry, TensorSpec
+from .preprocess import Preprocess
+from .runtimes import Runtime, RuntimeOptions, Session, load_runtime
+
+
+class Predictor:
+    """An arm of a bundle, ready to run.
+
+        with Predictor("bundle") as predictor:
+            predictor.predict("part.png").label
+
+    ``bundle`` is an open :class:`Bundle` (which stays open) or the path of one (which is opened, checked and closed
+    again). ``arm`` None is the bundle's default; ``threads`` None is what the target asks for, 0 the runtime's choice.
+    Not for use by several threads at a time.
+    """
+
+    def __init__(self, bundle: Bundle | str | Path, arm: str | None = None, threads: int | None = None) -> None:
+        self._owned = not isinstance(bundle, Bundle)
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        try:
+            manifest = self.bundle.manifest
+            self.arm = self.bundle.arm(arm)
+            self.preprocess = None if manifest.preprocess is None else Preprocess.from_dict(manifest.preprocess)
+            self._session = open_arm(self.bundle, self.arm, threads=threads)
+        except BaseException:
+            if self._owned:
+                self.bundle.close()
+            raise
+        self._decode = (manifest.contract, manifest.labels, manifest.positive, self.arm.threshold)
+
+    def predict(self, source: Any) -> Prediction:
+        """Answer for one sample.
+
+        ``source``: the path of an image, ``.npy``, raw frame or ``.npz`` (a feed by input name); a Pillow image; a
+        uint8 frame (H, W) or (H, W, C); a float array as the model takes it, with or without the batch axis of 1; a
+        dict of feeds.
+        A model with several inputs takes feeds only. DataError: a source that does not fit.
+        """
+        return self.decode(self._session.run(self.feeds(source)))
+
+    def feeds(self, source: Any) -> Mapping[str, np.ndarray]:
+        """What :meth:`predict` gives to the model for a source."""
+        if isinstance(source, Mapping):
+            return source
+        if isinstance(source, (str, Path)) and Path(source).suffix == ".npz":
+            return _npz_feeds(Path(source))
+        spec = self._only_input()
+        tensor = self._tensor(source, spec)
+        if tensor.ndim == len(spec.shape) - 1:
+            tensor = tensor[None]
+        return {spec.name: tensor.astype(spec.dtype, copy=False)}
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The raw outputs for feeds, any batch that the model takes."""
+        return self._session.run(feeds)
+
+    def decode(self, outputs: Mapping[str, np.ndarray]) -> Prediction:
+        """Raw outputs of one sample → the answer."""
+        contract, labels, positive, threshold = self._decode
+        return decode(contract, outputs, labels, positive, threshold)
+
+    def close(self) -> None:
+        self._session.close()
+        if self._owned:
+            self.bundle.close()
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _only_input(self) -> TensorSpec:
+        if len(self._session.inputs) != 1:
+            names = ", ".join(spec.name for spec in self._session.inputs)
+            raise DataError(
+                "input", expected=f"a dict or .npz with arrays named {names}", got="a single array or picture"
+            )
+        spec = self._session.inputs[0]
+        if spec.shape and spec.shape[0] not in (None, 1):
+            hint = f"collect {spec.shape[0]} samples and call run"
+            raise DataError(
+                "predict", expected="a model that takes one sample", got=f"a fixed batch of {spec.shape[0]}", hint=hint
+            )
+        return spec
+
+    def _tensor(self, source: Any, spec: TensorSpec) -> np.ndarray:
+        if isinstance(source, np.ndarray):
+            if source.dtype != np.uint8 or spec.dtype == "uint8":
+                return source
+            return self._recipe("a uint8 frame").frame(source)
+        if isinstance(source, (str, Path)):
+            path = Path(source)
+            if self.preprocess is None and path.suffix == ".npy":
+                return _npy(path)
+            return self._recipe(str(path)).file(path)
+        image = sys.modules.get("PIL.Image")  # whoever hands over a Pillow image has imported it
+        if image is not None and isinstance(source, image.Image):
+            return self._recipe("a Pillow image").image(source)
+        raise DataError(
+            "source", expected="a path, a Pillow image, a numpy array or a dict of feeds", got=type(source).__name__
+        )
+
+    def _recipe(self, what: str) -> Preprocess:
+        if self.preprocess is None:
+            raise DataError(
+                what,
+                expected="a float array or feeds (.npy, .npz)",
+                got="a picture, and this bundle has no preprocessing for one",
+            )
+        return self.preprocess
+
+
+def runtime_options(bundle: Bundle, threads: int | None = None) -> RuntimeOptions:
+    """The options the manifest asks for; ``threads`` None keeps its number."""
+    entry = bundle.manifest.runtime
+    return RuntimeOptions(threads=entry.threads if threads is None else threads, providers=entry.providers)
+
+
+def open_arm(bundle: Bundle, arm: ArmEntry, *, threads: int | None = None) -> Session:
+    """Load the runtime, open an arm's artifact, and check that its inputs and outputs are those of the manifest."""
+    if threads is not None and threads < 0:
+        raise DataError("threads", expected="0 (the runtime's choice) or more", got=str(threads))
+    runtime = load_runtime(bundle.manifest.runtime.name)
+    check_version(bundle, runtime)
+    session = runtime.open(bundle.artifact(arm), runtime_options(bundle, threads))
+    for kind, found, listed in (
+        ("inputs", session.inputs, bundle.manifest.inputs),
+        ("outputs", session.outputs, bundle.manifest.outputs),
+    ):
+        # sizes are left to the run: a runtime may name fewer of them than the manifest
+        if [(spec.name, spec.dtype) for spec in found] != [(spec.name, spec.dtype) for spec in listed]:
+            session.close()
+            raise BundleError(f"{arm.name}: {kind}", expected=_specs_text(listed), got=_specs_text(found))
+    return session
+
+
+def check_version(bundle: Bundle, runtime: Runtime) -> None:
+    """BundleError if the installed runtime is older than the oldest one the bundle was made for."""
+    entry = bundle.manifest.runtime
+    if _numbers(runtime.version()) < _numbers(entry.oldest):
+        raise BundleError(
+            f"package {runtime.package}",
+            expected=f"{entry.oldest} or newer",
+            got=runtime.version(),
+            hint=f"install it with: {entry.install}",
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """``1.17.3rc1`` → (1, 17, 3); trailing zeros do not count."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    numbers = [int(part) for part in match.group().split(".")] if match else []
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def _specs_text(specs: tuple[TensorSpec, ...]) -> str:
+    return ", ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in specs)
+
+
+def _npy(path: Path) -> np.ndarray:
+    array = _load(path)
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise DataError(str(path), expected="an .npy array", got="an .npz archive under that name")
+    return array
+
+
+def _npz_feeds(path: Path) -> dict[str, np.ndarray]:
+    from zipfile import BadZipFile
+
+    archive = _load(path)
+    if isinstance(archive, np.ndarray):
+        raise DataError(str(path), expected="an .npz with one array for each input", got="a single array")
+    with archive:
+        try:
+            return {name: archive[name] for name in archive.files}
+        except (ValueError, OSError, EOFError, BadZipFile) as e:
+            raise DataError(str(path), expected="arrays (never pickled)", got=str(e)) from e
+
+
+def _load(path: Path) -> Any:
+    from zipfile import BadZipFile
+
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError, BadZipFile) as e:
+        raise DataError(str(path), expected="an array file (never pickled)", got=str(e)) from e

@@ -1,0 +1,105 @@
+"""What every runtime looks like from above: open an artifact, run it. None of them holds a clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+
+from ...errors import DataError
+from ..manifest import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeOptions:
+    """``threads`` 0 and no ``providers`` leave the choice to the runtime (the CPU)."""
+
+    threads: int = 0
+    providers: tuple[str, ...] = ()
+    deterministic: bool = False
+
+
+class Session(Protocol):
+    """An opened artifact. Inputs and outputs are arrays by name, of the shapes and dtypes of the specs."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]: ...
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """DataError for feeds that do not fit, BundleError if the runtime fails on feeds that do."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Session: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Runtime(Protocol):
+    """``name`` is the manifest's, ``package`` what pip installs."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def package(self) -> str: ...
+
+    def version(self) -> str: ...
+
+    def open(self, artifact: Path, options: RuntimeOptions) -> Session:
+        """BundleError for a file the runtime cannot read or a provider it does not have."""
+        ...
+
+
+class FeedCheck:
+    """Do feeds fit the inputs? Built once a session: a call on good feeds costs a microsecond an input."""
+
+    __slots__ = ("_free", "_known", "_specs")
+
+    def __init__(self, specs: tuple[TensorSpec, ...]) -> None:
+        self._specs = specs
+        self._known = [(spec.name, np.dtype(spec.dtype), spec.shape) for spec in specs]
+        self._free = [None in spec.shape for spec in specs]
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> None:
+        """DataError names the input that is missing, unexpected or of another dtype or shape."""
+        if len(feeds) != len(self._known):
+            raise self._names(feeds)
+        for (name, dtype, shape), free in zip(self._known, self._free, strict=True):
+            array = feeds.get(name)
+            if array is None:
+                raise self._names(feeds)
+            if not isinstance(array, np.ndarray):
+                raise DataError(f"input {name!r}", expected="a numpy array", got=type(array).__name__)
+            if array.dtype != dtype or not (array.shape == shape if not free else fits(array.shape, shape)):
+                raise DataError(
+                    f"input {name!r}",
+                    expected=f"{dtype} {shape_text(shape)}",
+                    got=f"{array.dtype} {shape_text(array.shape)}",
+                )
+
+    def _names(self, feeds: Mapping[str, np.ndarray]) -> DataError:
+        names = [spec.name for spec in self._specs]
+        missing = [name for name in names if name not in feeds]
+        unexpected = [name for name in feeds if name not in names]
+        got = [f"no {name!r}" for name in missing] + [f"an unexpected {name!r}" for name in unexpected]
+        return DataError("inputs", expected=", ".join(names), got=", ".join(got))
+
+
+def fits(shape: tuple[int, ...], spec: tuple[int | None, ...]) -> bool:
+    """Does a shape agree with a spec in every size that is not free?"""
+    return len(shape) == len(spec) and all(b is None or a == b for a, b in zip(shape, spec, strict=True))
+
+
+def shape_text(shape: tuple[int | None, ...]) -> str:
+    return "×".join("?" if size is None else str(size) for size in shape) or "scalar"

@@ -1,0 +1,172 @@
+"""ONNX Runtime, 1.17 or newer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ...errors import BundleError, MissingDependencyError, RowcolError
+from ..manifest import TensorSpec
+from .base import FeedCheck, RuntimeOptions
+
+try:
+    import onnxruntime as ort
+    from onnxruntime.capi import onnxruntime_pybind11_state as _state
+except ModuleNotFoundError as e:
+    raise MissingDependencyError("running this bundle", package="onnxruntime") from e
+except ImportError as e:  # installed, but for another numpy, C library or processor
+    raise RowcolError(
+        "package onnxruntime",
+        expected="a version that loads on this machine",
+        got=str(e),
+        hint="install another version of it or of numpy",
+    ) from e
+
+_ERRORS: tuple[type[BaseException], ...] = (
+    *(kind for kind in vars(_state).values() if isinstance(kind, type) and issubclass(kind, Exception)),
+    RuntimeError,
+    ValueError,
+)
+"""What onnxruntime raises: its own exceptions share no base class, pybind11 and its Python layer add two more."""
+
+_DTYPES = {
+    "tensor(float16)": "float16",
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(int8)": "int8",
+    "tensor(int16)": "int16",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(uint8)": "uint8",
+    "tensor(uint16)": "uint16",
+    "tensor(uint32)": "uint32",
+    "tensor(uint64)": "uint64",
+    "tensor(bool)": "bool",
+}
+_CPU = "CPUExecutionProvider"
+_FATAL = 4  # the messages reach the user through the exception; the logger would print them a second time
+
+
+class OnnxRuntime:
+    """Opens ``.onnx`` files."""
+
+    name = "onnxruntime"
+    package = "onnxruntime"
+
+    def version(self) -> str:
+        return str(ort.__version__)
+
+    def open(self, artifact: Path, options: RuntimeOptions) -> OnnxSession:
+        if not artifact.is_file():
+            raise BundleError(str(artifact), expected="a readable .onnx file", got="no such file")
+        providers = list(options.providers) or [_CPU]
+        self._check_offered(providers, ort.get_available_providers())
+        settings = _settings(options, providers)
+        try:
+            session = ort.InferenceSession(str(artifact), settings, providers=providers, enable_fallback=0)
+        except _ERRORS as e:
+            raise _unreadable(artifact, e, self.version()) from e
+        # a provider whose libraries do not load is dropped by onnxruntime with a log line only
+        self._check_offered(providers, session.get_providers())
+        return OnnxSession(session, artifact)
+
+    def _check_offered(self, wanted: list[str], offered: list[str]) -> None:
+        missing = [provider for provider in wanted if provider not in offered]
+        if missing:
+            raise BundleError(
+                f"execution provider {missing[0]}",
+                expected=f"one that onnxruntime {self.version()} can use here: {', '.join(offered)}",
+                got="not available",
+                hint="install the onnxruntime build that has it; the CPU is used only if it is asked for",
+            )
+
+
+RUNTIME = OnnxRuntime()
+
+
+class OnnxSession:
+    """One loaded ``.onnx`` file."""
+
+    __slots__ = ("_artifact", "_check", "_output_names", "_session", "inputs", "outputs")
+
+    def __init__(self, session: Any, artifact: Path) -> None:
+        self._session = session
+        self._artifact = artifact
+        self.inputs = tuple(_spec(node, artifact) for node in session.get_inputs())
+        self.outputs = tuple(_spec(node, artifact) for node in session.get_outputs())
+        self._output_names = [spec.name for spec in self.outputs]
+        self._check = FeedCheck(self.inputs)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self._check(feeds)
+        try:
+            return dict(zip(self._output_names, self._session.run(self._output_names, feeds), strict=True))
+        except _ERRORS as e:
+            raise BundleError(
+                f"{self._artifact.name} on onnxruntime {ort.__version__}",
+                expected="a run on valid inputs",
+                got=_short(e),
+            ) from e
+        except AttributeError as e:
+            if self._session is not None:
+                raise
+            raise BundleError(self._artifact.name, expected="an open session", got="one that was closed") from e
+
+    def close(self) -> None:
+        self._session = None
+
+    def __enter__(self) -> OnnxSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _settings(options: RuntimeOptions, providers: list[str]) -> Any:
+    settings = ort.SessionOptions()
+    settings.log_severity_level = _FATAL
+    settings.intra_op_num_threads = options.threads
+    settings.inter_op_num_threads = 1
+    settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    settings.use_deterministic_compute = options.deterministic
+    if _CPU not in providers:
+        # nodes that the asked-for provider does not take would run on the CPU without a word
+        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    return settings
+
+
+def _spec(node: Any, artifact: Path) -> TensorSpec:
+    if node.type not in _DTYPES:
+        raise BundleError(f"{artifact.name}: {node.name}", expected=f"one of {', '.join(_DTYPES)}", got=str(node.type))
+    shape = tuple(size if isinstance(size, int) else None for size in node.shape)
+    return TensorSpec(node.name, shape, _DTYPES[node.type])
+
+
+def _unreadable(artifact: Path, error: BaseException, version: str) -> BundleError:
+    text = str(error)
+    if re.search(r"IR version", text) or re.search(r"opset \d+ is under development", text, re.IGNORECASE):
+        hint = f"onnxruntime {version} is too old for this file: the bundle's README names the oldest that opens it"
+    elif re.search(r"protobuf|No graph|parsing", text, re.IGNORECASE):
+        hint = "the file is damaged: copy the bundle again, then run verify"
+    else:
+        hint = "run verify; if the digests match, this build of onnxruntime does not support the model"
+    return BundleError(
+        artifact.name, expected=f"a model that onnxruntime {version} can load", got=_short(error), hint=hint
+    )
+
+
+def _short(error: BaseException) -> str:
+    """onnxruntime's message without its prefix and the C++ signature in front of the sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"^Load model from .*? failed:\s*", "", text)
+    text = re.sub(r"^/\S+:\d+ .*\) (?=[A-Z])", "", text)
+    return text if len(text) <= 240 else text[:239] + "…"
