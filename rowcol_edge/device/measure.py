@@ -1,0 +1,240 @@
+"""The profiler: arms of a bundle measured on this machine, with a null arm, and what can be said of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import MeasurementError
+from . import schedule, stats, system
+from .bundle import Bundle
+from .manifest import ArmEntry
+from .processes import Processes
+from .profile import NULL, ArmProfile, ColdStart, Latency, Memory, MemoryReading, Profile, Protocol
+from .session import Executor, Progress, Session, run_session
+from .verdicts import judge
+from .worker import TIME, MemoryRun, Request
+
+_TIMEOUT_SECONDS = 120.0
+_MIB = 1 << 20
+
+
+def profile(
+    bundle: Bundle,
+    *,
+    arms: Sequence[str] | None = None,
+    baseline: str | None = None,
+    blocks: int = schedule.DEFAULT_ROUNDS,
+    seconds: float | None = None,
+    threads: int | None = None,
+    evidence: str | None = None,
+    progress: Progress | None = None,
+    executor: Executor | None = None,
+) -> Profile:
+    """Measure arms of a bundle on this machine.
+
+    ``arms``: names, default all. ``baseline``: the arm all others are set against; by default the dense arm of the
+    same precision, and dense@fp32 beside it. ``blocks``: processes an arm, rounded to a whole number of balanced
+    cycles. ``seconds``: time for everything, as far as the fewest useful blocks allow. ``threads``: default what the
+    target asks for, at most the usable cores. ``evidence`` can only weaken what this machine would count as.
+    MeasurementError: a process failed.
+    """
+    chosen = _arms(bundle, arms, baseline)
+    pairs = default_pairs(chosen, baseline)
+    null_of = _null_of(chosen, pairs, baseline, bundle.manifest.default_arm)
+    rounds = schedule.balanced_rounds(len(chosen) + 1, blocks)
+    budget_seconds = schedule.DEFAULT_SECONDS if seconds is None else seconds
+    if budget_seconds <= 0:
+        raise MeasurementError("seconds", expected="a time > 0", got=str(budget_seconds))
+    host = system.environment()
+    level, note = _evidence(system.evidence_for(bundle.manifest.target, host), evidence)
+    caps = dict(bundle.manifest.target.get("proxy_env") or {}) if level == system.PROXY else {}
+    # more threads than cores wait for one another, and would be timed waiting
+    used = min(bundle.manifest.runtime.threads, host.cores_usable) if threads is None else threads
+    requests = {arm.name: _request(bundle, arm, used) for arm in chosen}
+    requests[NULL] = requests[null_of]
+
+    executor = executor or Processes(caps, _TIMEOUT_SECONDS)
+    session = run_session(requests, executor, rounds, budget_seconds, progress or _silent)
+    obstacle = (
+        "" if len(session.versions) == 1 else f"the runtime changed in between: {', '.join(sorted(session.versions))}"
+    )
+    found = judge(session.blocks, pairs, null_of, level, obstacle)
+    profiles = {arm.name: _arm_profile(bundle, arm, arm.name, session) for arm in chosen}
+    warnings = [
+        *_warnings(host, bundle.manifest.runtime.threads, used, profiles, bundle.manifest.target),
+        *session.warnings,
+        *found.warnings,
+    ]
+    return Profile(
+        bundle=bundle.manifest.name,
+        digest=bundle.digest,
+        target=str(bundle.manifest.target.get("name", "")),
+        runtime=bundle.manifest.runtime.name,
+        runtime_version=" / ".join(sorted(session.versions)),
+        threads=used,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        evidence=level,
+        evidence_note=note,
+        caps=caps,
+        environment=host,
+        protocol=_protocol(session, budget_seconds),
+        arms=profiles,
+        comparisons=found.comparisons,
+        null=found.null,
+        null_arm=_arm_profile(bundle, bundle.arm(null_of), NULL, session),
+        warnings=tuple(dict.fromkeys(warnings)),
+    )
+
+
+def default_pairs(arms: Sequence[ArmEntry], baseline: str | None = None) -> list[tuple[str, str]]:
+    """(arm, baseline): all against ``baseline``; or each against the dense arm of its precision and dense@fp32."""
+    if baseline is not None:
+        return [(arm.name, baseline) for arm in arms if arm.name != baseline]
+    dense = {arm.precision: arm.name for arm in arms if arm.variant == "dense"}
+    own = [(arm.name, dense[arm.precision]) for arm in arms if arm.precision in dense]
+    original = [(arm.name, dense["fp32"]) for arm in arms] if "fp32" in dense else []
+    return [pair for pair in dict.fromkeys(own + original) if pair[0] != pair[1]]
+
+
+def _arms(bundle: Bundle, names: Sequence[str] | None, baseline: str | None) -> list[ArmEntry]:
+    if names is not None and not names:
+        raise MeasurementError("arms", expected="at least one arm", got="none")
+    wanted = list(names) if names is not None else [arm.name for arm in bundle.manifest.arms]
+    if baseline is not None:
+        wanted.append(baseline)
+    return [bundle.arm(name) for name in dict.fromkeys(wanted)]
+
+
+def _null_of(arms: Sequence[ArmEntry], pairs: Sequence[tuple[str, str]], baseline: str | None, default_arm: str) -> str:
+    """The arm to run twice: the one the default arm is set against, for it stands behind the figure people read."""
+    if baseline is not None:
+        return baseline
+    if default := [pair[1] for pair in pairs if pair[0] == default_arm]:
+        return default[0]
+    names = [arm.name for arm in arms]
+    return default_arm if default_arm in names else names[0]
+
+
+def _evidence(found: system.Evidence, asked: str | None) -> system.Evidence:
+    if asked is None or asked == found.level:
+        return found
+    if asked not in (system.PROXY, system.EMULATED):
+        hint = "target is what the machine itself shows, predicted is not measured"
+        raise MeasurementError("evidence", expected=f"{system.PROXY} or {system.EMULATED}", got=repr(asked), hint=hint)
+    if not system.weaker(asked, found.level):
+        hint = "evidence can be weakened, never raised"
+        raise MeasurementError("evidence", expected=f"at most {found.level} ({found.note})", got=asked, hint=hint)
+    return system.Evidence(asked, f"{found.note}; declared {asked} by whoever measured")
+
+
+def _request(bundle: Bundle, arm: ArmEntry, threads: int) -> Request:
+    manifest = bundle.manifest
+    return Request(
+        mode=TIME,
+        arm=arm.name,
+        runtime=manifest.runtime.name,
+        artifact=str(bundle.artifact(arm)),
+        golden_inputs=str(bundle.root / manifest.golden_inputs),
+        # a free batch counts as 1, an input of rank 0 goes in whole
+        batch={spec.name: (spec.shape[0] or 1) if spec.shape else 0 for spec in manifest.inputs},
+        threads=threads,
+        providers=manifest.runtime.providers,
+        min_samples=schedule.MIN_SAMPLES,
+        max_samples=schedule.MAX_SAMPLES,
+    )
+
+
+def _arm_profile(bundle: Bundle, arm: ArmEntry, label: str, session: Session) -> ArmProfile:
+    blocks = session.blocks[label]
+    samples = np.concatenate([np.asarray(block.samples_ns, np.float64) for block in blocks])
+    sha256 = next((entry.sha256 for entry in bundle.manifest.files if entry.path == arm.artifact), "")
+    return ArmProfile(
+        name=label,
+        artifact=arm.artifact,
+        sha256=sha256,
+        # weights may lie in files of their own beside the artifact, named after it
+        artifact_bytes=sum(
+            entry.size_bytes
+            for entry in bundle.manifest.files
+            if entry.path == arm.artifact or entry.path.startswith(f"{arm.artifact}.")
+        ),
+        latency=Latency(
+            float(np.median(samples)), stats.percentile(samples, 90), stats.percentile(samples, 99), len(samples)
+        ),
+        cold=ColdStart(
+            stats.median([block.import_ns for block in blocks]),
+            stats.median([block.load_ns for block in blocks]),
+            stats.median([block.first_ns for block in blocks]),
+        ),
+        memory=_memory(session.memory.get(label, [])),
+        blocks=tuple(blocks),
+    )
+
+
+def _memory(runs: Sequence[MemoryRun]) -> Memory | None:
+    readings = tuple(
+        MemoryReading(run.baseline_bytes, run.after_load_bytes, run.peak_bytes, run.peak_reset)
+        for run in runs
+        if run.baseline_bytes is not None and run.after_load_bytes is not None and run.peak_bytes is not None
+    )
+    if not readings:
+        return None
+    return Memory(
+        int(stats.median([reading.baseline_bytes for reading in readings])),
+        int(stats.median([reading.after_load_bytes for reading in readings])),
+        int(stats.median([reading.peak_bytes for reading in readings])),
+        readings,
+    )
+
+
+def _protocol(session: Session, budget_seconds: float) -> Protocol:
+    return Protocol(
+        rounds=len(session.order),
+        order=session.order,
+        confidence=stats.CONFIDENCE,
+        resamples=stats.RESAMPLES,
+        seed=stats.SEED,
+        run_seconds=session.plan.run_seconds,
+        warmup_seconds=session.plan.warmup_seconds,
+        budget_seconds=budget_seconds,
+        elapsed_seconds=session.elapsed_seconds,
+    )
+
+
+def _warnings(
+    before: system.Environment,
+    manifest_threads: int,
+    threads: int,
+    arms: Mapping[str, ArmProfile],
+    target: Mapping[str, Any],
+) -> list[str]:
+    """What of the machine or the target's limits has to be known beside the figures."""
+    warnings = system.host_warnings(before, threads)
+    after = system.environment().throttled
+    if after != before.throttled:
+        warnings.append(
+            f"the firmware's throttling flags changed while measuring ({before.throttled} to {after}): "
+            "cool the board or its supply, then measure again"
+        )
+    if threads != manifest_threads:
+        warnings.append(f"measured with {threads} thread(s), the target asks for {manifest_threads}")
+    memory = {name: arm.memory for name, arm in arms.items() if arm.memory is not None}
+    if len(memory) < len(arms):
+        warnings.append("memory was not measured: this system has no /proc/self/status")
+    if any(not reading.peak_reset for found in memory.values() for reading in found.runs):
+        warnings.append("the peak of memory could not be reset (/proc/self/clear_refs): it may stem from the imports")
+    limit_mb = target.get("memory_mb")
+    for name, found in memory.items():
+        if isinstance(limit_mb, int) and found.peak_bytes > limit_mb * _MIB:
+            warnings.append(
+                f"{name}: peak memory {found.peak_bytes / _MIB:.0f} MiB is over the target's {limit_mb} MiB"
+            )
+    return warnings
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass

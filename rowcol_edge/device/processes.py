@@ -1,0 +1,78 @@
+"""A fresh Python process for each measurement."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import MeasurementError
+from .records import decode
+from .worker import MemoryRun, Request, TimedRun
+
+_STDERR_LINES = 3
+
+
+class Processes:
+    """Runs requests in processes of their own; ``variables`` are set on top of this process's environment."""
+
+    def __init__(self, variables: Mapping[str, str], timeout_seconds: float) -> None:
+        self._environment = {**os.environ, **variables}
+        self._command, folder = worker_command()
+        if folder:
+            # the package may lie in a checkout that is not installed
+            inherited = os.environ.get("PYTHONPATH")
+            self._environment["PYTHONPATH"] = folder + (os.pathsep + inherited if inherited else "")
+        self._timeout_seconds = timeout_seconds
+
+    def time(self, request: Request, where: str) -> TimedRun:
+        return decode(TimedRun, self._run(request, where), f"result of {where}", MeasurementError)
+
+    def memory(self, request: Request, where: str) -> MemoryRun:
+        return decode(MemoryRun, self._run(request, where), f"result of {where}", MeasurementError)
+
+    def _run(self, request: Request, where: str) -> Any:
+        # a bound on hanging, not on being slow: a slow model asks for its own time
+        timeout = self._timeout_seconds + 10 * request.run_seconds
+        try:
+            done = subprocess.run(
+                self._command,
+                input=request.to_json(),
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                env=self._environment,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as e:
+            hint = "is the machine busy, or is the model waiting for something?"
+            raise MeasurementError(where, expected=f"a result within {timeout:.0f} s", got="none", hint=hint) from e
+        if done.returncode != 0:
+            raise MeasurementError(
+                where, expected="a process that ends well", got=_ending(done.returncode, done.stderr)
+            )
+        try:
+            return json.loads(done.stdout)
+        except ValueError as e:
+            raise MeasurementError(where, expected="one JSON result", got=repr(done.stdout[-200:])) from e
+
+
+def worker_command() -> tuple[list[str], str]:
+    """How to start a worker of this very code, and what to put on PYTHONPATH (nothing if this is a ``.pyz``)."""
+    archive = getattr(globals()["__loader__"], "archive", None)  # a zipimporter's
+    if archive:
+        return [sys.executable, str(archive), "_worker"], ""
+    package = Path(__file__).resolve().parents[1]
+    return [sys.executable, "-m", f"{package.name}.device", "_worker"], str(package.parent)
+
+
+def _ending(code: int, stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    last = " | ".join(lines[-_STDERR_LINES:]) or "nothing on stderr"
+    return f"{f'signal {-code}' if code < 0 else f'exit code {code}'}: {last}"

@@ -1,0 +1,244 @@
+"""What a profile holds: plain frozen records, their JSON, and which two of them may be set side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import BundleError, NotComparableError
+from .fields import parse_json
+from .records import decode
+from .stats import NOT_COMPARABLE, VERDICTS, median
+from .system import EVIDENCE, Environment
+
+SCHEMA = 1
+"""Version of the profile's format. History:
+
+1 – first one: every raw sample of every block, memory runs, comparisons, the null arm, environment and evidence.
+"""
+
+NULL = "null"
+"""Name of the null arm: the same file as its baseline, in processes of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One timed process of an arm: ``round`` and ``position`` in it count from 0; times in ns, see :mod:`.worker`."""
+
+    round: int
+    position: int
+    import_ns: int
+    load_ns: int
+    first_ns: int
+    settled: bool
+    warmups_ns: tuple[int, ...]
+    samples_ns: tuple[int, ...]
+
+    @property
+    def median_ns(self) -> float:
+        return median(self.samples_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """One inference, over the ``n`` samples of all blocks. A percentile that needs more samples than that is None."""
+
+    median_ns: float
+    p90_ns: float | None
+    p99_ns: float | None
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class ColdStart:
+    """From a started interpreter to the first result, medians over the blocks; the raw times are in the blocks."""
+
+    import_ns: float
+    load_ns: float
+    first_ns: float
+
+    @property
+    def total_ns(self) -> float:
+        return self.import_ns + self.load_ns + self.first_ns
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReading:
+    """One memory run, see :class:`.worker.MemoryRun`."""
+
+    baseline_bytes: int
+    after_load_bytes: int
+    peak_bytes: int
+    peak_reset: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Medians over ``runs``. ``peak_bytes`` is of the whole process, the runtime included."""
+
+    baseline_bytes: int
+    after_load_bytes: int
+    peak_bytes: int
+    runs: tuple[MemoryReading, ...]
+
+    @property
+    def own_bytes(self) -> int:
+        """What the model adds to a process that has the runtime imported, at the peak."""
+        return self.peak_bytes - self.baseline_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ArmProfile:
+    """One arm: ``artifact_bytes`` is its file on disk, ``memory`` is None where the system does not tell."""
+
+    name: str
+    artifact: str
+    sha256: str
+    artifact_bytes: int
+    latency: Latency
+    cold: ColdStart
+    memory: Memory | None
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Latency of ``arm`` over that of ``baseline``, paired by round; ratio and bounds are None where the verdict is
+    ``not comparable``.
+
+    ``reason`` says why a verdict is not the one that the interval alone would give.
+    """
+
+    arm: str
+    baseline: str
+    ratio: float | None
+    ci_low: float | None
+    ci_high: float | None
+    verdict: str
+    evidence: str
+    rounds: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """How it was measured; ``order`` holds the arms of each round as they ran (the null arm by the name ``null``)."""
+
+    rounds: int
+    order: tuple[tuple[str, ...], ...]
+    confidence: float
+    resamples: int
+    seed: int
+    run_seconds: float
+    warmup_seconds: float
+    budget_seconds: float
+    elapsed_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """What one session found. ``null_arm`` is a second copy of ``null.baseline``; ``caps`` were set for the workers."""
+
+    schema: int = SCHEMA
+    bundle: str
+    digest: str
+    target: str
+    runtime: str
+    runtime_version: str
+    threads: int
+    created: str
+    evidence: str
+    evidence_note: str
+    caps: dict[str, str]
+    environment: Environment
+    protocol: Protocol
+    arms: dict[str, ArmProfile]
+    comparisons: tuple[Comparison, ...]
+    null: Comparison
+    null_arm: ArmProfile
+    warnings: tuple[str, ...]
+
+    def comparison(self, arm: str, baseline: str) -> Comparison:
+        """The ratio of two arms of this profile; NotComparableError if they were not compared or must not be."""
+        for found in self.comparisons:
+            if (found.arm, found.baseline) == (arm, baseline):
+                if found.verdict == NOT_COMPARABLE:
+                    raise NotComparableError(
+                        f"{arm} against {baseline}", expected="a valid paired measurement", got=found.reason
+                    )
+                return found
+        pairs = ", ".join(f"{c.arm} against {c.baseline}" for c in self.comparisons) or "none"
+        hint = "profile again with that baseline"
+        raise NotComparableError(
+            f"{arm} against {baseline}", expected=f"a measured pair ({pairs})", got="not measured", hint=hint
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """Readable, but the raw samples of a block on one line each."""
+        return _compact(self.to_dict()) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = "profile") -> Profile:
+        return cls.from_dict(parse_json(text, where), where)
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        try:
+            data = path.read_bytes()
+        except OSError as e:
+            raise BundleError(str(path), expected="a readable profile", got=e.strerror or str(e)) from e
+        return cls.from_json(data, path.name)
+
+    @classmethod
+    def from_dict(cls, values: object, where: str = "profile") -> Profile:
+        """Strict: BundleError names the first key that is unknown, missing or of the wrong kind."""
+        # before anything else, so that another format is refused by its version and not by some key
+        schema = values.get("schema") if isinstance(values, Mapping) else None
+        if schema != SCHEMA:
+            hint = "measure again with this version"
+            raise BundleError(f"{where}.schema", expected=str(SCHEMA), got=repr(schema), hint=hint)
+        profile = decode(cls, values, where)
+        for level in (profile.evidence, profile.null.evidence, *(c.evidence for c in profile.comparisons)):
+            if level not in EVIDENCE:
+                raise BundleError(f"{where}: evidence", expected=f"one of {', '.join(EVIDENCE)}", got=repr(level))
+        for verdict in (profile.null.verdict, *(c.verdict for c in profile.comparisons)):
+            if verdict not in VERDICTS:
+                raise BundleError(f"{where}: verdict", expected=f"one of {', '.join(VERDICTS)}", got=repr(verdict))
+        return profile
+
+
+def conditions(profile: Profile) -> dict[str, str]:
+    """What has to be the same in two profiles before their latencies may stand side by side."""
+    host = profile.environment
+    return {
+        "host": host.host_id or f"{host.board} {host.cpu_model}".strip(),
+        "processor": f"{host.machine} {host.cpu_model}".strip(),
+        "usable cores": str(host.cores_usable),
+        "runtime": f"{profile.runtime} {profile.runtime_version}",
+        "threads": str(profile.threads),
+        "caps": " ".join(f"{k}={v}" for k, v in sorted({**host.caps, **profile.caps}.items())) or "none",
+        "evidence": profile.evidence,
+    }
+
+
+def differences(a: Profile, b: Profile) -> tuple[str, ...]:
+    """Conditions in which two profiles differ, as ``threads: 2 and 4``; none if their latencies go side by side."""
+    left, right = conditions(a), conditions(b)
+    return tuple(f"{key}: {left[key]} and {right[key]}" for key in left if left[key] != right[key])
+
+
+def _compact(value: Any, indent: int = 0) -> str:
+    pad = " " * (indent + 1)
+    if isinstance(value, Mapping) and value:
+        rows = [f"{pad}{json.dumps(str(k), ensure_ascii=False)}: {_compact(v, indent + 1)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(rows) + f"\n{' ' * indent}}}"
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], (Mapping, list, tuple)):
+        rows = [pad + _compact(v, indent + 1) for v in value]
+        return "[\n" + ",\n".join(rows) + f"\n{' ' * indent}]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

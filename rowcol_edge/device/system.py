@@ -1,0 +1,240 @@
+"""The machine a measurement is taken on, and what its figures are worth for a target.
+
+Everything is read from /proc and /sys where they are; what a system does not tell stays empty, never guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TARGET = "target"
+PROXY = "proxy"
+EMULATED = "emulated"
+PREDICTED = "predicted"
+EVIDENCE = (TARGET, PROXY, EMULATED, PREDICTED)
+"""From strong to weak: measured on that board; on a host standing in for it; under an emulator; not measured at all."""
+
+ISA_FLAGS = (
+    "sse4_1", "sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile", "amx_int8", "amx_bf16",
+    "asimd", "fphp", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme",
+)  # fmt: skip
+"""Instruction sets that change what an inference costs, as /proc/cpuinfo of Linux names them (x86, then Arm)."""
+INT8_FLAGS = ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+"""Of these, the ones that make int8 fast."""
+
+CAP_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "OPENBLAS_CORETYPE", "OMP_NUM_THREADS", "QEMU_CPU")
+"""Environment variables that hold a runtime to fewer instructions or threads than the processor has."""
+
+EMULATED_VARIABLE = "ROWCOL_EMULATED"
+"""Set by whoever starts this under an emulator that gives itself no sign."""
+
+_ARM_PARTS = {
+    "0xd03": "Cortex-A53", "0xd04": "Cortex-A35", "0xd05": "Cortex-A55", "0xd07": "Cortex-A57", "0xd08": "Cortex-A72",
+    "0xd09": "Cortex-A73", "0xd0a": "Cortex-A75", "0xd0b": "Cortex-A76", "0xd0c": "Neoverse-N1", "0xd0d": "Cortex-A77",
+    "0xd40": "Neoverse-V1", "0xd41": "Cortex-A78", "0xd42": "Cortex-A78AE", "0xd49": "Neoverse-N2",
+    "0xd4f": "Neoverse-V2",
+}  # fmt: skip
+_CPU0 = "sys/devices/system/cpu/cpu0/cpufreq"
+_THROTTLED = "sys/devices/platform/soc/soc:firmware/get_throttled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """Where a measurement was taken. ``host_id`` tells machines apart without naming them; empty texts and None: not
+    told.
+
+    ``throttled`` is the firmware's word on a Raspberry Pi: bits 0–3 say what holds now, 16–19 what has happened since
+    boot.
+    """
+
+    machine: str
+    system: str
+    kernel: str
+    host_id: str
+    board: str
+    cpu_model: str
+    isa: tuple[str, ...]
+    cores: int
+    cores_usable: int
+    governor: str
+    frequency_khz: int | None
+    temperature_c: float | None
+    throttled: str
+    memory_bytes: int | None
+    load_1m: float | None
+    virtual: str
+    emulated: str
+    caps: dict[str, str]
+    python: str
+    numpy: str
+
+
+class Evidence(NamedTuple):
+    """One of ``EVIDENCE``, and the sentence that explains it."""
+
+    level: str
+    note: str
+
+
+def environment(root: Path = Path("/"), variables: Mapping[str, str] = os.environ, machine: str = "") -> Environment:
+    """Read the machine; ``root`` and ``machine`` stand in for it in tests."""
+    import numpy as np
+
+    machine = machine or platform.machine()
+    cpuinfo = _text(root / "proc/cpuinfo")
+    frequency = _text(root / _CPU0 / "scaling_cur_freq")
+    return Environment(
+        machine=machine,
+        system=platform.system(),
+        kernel=platform.release(),
+        host_id=_host_id(root),
+        board=_text(root / "proc/device-tree/model").strip("\0\n "),
+        cpu_model=_cpu_model(cpuinfo),
+        isa=_isa(cpuinfo),
+        cores=os.cpu_count() or 1,
+        cores_usable=_usable(),
+        governor=_text(root / _CPU0 / "scaling_governor").strip(),
+        frequency_khz=int(frequency) if frequency.strip().isdigit() else None,
+        temperature_c=_temperature(root),
+        throttled=_text(root / _THROTTLED).strip(),
+        memory_bytes=_memory_bytes(root),
+        load_1m=_load(root),
+        virtual=_virtual(root, cpuinfo),
+        emulated=_emulated(root, cpuinfo, variables, machine),
+        caps={name: variables[name] for name in CAP_VARIABLES if variables.get(name)},
+        python=platform.python_version(),
+        numpy=np.__version__,
+    )
+
+
+def evidence_for(target: Mapping[str, Any], host: Environment) -> Evidence:
+    """What times taken on this host are worth for a target, which is as its manifest holds it."""
+    if host.emulated:
+        return Evidence(EMULATED, f"{host.emulated}: proves outputs, its times mean nothing")
+    match = target.get("match") or {}
+    board = match.get("device_tree_model", "")
+    lacking = [flag for flag in target.get("isa") or () if host.isa and flag not in host.isa]
+    where = host.board or host.cpu_model or host.machine
+    if host.machine == match.get("machine") and board in host.board and not lacking:
+        beyond = [flag for flag in INT8_FLAGS if flag in host.isa and flag not in (target.get("isa") or ())]
+        more = f"; it has {', '.join(beyond)}, which the target does not count on" if beyond else ""
+        return Evidence(TARGET, f"measured on {where}{more}")
+    wanted = board or match.get("machine", "") or str(target.get("name", "the target"))
+    lack = f" without {', '.join(lacking)}" if lacking and host.machine == match.get("machine") else ""
+    caps = target.get("proxy_env") or {}
+    cap = "capped by " + " ".join(f"{k}={v}" for k, v in sorted(caps.items())) if caps else "no instruction-set cap"
+    note = " ".join(str(target.get("proxy_note") or "").split())
+    return Evidence(PROXY, f"{where} ({host.machine}){lack} stands in for {wanted}, {cap}{': ' + note if note else ''}")
+
+
+def weaker(level: str, than: str) -> bool:
+    """Is an evidence level weaker than another?"""
+    return EVIDENCE.index(level) > EVIDENCE.index(than)
+
+
+def host_warnings(host: Environment, threads: int) -> list[str]:
+    """What on this machine disturbs a measurement, each with what to do about it."""
+    warnings = []
+    if host.load_1m is not None and host.load_1m > 0.25 * host.cores_usable + 0.25:
+        warnings.append(f"load {host.load_1m:.2f} on {host.cores_usable} core(s): end other work, then measure again")
+    if host.throttled not in ("", "0", "0x0"):
+        warnings.append(
+            f"the firmware reports throttling ({host.throttled}): cool the board or its supply, then measure again"
+        )
+    if host.governor in ("powersave", "conservative"):
+        warnings.append(f"CPU governor {host.governor}: set performance, or state that the board runs like this")
+    if threads > host.cores_usable:
+        warnings.append(f"{threads} threads on {host.cores_usable} usable core(s): they wait for one another")
+    return warnings
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _values(cpuinfo: str, key: str) -> list[str]:
+    return re.findall(rf"^{re.escape(key)}\s*:\s*(.+?)\s*$", cpuinfo, re.MULTILINE)
+
+
+def _cpu_model(cpuinfo: str) -> str:
+    names = _values(cpuinfo, "model name")
+    if names:
+        return names[0]
+    parts = dict.fromkeys(_ARM_PARTS.get(part, f"Arm part {part}") for part in _values(cpuinfo, "CPU part"))
+    return " + ".join(parts)  # big.LITTLE has two
+
+
+def _isa(cpuinfo: str) -> tuple[str, ...]:
+    lines = _values(cpuinfo, "flags") or _values(cpuinfo, "Features")
+    if not lines:
+        return ()
+    # cores may differ: what every one of them has
+    common = set.intersection(*(set(line.split()) for line in lines))
+    return tuple(flag for flag in ISA_FLAGS if flag in common)
+
+
+def _usable() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _temperature(root: Path) -> float | None:
+    text = _text(root / "sys/class/thermal/thermal_zone0/temp").strip()
+    return int(text) / 1000 if text.lstrip("-").isdigit() else None
+
+
+def _memory_bytes(root: Path) -> int | None:
+    found = re.search(r"^MemTotal:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else None
+
+
+def _load(root: Path) -> float | None:
+    parts = _text(root / "proc/loadavg").split()
+    return float(parts[0]) if parts and re.fullmatch(r"\d+(\.\d+)?", parts[0]) else None
+
+
+def _host_id(root: Path) -> str:
+    # machine-id(5) asks that it leave the machine only hashed with something of the application
+    machine_id = _text(root / "etc/machine-id").strip()
+    return hashlib.sha256(f"rowcol-edge {machine_id}".encode()).hexdigest()[:12] if machine_id else ""
+
+
+def _virtual(root: Path, cpuinfo: str) -> str:
+    signs = []
+    marked = (root / ".dockerenv").exists() or (root / "run/.containerenv").exists()
+    if marked or re.search(r"docker|lxc|kubepods|containerd", _text(root / "proc/1/cgroup")):
+        signs.append("container")
+    if any("hypervisor" in line.split() for line in _values(cpuinfo, "flags")):
+        vendor = _text(root / "sys/class/dmi/id/sys_vendor").strip()
+        signs.append(f"virtual machine ({vendor})" if vendor else "virtual machine")
+    return ", ".join(signs)
+
+
+def _emulated(root: Path, cpuinfo: str, variables: Mapping[str, str], machine: str) -> str:
+    """The sign that this runs under an emulator, or nothing.
+
+    QEMU's user mode makes up the /proc/self/maps that its guest sees; the same file of a thread shows QEMU itself.
+    """
+    if variables.get(EMULATED_VARIABLE, "") not in ("", "0"):
+        return f"{EMULATED_VARIABLE} is set"
+    threads = sorted((root / "proc/self/task").glob("*/maps"))
+    for maps in (root / "proc/self/maps", *threads[:1]):
+        if re.search(r"/qemu-(aarch64|arm|x86_64|i386|riscv64)", _text(maps)):
+            return "QEMU user-mode emulation"
+    # an older QEMU hands its guest the host's own cpuinfo
+    if (machine.startswith(("aarch64", "arm")) and _values(cpuinfo, "flags")) or (
+        machine == "x86_64" and _values(cpuinfo, "CPU implementer")
+    ):
+        return f"{machine} on a processor of another kind"
+    return ""

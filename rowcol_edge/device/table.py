@@ -1,0 +1,141 @@
+"""A profile as plain text, for a terminal that has nothing but this archive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .profile import ArmProfile, Comparison, Profile
+from .stats import NOT_COMPARABLE, refusal
+from .system import EMULATED, PREDICTED
+
+NONE = "–"
+
+
+def profile_table(profile: Profile) -> str:
+    """Arms, paired ratios with interval and verdict, the null arm, evidence and warnings."""
+    protocol = profile.protocol
+    runtime = f"{profile.runtime} {profile.runtime_version}"
+    threads = f"{profile.threads or 'default'} thread(s)"
+    taken = f"{protocol.rounds} rounds in {protocol.elapsed_seconds:.0f} s"
+    lines = [
+        f"{profile.bundle} for {profile.target}: {runtime}, {threads}, {taken}",
+        f"evidence: {profile.evidence} – {profile.evidence_note}",
+        f"host: {_host(profile)}",
+        "",
+        *_arms(profile),
+        "",
+        *_ratios(profile),
+    ]
+    if refusals := _refusals(profile):
+        lines += ["", *refusals]
+    if profile.warnings:
+        lines += ["", *(f"warning: {text}" for text in profile.warnings)]
+    return "\n".join(lines)
+
+
+def milliseconds(ns: float | None) -> str:
+    """A time with three significant digits, in ms; a dash for none."""
+    if ns is None:
+        return NONE
+    ms = ns * 1e-6
+    return (
+        f"{ms:.0f} ms"
+        if ms >= 99.95
+        else f"{ms:.1f} ms"
+        if ms >= 9.995
+        else f"{ms:.2f} ms"
+        if ms >= 0.9995
+        else f"{ms:.3f} ms"
+    )
+
+
+def size(size_bytes: float | None) -> str:
+    """A size on disk (kB, MB: powers of ten)."""
+    if size_bytes is None:
+        return NONE
+    return f"{size_bytes / 1e6:.2f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.0f} kB"
+
+
+def mebibytes(size_bytes: float | None) -> str:
+    """A size in memory (MiB)."""
+    return NONE if size_bytes is None else f"{size_bytes / (1 << 20):.0f} MiB"
+
+
+def ratio_text(comparison: Comparison) -> str:
+    """``0.612 [0.604, 0.619] faster``: never a ratio without its interval and verdict."""
+    c = comparison
+    if c.ratio is None or c.ci_low is None or c.ci_high is None or c.verdict == NOT_COMPARABLE:
+        return f"{NOT_COMPARABLE}{f' ({c.reason})' if c.reason else ''}"
+    reason = f" ({c.reason})" if c.reason else ""
+    return f"{c.ratio:.3f} [{c.ci_low:.3f}, {c.ci_high:.3f}] {c.verdict}{reason}"
+
+
+def times_count(profile: Profile) -> bool:
+    """May times and memory of this profile be printed as the target's? An emulator's are its own."""
+    return profile.evidence not in (EMULATED, PREDICTED)
+
+
+def columns(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> list[str]:
+    """Rows of cells aligned to the widest of each column, two spaces apart."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(right))]
+    return [
+        "  ".join(
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _arms(profile: Profile) -> list[str]:
+    shown = times_count(profile)
+    head = ["arm", "median", "p90", "p99", "import", "load", "first", "peak memory", "over runtime", "file"]
+    rows = [head, *(_arm(arm, shown) for arm in profile.arms.values())]
+    return columns(rows, [False] + [True] * (len(head) - 1))
+
+
+def _arm(arm: ArmProfile, shown: bool) -> list[str]:
+    latency, cold, memory = arm.latency, arm.cold, arm.memory if shown else None
+    values = (latency.median_ns, latency.p90_ns, latency.p99_ns, cold.import_ns, cold.load_ns, cold.first_ns)
+    times = [milliseconds(value) if shown else NONE for value in values]
+    return [
+        arm.name,
+        *times,
+        mebibytes(memory.peak_bytes if memory else None),
+        mebibytes(memory.own_bytes if memory else None),
+        size(arm.artifact_bytes),
+    ]
+
+
+def _ratios(profile: Profile) -> list[str]:
+    rows = [["latency ratio, paired", "95 % interval and verdict"]]
+    rows += [[f"{c.arm} / {c.baseline}", ratio_text(c)] for c in profile.comparisons]
+    rows.append([f"null arm: {profile.null.baseline} twice", ratio_text(profile.null)])
+    return columns(rows, [False, False])
+
+
+def _refusals(profile: Profile) -> list[str]:
+    if not times_count(profile):
+        return []
+    lines = []
+    for name, arm in profile.arms.items():
+        for q, value in ((90, arm.latency.p90_ns), (99, arm.latency.p99_ns)):
+            if value is None:
+                lines.append(f"{name}: {refusal(q, arm.latency.n)}")
+    return lines
+
+
+def _host(profile: Profile) -> str:
+    host = profile.environment
+    isa = [flag for flag in host.isa if flag not in ("sse4_1", "sse4_2", "avx", "f16c")]
+    caps = {**host.caps, **profile.caps}
+    parts = [
+        host.board or host.cpu_model or host.machine,
+        f"{host.cores_usable} of {host.cores} cores",
+        " ".join(isa),
+        host.virtual,
+        f"governor {host.governor}" if host.governor else "",
+        "caps " + " ".join(f"{k}={v}" for k, v in sorted(caps.items())) if caps else "no caps",
+        f"Python {host.python}",
+    ]
+    return ", ".join(part for part in parts if part)

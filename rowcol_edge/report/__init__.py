@@ -1,0 +1,1 @@
+"""Results for people: tables out of bundles and profiles. Nothing here measures or changes anything."""

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rowcol_edge.device import memory
+
+STATUS = "Name:\tpython\nVmPeak:\t  900 kB\nVmHWM:\t  345 kB\nVmRSS:\t  123 kB\nThreads:\t1\n"
+
+
+def test_reads_the_kernels_own_words(tmp_path: Path) -> None:
+    (tmp_path / "status").write_text(STATUS)
+    assert memory.resident_bytes(tmp_path) == 123 * 1024
+    assert memory.peak_bytes(tmp_path) == 345 * 1024
+
+
+@pytest.mark.parametrize("text", ["", "VmRSS:\t12 MB\n", "VmRSS:\tmany kB\n", "VmRSSX:\t1 kB\n"])
+def test_what_is_not_told_is_none(tmp_path: Path, text: str) -> None:
+    assert memory.resident_bytes(tmp_path) is None
+    (tmp_path / "status").write_text(text)
+    assert memory.resident_bytes(tmp_path) is None
+
+
+def test_resetting_the_peak(tmp_path: Path) -> None:
+    assert memory.reset_peak(tmp_path)
+    assert (tmp_path / "clear_refs").read_text() == "5"
+    assert not memory.reset_peak(tmp_path / "missing")
+
+
+def test_this_process_sees_its_own_peak() -> None:
+    assert sys.platform == "linux"
+    before = memory.peak_bytes()
+    assert before is not None
+    block = np.ones(200 * (1 << 20) // 8)
+    del block
+    after, resident = memory.peak_bytes(), memory.resident_bytes()
+    assert after is not None
+    assert resident is not None
+    assert after - resident > 150 * (1 << 20)

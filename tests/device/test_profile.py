@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rowcol_edge.device.profile import Profile, conditions, differences
+from rowcol_edge.errors import BundleError, NotComparableError
+
+from ..profiles import ENVIRONMENT, make_profile
+
+
+def test_json_round_trip_keeps_every_raw_sample(tmp_path: Path) -> None:
+    profile = make_profile()
+    text = profile.to_json()
+    assert Profile.from_json(text) == profile
+    assert json.loads(text) == json.loads(json.dumps(profile.to_dict()))
+    (tmp_path / "p.json").write_text(text, encoding="utf-8")
+    assert (
+        Profile.load(tmp_path / "p.json").arms["dense@fp32"].blocks[11].samples_ns
+        == profile.arms["dense@fp32"].blocks[11].samples_ns
+    )
+
+
+def test_plain_json_is_read_as_well() -> None:
+    profile = make_profile()
+    assert Profile.from_json(json.dumps(profile.to_dict(), indent=1)) == profile
+
+
+def test_the_samples_of_a_block_stand_on_one_line() -> None:
+    lines = make_profile().to_json().splitlines()
+    assert sum('"samples_ns": [' in line for line in lines) == 4 * 12
+    assert len(lines) < 1200
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 2}, "profile.schema: expected 1, got 2"),
+        ({"evidence": "hearsay"}, "evidence: expected one of target, proxy, emulated, predicted, got 'hearsay'"),
+        ({"threads": "2"}, "profile.threads: expected a whole number, got '2'"),
+        ({"arms": {"a": {}}}, "profile.arms.a.name: expected a value"),
+        ({"extra": 1}, "profile.extra: expected no such key"),
+    ],
+)
+def test_a_damaged_profile_is_an_error_that_names_the_key(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        Profile.from_dict({**make_profile().to_dict(), **change})
+
+
+def test_an_unknown_verdict_is_an_error() -> None:
+    profile = make_profile()
+    with pytest.raises(BundleError, match="verdict: expected one of faster, slower"):
+        Profile.from_dict({**profile.to_dict(), "null": {**profile.to_dict()["null"], "verdict": "great"}})
+
+
+def test_a_missing_file_and_broken_json(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="a readable profile"):
+        Profile.load(tmp_path / "no.json")
+    (tmp_path / "no.json").write_text("{")
+    with pytest.raises(BundleError, match=r"no.json: expected a JSON document"):
+        Profile.load(tmp_path / "no.json")
+
+
+def test_comparison_of_two_arms() -> None:
+    found = make_profile().comparison("factored@int8", "dense@int8")
+    assert found.verdict == "faster"
+    assert found.ratio == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_pair_that_was_not_measured_or_must_not_be_compared() -> None:
+    with pytest.raises(NotComparableError, match="profile again with that baseline") as e:
+        make_profile().comparison("dense@fp32", "factored@int8")
+    assert e.value.exit_code == 3
+    with pytest.raises(NotComparableError, match="emulated times are no latency"):
+        make_profile(evidence="emulated").comparison("factored@int8", "dense@int8")
+
+
+def test_derived_figures() -> None:
+    arm = make_profile().arms["dense@int8"]
+    assert arm.cold.total_ns == 329_000_000
+    assert arm.memory is not None
+    assert arm.memory.own_bytes == 20 * (1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"threads": 4}, "threads: 2 and 4"),
+        ({"runtime_version": "1.21"}, "runtime: onnxruntime 1.20 and onnxruntime 1.21"),
+        ({"evidence": "proxy"}, "evidence: target and proxy"),
+        ({"caps": {"ONEDNN_MAX_CPU_ISA": "AVX2"}}, "caps: none and ONEDNN_MAX_CPU_ISA=AVX2"),
+        ({"environment": replace(ENVIRONMENT, host_id="ba9876543210")}, "host: 0123456789ab and ba9876543210"),
+        ({"environment": replace(ENVIRONMENT, caps={"OMP_NUM_THREADS": "1"})}, "caps: none and OMP_NUM_THREADS=1"),
+    ],
+)
+def test_conditions_that_keep_latencies_apart(change: dict[str, Any], difference: str) -> None:
+    profile = make_profile()
+    assert differences(profile, replace(profile, **change)) == (difference,)
+
+
+def test_the_same_conditions() -> None:
+    profile = make_profile()
+    assert differences(profile, replace(profile, created="later")) == ()
+    assert conditions(profile)["processor"] == "x86_64 Some Core"

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rowcol_edge.device import system
+
+X86_CORE = "processor\t: 0\nmodel name\t: Some Core\nflags\t\t: fpu sse4_2 avx2 fma avx_vnni hypervisor\n\n"
+X86 = X86_CORE * 2
+ARM = """processor	: 0
+Features	: fp asimd asimddp
+CPU implementer	: 0x41
+CPU part	: 0xd0b
+
+processor	: 1
+Features	: fp asimd
+CPU implementer	: 0x41
+CPU part	: 0xd05
+"""
+
+
+def machine(root: Path, **files: str) -> Path:
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def pi(root: Path, model: str = "Raspberry Pi 5 Model B Rev 1.0\0") -> system.Environment:
+    files = {
+        "proc__cpuinfo": ARM.replace("fp asimd\n", "fp asimd asimddp asimdhp\n").replace(
+            "asimddp\nCPU", "asimddp asimdhp\nCPU"
+        )
+    }
+    return system.environment(machine(root, **files, **{"proc__device-tree__model": model}), {}, "aarch64")
+
+
+PI5 = {
+    "name": "raspberry-pi-5",
+    "match": {"machine": "aarch64", "device_tree_model": "Raspberry Pi 5"},
+    "isa": ["asimd", "asimddp"],
+    "proxy_note": "Nothing\nstands in for it.",
+}
+GENERIC = {"name": "generic-x86", "match": {"machine": "x86_64"}, "isa": ["avx2", "fma"]}
+
+
+def test_an_x86_machine(tmp_path: Path) -> None:
+    machine(
+        tmp_path,
+        proc__cpuinfo=X86,
+        proc__meminfo="MemTotal:       2048 kB\n",
+        proc__loadavg="0.75 0.5 0.2 1/2 3\n",
+        sys__class__dmi__id__sys_vendor="QEMU\n",
+        **{"etc__machine-id": "abc\n"},
+    )
+    found = system.environment(tmp_path, {"ONEDNN_MAX_CPU_ISA": "AVX2", "OTHER": "1"}, "x86_64")
+    assert found.cpu_model == "Some Core"
+    assert found.isa == ("sse4_2", "fma", "avx2", "avx_vnni")
+    assert (found.memory_bytes, found.load_1m) == (2048 * 1024, 0.75)
+    assert found.virtual == "virtual machine (QEMU)"
+    assert found.caps == {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    assert (found.emulated, found.board, found.throttled, found.governor) == ("", "", "", "")
+    assert len(found.host_id) == 12
+    assert "abc" not in found.host_id
+
+
+def test_a_board(tmp_path: Path) -> None:
+    machine(
+        tmp_path,
+        proc__cpuinfo=ARM,
+        sys__devices__system__cpu__cpu0__cpufreq__scaling_governor="ondemand\n",
+        sys__devices__system__cpu__cpu0__cpufreq__scaling_cur_freq="1500000\n",
+        sys__class__thermal__thermal_zone0__temp="48312\n",
+        **{
+            "proc__device-tree__model": "Raspberry Pi 5\0",
+            "sys__devices__platform__soc__soc:firmware__get_throttled": "50000\n",
+        },
+    )
+    found = system.environment(tmp_path, {}, "aarch64")
+    assert found.board == "Raspberry Pi 5"
+    assert found.cpu_model == "Cortex-A76 + Cortex-A55"
+    assert found.isa == ("asimd",)  # what both kinds of core have
+    assert (found.governor, found.frequency_khz, found.temperature_c, found.throttled) == (
+        "ondemand",
+        1_500_000,
+        48.312,
+        "50000",
+    )
+
+
+def test_what_a_system_does_not_tell_stays_empty(tmp_path: Path) -> None:
+    found = system.environment(tmp_path, {}, "riscv64")
+    assert (found.cpu_model, found.isa, found.host_id, found.virtual, found.emulated) == ("", (), "", "", "")
+    assert (found.memory_bytes, found.load_1m, found.temperature_c, found.frequency_khz) == (None, None, None, None)
+
+
+def test_this_machine_can_be_read() -> None:
+    found = system.environment()
+    assert found.cores >= found.cores_usable >= 1
+    assert found.machine
+    assert found.memory_bytes is None or found.memory_bytes > 1 << 26
+
+
+@pytest.mark.parametrize(
+    ("files", "variables", "kind", "sign"),
+    [
+        ({}, {"ROWCOL_EMULATED": "1"}, "aarch64", "ROWCOL_EMULATED is set"),
+        (
+            {"proc__self__task__7__maps": "5500-5600 r-xp /usr/bin/qemu-aarch64-static\n"},
+            {},
+            "aarch64",
+            "QEMU user-mode",
+        ),
+        ({"proc__cpuinfo": X86}, {}, "aarch64", "aarch64 on a processor of another kind"),
+        ({"proc__cpuinfo": ARM}, {}, "x86_64", "x86_64 on a processor of another kind"),
+        ({"proc__cpuinfo": ARM}, {"ROWCOL_EMULATED": "0"}, "aarch64", ""),
+    ],
+)
+def test_emulators(tmp_path: Path, files: dict[str, str], variables: dict[str, str], kind: str, sign: str) -> None:
+    found = system.environment(machine(tmp_path, **files), variables, kind)
+    assert found.emulated.startswith(sign)
+    assert bool(found.emulated) == bool(sign)
+    assert (system.evidence_for(GENERIC, found).level == system.EMULATED) == bool(sign)
+
+
+def test_a_container(tmp_path: Path) -> None:
+    machine(tmp_path, proc__1__cgroup="0::/docker/1234\n")
+    assert system.environment(tmp_path, {}, "x86_64").virtual == "container"
+
+
+def test_the_board_itself_is_the_target(tmp_path: Path) -> None:
+    level, note = system.evidence_for(PI5, pi(tmp_path))
+    assert level == system.TARGET
+    assert note == "measured on Raspberry Pi 5 Model B Rev 1.0"
+
+
+def test_another_board_is_a_proxy(tmp_path: Path) -> None:
+    level, note = system.evidence_for(PI5, pi(tmp_path, "Raspberry Pi 4 Model B"))
+    assert level == system.PROXY
+    assert note.startswith("Raspberry Pi 4 Model B (aarch64) stands in for Raspberry Pi 5, no instruction-set cap: ")
+    assert note.endswith("Nothing stands in for it.")
+
+
+def test_a_proxy_names_its_cap(tmp_path: Path) -> None:
+    host = system.environment(machine(tmp_path, proc__cpuinfo=X86), {}, "x86_64")
+    found = system.evidence_for({**PI5, "proxy_env": {"ONEDNN_MAX_CPU_ISA": "AVX2"}, "proxy_note": ""}, host)
+    assert found == (system.PROXY, "Some Core (x86_64) stands in for Raspberry Pi 5, capped by ONEDNN_MAX_CPU_ISA=AVX2")
+
+
+def test_a_generic_target_is_any_matching_machine_with_its_instructions(tmp_path: Path) -> None:
+    host = system.environment(machine(tmp_path, proc__cpuinfo=X86), {}, "x86_64")
+    level, note = system.evidence_for(GENERIC, host)
+    assert level == system.TARGET
+    assert note == "measured on Some Core; it has avx_vnni, which the target does not count on"
+    level, note = system.evidence_for(GENERIC, replace(host, isa=("fma",)))
+    assert level == system.PROXY
+    assert note.startswith("Some Core (x86_64) without avx2 stands in for x86_64")
+    assert system.evidence_for(GENERIC, replace(host, isa=())).level == system.TARGET
+
+
+def test_weaker() -> None:
+    assert system.weaker("proxy", "target")
+    assert not system.weaker("target", "proxy")
+    assert not system.weaker("proxy", "proxy")
+
+
+def test_a_busy_or_throttled_machine_is_told(tmp_path: Path) -> None:
+    host = replace(pi(tmp_path), cores_usable=2, load_1m=0.5, governor="performance")
+    assert system.host_warnings(host, 2) == []
+    warnings = system.host_warnings(replace(host, load_1m=1.5, throttled="50005", governor="powersave"), 4)
+    assert [warning.split(":")[0] for warning in warnings] == [
+        "load 1.50 on 2 core(s)",
+        "the firmware reports throttling (50005)",
+        "CPU governor powersave",
+        "4 threads on 2 usable core(s)",
+    ]

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import pytest
+
+from rowcol_edge.device.profile import Comparison
+from rowcol_edge.device.table import mebibytes, milliseconds, profile_table, ratio_text, size
+
+from ..profiles import make_profile
+
+
+def test_the_whole_table() -> None:
+    lines = profile_table(
+        make_profile(warnings=("load 3.00 on 2 core(s): end other work, then measure again",))
+    ).splitlines()
+    assert lines[0] == "tiny for generic-x86: onnxruntime 1.20, 2 thread(s), 12 rounds in 70 s"
+    assert lines[1] == "evidence: target – measured on Some Core"
+    assert lines[2] == "host: Some Core, 2 of 4 cores, avx2 fma, governor performance, no caps, Python 3.11.7"
+    assert lines[4].split() == [
+        "arm",
+        "median",
+        "p90",
+        "p99",
+        "import",
+        "load",
+        "first",
+        "peak",
+        "memory",
+        "over",
+        "runtime",
+        "file",
+    ]
+    factored = lines[5].split()
+    assert factored[0] == "factored@int8"
+    assert 1.9 < float(factored[1]) < 2.1
+    assert factored[7:] == ["300", "ms", "20.0", "ms", "9.00", "ms", "70", "MiB", "20", "MiB", "1.23", "MB"]
+    ratio = next(line for line in lines if line.startswith("factored@int8 / dense@int8"))
+    assert ratio.endswith("] faster")
+    null = next(line for line in lines if line.startswith("null arm: dense@int8 twice"))
+    assert null.endswith("no significant difference")
+    assert lines[-1] == "warning: load 3.00 on 2 core(s): end other work, then measure again"
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_refused_percentiles_are_dashes_with_a_reason() -> None:
+    text = profile_table(make_profile(samples=41))
+    assert "–" in next(line for line in text.splitlines() if line.startswith("factored@int8"))
+    assert "factored@int8: p99 refused: 492 samples, needs 500" in text
+    assert "p90 refused" not in text
+    assert "refused" not in profile_table(make_profile())
+
+
+def test_an_emulators_times_are_never_shown() -> None:
+    lines = profile_table(make_profile(evidence="emulated")).splitlines()
+    row = next(line for line in lines if line.startswith("factored@int8 "))
+    assert "ms" not in row
+    assert row.split()[1:] == ["–"] * 8 + ["1.23", "MB"]
+    assert "not comparable (emulated times are no latency)" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("ns", "text"),
+    [
+        (None, "–"),
+        (12_345.0, "0.012 ms"),
+        (1.0e6, "1.00 ms"),
+        (12.34e6, "12.3 ms"),
+        (123.4e6, "123 ms"),
+        (9.996e6, "10.0 ms"),
+    ],
+)
+def test_times(ns: float | None, text: str) -> None:
+    assert milliseconds(ns) == text
+
+
+def test_sizes() -> None:
+    assert (size(None), size(999_000), size(4_404_019)) == ("–", "999 kB", "4.40 MB")
+    assert (mebibytes(None), mebibytes(3 << 20)) == ("–", "3 MiB")
+
+
+def test_no_ratio_without_its_interval() -> None:
+    c = Comparison("a", "b", 0.61234, 0.6, 0.62, "faster", "target", 12)
+    assert ratio_text(c) == "0.612 [0.600, 0.620] faster"
+    refused = Comparison("a", "b", None, None, None, "not comparable", "target", 5, "5 rounds, an interval needs 6")
+    assert ratio_text(refused) == "not comparable (5 rounds, an interval needs 6)"
