@@ -1,0 +1,266 @@
+"""Which layers a model calls, how often, in what order, and which belong together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import ExportGraphSignature
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from rowcol_edge.calling import bind, evaluating, watching
+from rowcol_edge.errors import ModelError, RowcolError, UnsupportedOpError
+
+_aten = torch.ops.aten
+_LAYER_OPS = frozenset(
+    (
+        _aten.linear.default,
+        *(getattr(getattr(_aten, f"conv{d}d"), overload) for d in (1, 2, 3) for overload in ("default", "padding")),
+        _aten.conv_transpose1d.default,
+        _aten.conv_transpose2d.input,
+        _aten.conv_transpose3d.input,
+    )
+)
+_NORM_OPS = frozenset((_aten.batch_norm.default,))
+_DROPOUT_OPS = frozenset((_aten.dropout.default, _aten.feature_dropout.default))
+_SAME_OPS = frozenset((_aten.clone.default, _aten.contiguous.default, _aten.alias.default, _aten.detach.default))
+
+
+@dataclass(frozen=True, slots=True)
+class GraphLayer:
+    """One ``nn.Linear``, convolution or batch norm and how the model uses it."""
+
+    name: str  # first name of the module in ``named_modules``
+    calls: int  # operators that take its weight
+    own_calls: int  # of these, through the module's own ``forward``
+    elsewhere: bool  # its weight also feeds another kind of operator
+    positions: int  # rows the weight is applied to, per sample, summed over calls
+    flat: bool  # output is (N, features), so a batch norm behind a linear layer acts on features
+    consumer: str = ""  # the layer that alone takes its output, with nothing in between
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNormPair:
+    """A layer and the batch norm that is the only reader of its output."""
+
+    layer: str
+    norm: str
+
+
+@dataclass(frozen=True, slots=True)
+class FactoredPair:
+    """Two consecutive layers through a bottleneck of ``rank`` features: already factored."""
+
+    first: str
+    second: str
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGraph:
+    """Layers in call order (never-called ones last), foldable batch norms, already factored pairs."""
+
+    layers: tuple[GraphLayer, ...]
+    batchnorms: tuple[BatchNormPair, ...]
+    factored: tuple[FactoredPair, ...]
+
+    def layer(self, name: str) -> GraphLayer | None:
+        """The layer of that name, None if the model has none."""
+        return next((layer for layer in self.layers if layer.name == name), None)
+
+
+def trace(model: nn.Module, example: Mapping[str, torch.Tensor]) -> LayerGraph:
+    """Traces one forward pass with ``torch.export`` (eval mode, no gradient); the model is left as it was.
+
+    Args:
+        model: any module that ``torch.export`` takes.
+        example: input name → tensor, batch first.
+
+    Raises:
+        ModelError: the model fails on the example itself.
+        UnsupportedOpError: ``torch.export`` cannot take it; names the innermost module.
+    """
+    args, kwargs = bind(model, example)
+    with evaluating(model), torch.no_grad():
+        with watching(model) as calls:
+            try:
+                model(*args, **kwargs)
+            except RowcolError:
+                raise
+            except Exception as error:  # boundary: the user's own code runs here and may raise anything
+                shapes = ", ".join(f"{name} {tuple(value.shape)} {value.dtype}" for name, value in example.items())
+                raise ModelError(
+                    f"the model fails on the example input, in module {calls.innermost or type(model).__name__!r}",
+                    got=f"{shapes}: {_first_line(error)}",
+                ) from error
+        counts = dict(calls.counts)
+        program = _export(model, args, kwargs)
+    return _Reader(model, program, counts, _batch_size(example)).read()
+
+
+def _export(
+    model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
+) -> torch.export.ExportedProgram:
+    with watching(model) as calls:
+        try:
+            return torch.export.export(model, args, kwargs, strict=False)
+        except Exception as error:  # boundary: torch.export documents no closed set of errors
+            raise UnsupportedOpError(
+                f"torch.export cannot take module {calls.innermost or type(model).__name__!r}",
+                expected="a forward without data-dependent control flow or unregistered operators",
+                got=_first_line(error),
+                hint="rewrite that module with plain torch operators",
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _batch_size(example: Mapping[str, torch.Tensor]) -> int:
+    sizes = [value.shape[0] for value in example.values() if value.dim()]
+    return max(1, sizes[0]) if sizes else 1
+
+
+class _Reader:
+    """Reads one exported graph against the module tree. Nodes are tied to modules by parameter, never by node name."""
+
+    def __init__(
+        self, model: nn.Module, program: torch.export.ExportedProgram, own_calls: Mapping[str, int], batch: int
+    ) -> None:
+        self.program = program
+        self.placeholders: dict[str, fx.Node] = {
+            node.name: node for node in program.graph.nodes if node.op == "placeholder"
+        }
+        self.own_calls = own_calls
+        self.batch = batch
+        kinds = nn.Linear | _ConvNd | _BatchNorm
+        self.modules = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+        owner = {id(tensor): name for name, module in reversed(self.modules.items()) for tensor in _tensors(module)}
+        self.owners = _owners(model, program.graph_signature, owner)
+        self.nodes: dict[str, list[fx.Node]] = {}
+        for node in program.graph.nodes:
+            name = self._module_of(node)
+            if name:
+                self.nodes.setdefault(name, []).append(node)
+
+    def _module_of(self, node: fx.Node) -> str:
+        if node.op != "call_function" or (node.target not in _LAYER_OPS and node.target not in _NORM_OPS):
+            return ""
+        indices = (1, 2, 3) if node.target in _NORM_OPS else (1,)
+        for value in (node.args[i] for i in indices if i < len(node.args)):
+            name = self.owners.get(value.name, "") if isinstance(value, fx.Node) else ""
+            if name and isinstance(self.modules[name], _BatchNorm) == (node.target in _NORM_OPS):
+                return name
+        return ""
+
+    def read(self) -> LayerGraph:
+        names = [*self.nodes, *(name for name in self.modules if name not in self.nodes)]
+        layers = tuple(self._layer(name) for name in names)
+        once = {layer.name: layer for layer in layers if layer.calls == layer.own_calls == 1 and not layer.elsewhere}
+        norms = tuple(
+            BatchNormPair(layer.name, layer.consumer)
+            for layer in once.values()
+            if layer.consumer in once and self._foldable(layer, layer.consumer)
+        )
+        return LayerGraph(layers, norms, self._factored(once, {pair.layer: pair.norm for pair in norms}))
+
+    def _layer(self, name: str) -> GraphLayer:
+        nodes = self.nodes.get(name, [])
+        module = self.modules[name]
+        values = [node.meta["val"] for node in nodes]
+        elsewhere = any(
+            user not in nodes
+            for placeholder, owner in self.owners.items()
+            if owner == name
+            for user in self.placeholders[placeholder].users
+        )
+        return GraphLayer(
+            name=name,
+            calls=len(nodes),
+            own_calls=self.own_calls.get(name, 0),
+            elsewhere=elsewhere,
+            positions=sum(math.prod(value.shape) // (_features(module) * self.batch) for value in values),
+            flat=bool(values) and all(value.dim() == 2 for value in values),
+            consumer=self._consumer(nodes[0]) if len(nodes) == 1 else "",
+        )
+
+    def _consumer(self, node: fx.Node) -> str:
+        """The layer that alone reads ``node``, looking through operators that do nothing in eval mode."""
+        while len(node.users) == 1:
+            user = next(iter(node.users))
+            if user.args and user.args[0] is node and sum(value is node for value in user.all_input_nodes) == 1:
+                name = self._module_of(user)
+                if name:
+                    return name
+                idle = user.target in _SAME_OPS or (user.target in _DROPOUT_OPS and user.args[2] is False)
+                if user.op == "call_function" and idle:
+                    node = user
+                    continue
+            return ""
+        return ""
+
+    def _foldable(self, layer: GraphLayer, norm: str) -> bool:
+        module, batchnorm = self.modules[layer.name], self.modules[norm]
+        if not isinstance(batchnorm, _BatchNorm) or batchnorm.running_mean is None or batchnorm.running_var is None:
+            return False
+        if isinstance(module, nn.Linear):
+            return layer.flat and module.out_features == batchnorm.num_features
+        return isinstance(module, _ConvNd) and not module.transposed and module.out_channels == batchnorm.num_features
+
+    def _factored(self, once: Mapping[str, GraphLayer], norm_of: Mapping[str, str]) -> tuple[FactoredPair, ...]:
+        found = []
+        for name, layer in once.items():
+            # A batch norm that can be folded is no nonlinearity: the two layers still multiply.
+            second = once[norm_of[name]].consumer if name in norm_of else layer.consumer
+            rank = _bottleneck(self.modules[name], self.modules[second]) if second in once else 0
+            if rank:
+                found.append(FactoredPair(name, second, rank))
+        return tuple(found)
+
+
+def _features(module: nn.Module) -> int:
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    return module.out_channels if isinstance(module, _ConvNd) else cast(_BatchNorm, module).num_features
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    named = {**module._parameters, **(module._buffers if isinstance(module, _BatchNorm) else {})}
+    wanted = (named.get(key) for key in ("weight", "running_mean", "running_var"))
+    return [tensor for tensor in wanted if tensor is not None]
+
+
+def _owners(model: nn.Module, signature: ExportGraphSignature, owner: Mapping[int, str]) -> dict[str, str]:
+    """Placeholder name → name of the module that holds the parameter or buffer as its weight."""
+    owners = {}
+    for placeholder, target in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items():
+        path, _, attribute = target.rpartition(".")
+        tensor = getattr(model.get_submodule(path), attribute, None)
+        if tensor is not None and id(tensor) in owner:
+            owners[placeholder] = owner[id(tensor)]
+    return owners
+
+
+def _bottleneck(first: nn.Module, second: nn.Module) -> int:
+    """Width of the bottleneck if the two together are smaller than the layer they multiply to, else 0."""
+    if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
+        weights, dense = first.weight.numel() + second.weight.numel(), first.in_features * second.out_features
+        return first.out_features if weights < dense else 0
+    if not isinstance(first, nn.Conv2d) or not isinstance(second, nn.Conv2d) or first.groups != 1 or second.groups != 1:
+        return 0
+    if not (_pointwise(first) or _pointwise(second)):
+        return 0
+    taps = math.prod(first.kernel_size) * math.prod(second.kernel_size)
+    weights, dense = first.weight.numel() + second.weight.numel(), first.in_channels * second.out_channels * taps
+    return first.out_channels if weights < dense else 0
+
+
+def _pointwise(module: nn.Conv2d) -> bool:
+    return math.prod(module.kernel_size) == 1 and module.padding in ((0, 0), "valid", "same")

@@ -1,0 +1,113 @@
+"""Which layers can be factored, what each costs, and why the others stay as they are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from rowcol_edge.factoring.costs import LayerInfo
+from rowcol_edge.factoring.graph import GraphLayer, LayerGraph
+
+SUPPORTED: dict[type[nn.Module], str] = {nn.Linear: "linear", nn.Conv2d: "conv2d"}
+
+
+def survey(model: nn.Module, graph: LayerGraph) -> dict[str, LayerInfo]:
+    """Shape, cost and skip reason of every linear layer and convolution, in call order.
+
+    ``model`` is the one ``graph`` was traced from, or its batch-norm-folded copy.
+    """
+    static = skip_reasons(model)
+    factored: dict[str, str] = {}
+    for pair in graph.factored:
+        factored.setdefault(pair.first, f"already factored: rank {pair.rank} with {pair.second}")
+        factored.setdefault(pair.second, f"already factored: rank {pair.rank} with {pair.first}")
+    found = {}
+    for layer in graph.layers:
+        module = model.get_submodule(layer.name)
+        if isinstance(module, nn.Linear | _ConvNd):
+            reason = static[layer.name] or _use_reason(layer) or factored.get(layer.name, "")
+            info = describe(layer.name, module, positions=layer.positions, calls=layer.calls, skip=reason)
+            small = not reason and info.break_even < 1
+            found[layer.name] = replace(info, skip="too small to factor") if small else info
+    return found
+
+
+def describe(
+    name: str, module: nn.Linear | _ConvNd, *, positions: int = 1, calls: int = 1, skip: str = ""
+) -> LayerInfo:
+    """Shape and cost of one module."""
+    if isinstance(module, nn.Linear):
+        return LayerInfo(
+            name=name,
+            kind="linear",
+            in_features=module.in_features,
+            out_features=module.out_features,
+            bias=module.bias is not None,
+            positions=positions,
+            calls=calls,
+            skip=skip,
+        )
+    return LayerInfo(
+        name=name,
+        kind="conv2d" if isinstance(module, nn.Conv2d) else type(module).__name__.lower(),
+        in_features=module.in_channels,
+        out_features=module.out_channels,
+        kernel=tuple(module.kernel_size),
+        groups=module.groups,
+        bias=module.bias is not None,
+        positions=positions,
+        calls=calls,
+        skip=skip,
+    )
+
+
+def skip_reasons(model: nn.Module) -> dict[str, str]:
+    """What can be told without running the model: layer name → reason to leave it, ``""`` if there is none."""
+    holders: Counter[int] = Counter()
+    for module in model.modules():
+        holders.update({id(parameter) for parameter in module._parameters.values() if parameter is not None})
+    return {
+        name: _module_reason(module) or _tied_reason(module, holders)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | _ConvNd)
+    }
+
+
+def _module_reason(module: nn.Module) -> str:
+    base = next((base for base in SUPPORTED if isinstance(module, base)), None)
+    if base is None:
+        return f"{type(module).__name__} is not factored"
+    if parametrize.is_parametrized(module) or module._parameters.get("weight") is None:
+        return "its weight is parametrized"
+    if type(module).forward is not base.forward:
+        return f"{type(module).__name__} has a forward of its own"
+    # A replacement would lose them silently.
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "hooks are attached to it"
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        depthwise = module.groups == module.in_channels
+        return "depthwise convolution" if depthwise else f"grouped convolution ({module.groups} groups)"
+    weight = module._parameters["weight"]
+    if weight is None or not weight.is_floating_point() or not bool(torch.isfinite(weight).all()):
+        return "its weight is not finite floating point"
+    return ""
+
+
+def _tied_reason(module: nn.Module, holders: Counter[int]) -> str:
+    tied = any(holders[id(parameter)] > 1 for parameter in module._parameters.values() if parameter is not None)
+    return "its weight is tied to another module" if tied else ""
+
+
+def _use_reason(layer: GraphLayer) -> str:
+    if layer.calls == 0 and layer.own_calls == 0:
+        return "never called"
+    if layer.own_calls == 0 or layer.elsewhere or layer.own_calls < layer.calls:
+        return "its weight is used without calling it"
+    if layer.own_calls > 1:
+        return f"shared: called {layer.own_calls} times"
+    return ""

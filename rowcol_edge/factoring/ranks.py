@@ -1,0 +1,263 @@
+"""Ranks from spectra: by energy, or by a parameter budget. Pure numpy."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rowcol_edge.errors import BudgetError, ConfigError, PlanError
+from rowcol_edge.factoring.costs import LayerInfo
+from rowcol_edge.factoring.plan import FactorPlan, LayerPlan, nearest
+
+Array = NDArray[np.float64]
+
+
+class Spectrum(Protocol):
+    """What ranks need to know of a layer's output (``spaces.LayerSpaces`` is one)."""
+
+    @property
+    def eigenvalues(self) -> Array:
+        """(out,) descending, ≥ 0."""
+
+    @property
+    def constant(self) -> bool:
+        """The output does not vary."""
+
+
+def energy_ladder(steps: int = 24, *, least: float = 1e-4, most: float = 0.5) -> tuple[float, ...]:
+    """Energies to try, most careful first: the tails cut off are log-spaced from ``least`` to ``most``."""
+    if steps < 2 or not 0.0 < least < most < 1.0:
+        expected = "steps ≥ 2 and 0 < least < most < 1"
+        raise ConfigError("energy ladder", expected=expected, got=f"{steps}, {least}, {most}")
+    return tuple(float(1.0 - tail) for tail in np.geomspace(least, most, steps))
+
+
+def plan_by_energy(
+    infos: Mapping[str, LayerInfo],
+    spaces: Mapping[str, Spectrum],
+    energy: float,
+    *,
+    rank_multiple: int = 1,
+    break_even: float = 1.0,
+    model: str = "",
+) -> FactorPlan:
+    """The smallest rank, rounded up to ``rank_multiple``, that keeps ``energy`` of each layer's centred variance.
+
+    A layer stays dense where that rank saves too little: above ``break_even`` times its break-even rank (1.0 = no
+    parameter saved). A lower energy never gives more parameters. A layer without spaces stays dense.
+
+    Raises:
+        ConfigError: energy not in (0, 1], rank_multiple < 1, break_even not in (0, 1].
+    """
+    if not 0.0 < energy <= 1.0:
+        raise ConfigError("energy", expected="above 0, at most 1", got=str(energy))
+    _check_options(rank_multiple, break_even)
+    layers = []
+    for name, info in infos.items():
+        reason = _reason(info, spaces.get(name))
+        if reason:
+            layers.append(_dense(info, reason))
+            continue
+        kept = _kept(spaces[name].eigenvalues)
+        needed = int(np.searchsorted(kept, energy * (1 - 1e-14))) + 1
+        rank = -(-min(needed, info.out_features) // rank_multiple) * rank_multiple
+        limit = int(info.break_even * break_even)
+        if rank > limit:
+            layers.append(_dense(info, f"needs rank {rank}, break-even is {limit}"))
+        else:
+            layers.append(_project(info, rank, kept))
+    return FactorPlan(tuple(layers), rank_multiple, f"energy={energy:.10g}", model)
+
+
+def plan_by_parameters(
+    infos: Mapping[str, LayerInfo],
+    spaces: Mapping[str, Spectrum],
+    *,
+    model_parameters: int,
+    ratio: float | None = None,
+    count: int | None = None,
+    rank_multiple: int = 1,
+    break_even: float = 1.0,
+    weights: Mapping[str, float] | None = None,
+    model: str = "",
+) -> FactorPlan:
+    """Meets a parameter budget over the whole model at the least total loss.
+
+    A layer's loss is the fraction of its output variance that is cut off, times its weight (default 1: pass a measured
+    sensitivity to do better). Lagrangian allocation: each layer moves along the lower convex hull of its (parameters,
+    loss) options, always the cheapest step first; the last step is then taken back as far as the budget allows.
+
+    Args:
+        model_parameters: parameters of the whole model, those outside ``infos`` included.
+        ratio: budget as a fraction of ``model_parameters``; or
+        count: budget as a number of parameters (give one of the two).
+
+    Raises:
+        ConfigError: options out of range.
+        BudgetError: below the least that can be reached; says by how much.
+    """
+    _check_options(rank_multiple, break_even)
+    budget = _budget(model_parameters, ratio, count)
+    ladders = {
+        name: _ladder(info, _kept(spaces[name].eigenvalues), rank_multiple, break_even, (weights or {}).get(name, 1.0))
+        for name, info in infos.items()
+        if not _reason(info, spaces.get(name))
+    }
+    chosen = _allocate(ladders, model_parameters, budget)
+    layers = []
+    for name, info in infos.items():
+        reason = _reason(info, spaces.get(name))
+        rank = chosen.get(name, 0)
+        if rank:
+            layers.append(_project(info, rank, _kept(spaces[name].eigenvalues)))
+        else:
+            layers.append(_dense(info, reason or "the budget does not need it"))
+    return FactorPlan(tuple(layers), rank_multiple, f"parameters<={budget}", model)
+
+
+def refresh(plan: FactorPlan, infos: Mapping[str, LayerInfo], spaces: Mapping[str, Spectrum]) -> FactorPlan:
+    """The plan checked against the model, its derived numbers computed anew; layers it leaves out are added as dense.
+
+    Raises:
+        PlanError: an unknown layer (with the nearest names), one that must stay dense, a rank out of range.
+    """
+    listed = {layer.name: layer for layer in plan.layers}
+    for name in listed:
+        if name not in infos:
+            raise PlanError(f"the plan names unknown layer {name!r}", hint=nearest(name, infos))
+    layers = []
+    for name, info in infos.items():
+        layer = listed.get(name)
+        if layer is None or layer.form == "dense":
+            layers.append(_dense(info, info.skip or (layer.reason if layer else "") or "left dense by the plan"))
+            continue
+        if info.skip:
+            raise PlanError(f"layer {name!r} cannot be factored: {info.skip}", hint='set its form to "dense"')
+        rank = layer.rank or 0
+        if not 1 <= rank <= info.out_features:
+            raise PlanError(f"layer {name!r}: rank", expected=f"1 to {info.out_features}", got=str(rank))
+        if name not in spaces:
+            raise PlanError(f"layer {name!r}: its spaces were not collected")
+        layers.append(_project(info, rank, _kept(spaces[name].eigenvalues)))
+    return replace(plan, layers=tuple(layers))
+
+
+def _check_options(rank_multiple: int, break_even: float) -> None:
+    if rank_multiple < 1:
+        raise ConfigError("rank_multiple", expected="a positive integer", got=str(rank_multiple))
+    if not 0.0 < break_even <= 1.0:
+        raise ConfigError("break_even", expected="above 0, at most 1", got=str(break_even))
+
+
+def _budget(model_parameters: int, ratio: float | None, count: int | None) -> int:
+    if (ratio is None) == (count is None):
+        raise ConfigError("parameter budget", expected="a ratio or a count", got=f"ratio {ratio}, count {count}")
+    if ratio is not None and not 0.0 < ratio <= 1.0:
+        raise ConfigError("parameter ratio", expected="above 0, at most 1", got=str(ratio))
+    return int(model_parameters * ratio) if ratio is not None else int(count or 0)
+
+
+def _reason(info: LayerInfo, spectrum: Spectrum | None) -> str:
+    """Why the layer stays dense whatever the rank."""
+    if info.skip:
+        return info.skip
+    if spectrum is None:
+        return "its spaces were not collected"
+    if spectrum.constant:
+        return "its output is constant on the calibration data"
+    return ""
+
+
+def _kept(eigenvalues: Array) -> Array:
+    """kept[r − 1] = fraction of the variance in the first r directions (ones for a zero spectrum)."""
+    total = float(eigenvalues.sum())
+    return np.minimum(np.cumsum(eigenvalues) / total, 1.0) if total > 0.0 else np.ones_like(eigenvalues)
+
+
+def _dense(info: LayerInfo, reason: str) -> LayerPlan:
+    return LayerPlan(info.name, "dense", None, 1.0, info.parameters, info.parameters, info.macs, info.macs, reason)
+
+
+def _project(info: LayerInfo, rank: int, kept: Array) -> LayerPlan:
+    return LayerPlan(
+        name=info.name,
+        form="project",
+        rank=rank,
+        energy=float(kept[rank - 1]),
+        parameters_before=info.parameters,
+        parameters_after=info.factored_parameters(rank),
+        macs_before=info.macs,
+        macs_after=info.factored_macs(rank),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    rank: int  # 0 = dense
+    parameters: int
+    loss: float
+
+
+def _ladder(info: LayerInfo, kept: Array, multiple: int, break_even: float, weight: float) -> list[_Option]:
+    """Dense, then every allowed rank, from the largest to the smallest."""
+    if not np.isfinite(weight) or weight < 0.0:
+        raise ConfigError(f"weight of layer {info.name!r}", expected="a finite number ≥ 0", got=str(weight))
+    limit = int(info.break_even * break_even)
+    ranks = range(limit // multiple * multiple, 0, -multiple)
+    options = [_Option(rank, info.factored_parameters(rank), weight * float(1.0 - kept[rank - 1])) for rank in ranks]
+    return [_Option(0, info.parameters, 0.0), *options]
+
+
+def _hull(options: list[_Option]) -> list[_Option]:
+    """Lower convex hull of (parameters, loss), parameters falling: slopes (loss per parameter saved) rise along it."""
+    hull: list[_Option] = []
+    for option in options:
+        while len(hull) > 1 and _slope(hull[-1], option) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def _slope(dearer: _Option, cheaper: _Option) -> float:
+    return (cheaper.loss - dearer.loss) / (dearer.parameters - cheaper.parameters)
+
+
+def _allocate(ladders: Mapping[str, list[_Option]], model_parameters: int, budget: int) -> dict[str, int]:
+    """Layer → rank, 0 = dense."""
+    least = model_parameters - sum(options[0].parameters - options[-1].parameters for options in ladders.values())
+    if least > budget:
+        raise BudgetError(
+            "the parameter budget cannot be met by factoring",
+            expected=f"at most {budget:,} parameters",
+            got=f"{least:,} at the smallest ranks, {least - budget:,} too many",
+            hint=f"allow at least {least:,}, or a smaller rank multiple",
+        )
+    hulls = {name: _hull(options) for name, options in ladders.items()}
+    steps = [
+        (_slope(dearer, cheaper), name, dearer, cheaper)
+        for name, hull in hulls.items()
+        for dearer, cheaper in itertools.pairwise(hull)
+    ]
+    # Slopes rise along each hull, so a stable sort keeps a layer's steps in order.
+    steps.sort(key=lambda step: step[0])
+    chosen = {name: options[0].rank for name, options in ladders.items()}
+    total = model_parameters
+    for _, name, dearer, cheaper in steps:
+        if total <= budget:
+            break
+        room = budget - (total - dearer.parameters)
+        between = _between(ladders[name], dearer, cheaper)
+        fitting = next((option for option in between if option.parameters <= room), cheaper)
+        chosen[name] = fitting.rank
+        total += fitting.parameters - dearer.parameters
+    return chosen
+
+
+def _between(options: list[_Option], dearer: _Option, cheaper: _Option) -> list[_Option]:
+    """The options from just below ``dearer`` down to ``cheaper``."""
+    return [option for option in options if cheaper.parameters <= option.parameters < dearer.parameters]

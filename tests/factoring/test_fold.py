@@ -1,0 +1,67 @@
+"""Folding changes no output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rowcol_edge.errors import ModelError
+from rowcol_edge.factoring.fold import fold_batchnorm
+from rowcol_edge.factoring.graph import trace
+
+
+def _random_norms(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.2, 3.0)
+            if module.affine:
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias)
+    return model.eval()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_stay(affine: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3, bias=bias),
+        nn.BatchNorm2d(6, affine=affine),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, groups=6, bias=bias),
+        nn.BatchNorm2d(6, affine=affine),
+        nn.Flatten(),
+        nn.Linear(6 * 16, 5, bias=bias),
+        nn.BatchNorm1d(5, affine=affine),
+    )
+    _random_norms(model)
+    x = torch.randn(4, 2, 8, 8)
+    with torch.no_grad():
+        before = model(x)
+        folded = fold_batchnorm(model, trace(model, {"input": x}))
+        after = folded(x)
+    assert float((after - before).norm() / before.norm()) < 1e-5
+    assert not any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in folded.modules())
+    assert isinstance(model[1], nn.BatchNorm2d)
+    with torch.no_grad():
+        assert torch.equal(model(x), before)
+
+
+def test_half_precision_keeps_its_type() -> None:
+    model = _random_norms(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))).to(torch.bfloat16)
+    x = torch.randn(2, 1, 6, 6, dtype=torch.bfloat16)
+    folded = fold_batchnorm(model, trace(model, {"input": x}))
+    assert folded[0].weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert float((folded(x) - model(x)).float().norm() / model(x).float().norm()) < 0.03
+
+
+def test_graph_of_another_model() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    graph = trace(model, {"input": torch.randn(1, 1, 5, 5)})
+    with pytest.raises(ModelError, match="another model"):
+        fold_batchnorm(nn.Sequential(nn.Conv2d(1, 4, 3)), graph)
+    with pytest.raises(ModelError, match="another model"):
+        fold_batchnorm(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), graph)

@@ -1,0 +1,111 @@
+"""Costs against real modules, and every reason to leave a layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rowcol_edge.factoring.costs import LayerInfo
+from rowcol_edge.factoring.graph import trace
+from rowcol_edge.factoring.layers import describe, skip_reasons, survey
+
+
+class Own(nn.Linear):
+    """A linear layer with another meaning."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+class Zoo(nn.Module):
+    """One layer for each reason."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.good = nn.Linear(16, 16)
+        self.shared = nn.Linear(16, 16)
+        self.tied_a = nn.Linear(16, 16)
+        self.tied_b = nn.Linear(16, 16)
+        self.tied_b.weight = self.tied_a.weight
+        self.parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+        self.own = Own(16, 16)
+        self.borrowed = nn.Linear(16, 16)
+        self.read_twice = nn.Linear(16, 16)
+        self.never = nn.Linear(16, 16)
+        self.tiny = nn.Linear(16, 1)
+        self.factored_a = nn.Linear(16, 4)
+        self.factored_b = nn.Linear(4, 16)
+        self.grouped = nn.Conv2d(4, 8, 1, groups=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+        self.conv1d = nn.Conv1d(8, 8, 1)
+        self.hooked = nn.Linear(16, 16)
+        self.hooked.register_forward_hook(lambda module, args, output: output * 2)
+        self.broken = nn.Linear(16, 16)
+        nn.init.constant_(self.broken.weight, float("nan"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(F.relu(self.good(x)), self.borrowed.weight)
+        for layer in (self.shared, self.shared, self.tied_a, self.tied_b, self.parametrized, self.own, self.read_twice):
+            y = F.relu(layer(y))
+        y = F.relu(y + self.read_twice.weight.sum())
+        y = F.relu(self.hooked(self.factored_b(self.factored_a(y)).relu()))
+        image = self.depthwise(F.relu(self.grouped(y.reshape(-1, 4, 2, 2))).repeat(1, 1, 2, 2))
+        z = self.conv1d(F.relu(image).flatten(2))
+        return self.tiny(y) + z.mean() + self.broken(y).sum()
+
+
+def test_every_reason() -> None:
+    model = Zoo()
+    infos = survey(model, trace(model, {"x": torch.randn(2, 16)}))
+    reasons = {name: info.skip for name, info in infos.items()}
+    assert reasons.pop("good") == ""
+    assert reasons.pop("parametrized") == "its weight is parametrized"
+    assert reasons == {
+        "shared": "shared: called 2 times",
+        "tied_a": "its weight is tied to another module",
+        "tied_b": "its weight is tied to another module",
+        "own": "Own has a forward of its own",
+        "borrowed": "its weight is used without calling it",
+        "read_twice": "its weight is used without calling it",
+        "never": "never called",
+        "tiny": "too small to factor",
+        "factored_a": "already factored: rank 4 with factored_b",
+        "factored_b": "already factored: rank 4 with factored_a",
+        "grouped": "grouped convolution (2 groups)",
+        "depthwise": "depthwise convolution",
+        "conv1d": "Conv1d is not factored",
+        "hooked": "hooks are attached to it",
+        "broken": "its weight is not finite floating point",
+    }
+
+
+def test_static_reasons_need_no_run() -> None:
+    reasons = skip_reasons(Zoo())
+    assert reasons["good"] == reasons["shared"] == reasons["never"] == ""
+    assert reasons["own"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("make", [lambda b: nn.Linear(20, 12, bias=b), lambda b: nn.Conv2d(5, 12, (3, 2), bias=b)])
+def test_costs_match_modules(make: object, bias: bool) -> None:
+    module = make(bias)  # type: ignore[operator]
+    info = describe("x", module, positions=7)
+    assert info.parameters == sum(p.numel() for p in module.parameters())
+    assert info.macs == module.weight.numel() * 7
+    rank = 3
+    if isinstance(module, nn.Linear):
+        parts = (nn.Linear(20, rank, bias=False), nn.Linear(rank, 12))
+    else:
+        parts = (nn.Conv2d(5, rank, (3, 2), bias=False), nn.Conv2d(rank, 12, 1))
+    assert info.factored_parameters(rank) == sum(p.numel() for part in parts for p in part.parameters())
+    assert info.factored_macs(rank) == sum(part.weight.numel() for part in parts) * 7
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_break_even_is_the_last_rank_that_saves(bias: bool) -> None:
+    for inputs, outputs in [(1, 1), (2, 3), (16, 16), (15, 40), (64, 10), (100, 1)]:
+        info = LayerInfo("x", "linear", inputs, outputs, bias=bias)
+        saving = [rank for rank in range(1, outputs + 1) if info.factored_parameters(rank) < info.parameters]
+        assert info.break_even == max(saving, default=0)
