@@ -1,0 +1,40 @@
+"""Compilers, one module a runtime, found by name in this table.
+
+backend      consumes   precisions
+onnxruntime  ONNX       fp32, fp16, int8, int8-dynamic
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ..errors import TargetError
+
+if TYPE_CHECKING:
+    from .base import Backend
+
+BACKENDS: dict[str, str] = {"onnxruntime": "rowcol_edge.backends.onnxruntime"}
+"""Name of the runtime → module, whose ``BACKEND`` is the :class:`Backend`."""
+
+__all__ = ["BACKENDS", "load_backend"]
+
+
+def load_backend(name: str) -> Backend:
+    """Import the backend of a runtime.
+
+    Raises:
+        TargetError: no such backend (with the nearest name).
+        MissingDependencyError: its packages are not installed.
+    """
+    if name not in BACKENDS:
+        near = difflib.get_close_matches(name, BACKENDS, n=1)
+        raise TargetError(
+            "backend",
+            expected=f"one of {', '.join(sorted(BACKENDS))}",
+            got=repr(name),
+            hint=f"did you mean {near[0]}?" if near else "",
+        )
+    backend: Backend = import_module(BACKENDS[name]).BACKEND
+    return backend

@@ -1,0 +1,130 @@
+"""What every backend looks like from above: a model in, one artifact out. None of them inherits another."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ConfigError
+from ..targets import PRECISIONS
+
+if TYPE_CHECKING:
+    from ..targets import RuntimeSpec, Target
+
+Batch = dict[str, npt.NDArray[Any]]
+"""Input name → array with the samples on the first axis."""
+
+Calibration = Callable[[], Iterator[Batch]]
+"""Starts a new pass over the calibration batches, in the same order each time."""
+
+
+class Source(Enum):
+    """What a backend starts from."""
+
+    ONNX = "onnx"
+    """An ``.onnx`` file, exported at the target's opset and simplified."""
+
+    EXPORTED_PROGRAM = "exported_program"
+    """A ``.pt2`` file of ``torch.export``, from which the same ONNX file was made."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """How to quantize, in words that all runtimes share.
+
+    Weights are symmetric (zero point 0), activations are not, biases are int32 at input scale × weight scale.
+    """
+
+    precision: str
+    """fp32, fp16, int8 (ranges from calibration) or int8-dynamic (ranges at each inference)."""
+
+    per_channel: bool = True
+    """A scale for each output channel of a weight, rather than one a tensor."""
+
+    reduce_range: bool = False
+    """Weights keep to 7 bits: for processors whose 8-bit products saturate when added in pairs."""
+
+    signed_activations: bool = False
+    """int8 activations rather than uint8. onnxruntime fuses uint8 × int8 on x86-64 and has its better kernels for
+    int8 × int8 on Arm; the wrong one leaves most convolutions in float."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            near = difflib.get_close_matches(self.precision, PRECISIONS, n=1)
+            raise ConfigError(
+                "precision",
+                expected=f"one of {', '.join(PRECISIONS)}",
+                got=repr(self.precision),
+                hint=f"did you mean {near[0]}?" if near else "",
+            )
+
+    @classmethod
+    def for_target(cls, precision: str, target: Target) -> QuantSpec:
+        """The choices that onnxruntime's quantization guide gives for the target's processor."""
+        return cls(
+            precision,
+            reduce_range=target.int8_saturates,
+            signed_activations=target.match["machine"] in ("aarch64", "arm64"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A compiled file, checked to hold the types that its precision claims."""
+
+    path: Path
+    sha256: str
+    size_bytes: int
+    weight_types: dict[str, int]
+    """Bytes of constants by numpy dtype name."""
+    precision: str
+
+
+class Backend(Protocol):
+    """Compiles a model for one runtime."""
+
+    @property
+    def name(self) -> str:
+        """Name of the runtime, as targets and manifests say it."""
+        ...
+
+    @property
+    def consumes(self) -> Source: ...
+
+    @property
+    def precisions(self) -> tuple[str, ...]: ...
+
+    def compile(
+        self, model: Path, runtime: RuntimeSpec, quant: QuantSpec, calibration: Calibration | None, out: Path
+    ) -> Artifact:
+        """Write the artifact to ``out``, in one step, after all checks.
+
+        Inputs and outputs keep their names, shapes and types; inside, weights have the type of the precision.
+
+        Raises:
+            DataError: calibration is needed and missing, empty, not finite, or does not fit the inputs.
+            StageError: the result is invalid, or does not hold the types it claims. Nothing is written.
+        """
+        ...
+
+
+def check_precision(backend: Backend, quant: QuantSpec) -> None:
+    """ConfigError for a precision the backend does not have."""
+    if quant.precision not in backend.precisions:
+        raise ConfigError(
+            f"precision of backend {backend.name}",
+            expected=f"one of {', '.join(backend.precisions)}",
+            got=quant.precision,
+        )
+
+
+def is_finite(array: npt.NDArray[Any]) -> bool:
+    """No NaN and no infinity; whole numbers always are."""
+    return array.dtype.kind not in "fc" or bool(np.isfinite(array).all())

@@ -1,0 +1,189 @@
+"""PyTorch → ONNX at the opset and IR version that the target's oldest runtime reads."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import onnx
+import torch
+from torch import nn
+
+from ..backends import onnx_files
+from ..calling import evaluating
+from ..errors import ConfigError, ModelError, StageError, UnsupportedOpError, WeightsError
+from .capture import first_line, input_names, program
+from .capture import output_names as captured_names
+
+__all__ = ["OPSETS", "export", "program"]
+
+OPSETS = range(17, 22)
+"""Opsets that can be asked for. torch writes 18 and converts from there: up always, down only where it can."""
+
+_CHATTY = ("torch.onnx", "onnxscript", "onnx_ir")
+"""Loggers that report a conversion which did not work; `export` raises for it."""
+
+
+def export(
+    model: nn.Module,
+    example: Mapping[str, npt.NDArray[Any]],
+    out: Path,
+    *,
+    opset: int,
+    ir_version: int,
+    dynamic_batch: bool = False,
+    output_names: Sequence[str] | None = None,
+) -> None:
+    """Write the model as one ONNX file, after the full ONNX check, in one step.
+
+    Inputs are named as in ``example``; outputs ``output`` (one tensor), by their keys (dict), ``output_0``… (tuple),
+    or as ``output_names`` says. The model is not changed.
+
+    Args:
+        example: input name → array with the samples on the first axis.
+        dynamic_batch: leave the first size free (named ``batch``), else it is the example's.
+
+    Raises:
+        UnsupportedOpError: an operator that has no ONNX form; names it and the module.
+        ModelError: the model does not take the inputs, fixes its batch size, or returns no flat set of tensors.
+        WeightsError: a parameter holds NaN or infinity.
+        StageError: over 2 GB, the opset cannot be reached, or the result is not valid. Nothing is written.
+    """
+    if opset not in OPSETS:
+        raise ConfigError("opset", expected=f"{OPSETS[0]} to {OPSETS[-1]}", got=str(opset))
+    _check_size(model)
+    _check_finite(model)
+    captured = program(model, example, dynamic_batch=dynamic_batch)
+    names = _output_names(captured, output_names)
+    proto = _convert(model, captured, opset, input_names(captured, model, list(example)), names)
+    onnx_files.strip(proto)
+    if dynamic_batch:
+        _name_batch(proto)
+    onnx_files.check(proto, "export", opset_version=opset, ir_version=ir_version)
+    _check_signature(proto, set(example), names)
+    onnx_files.write(proto, out)
+
+
+def _convert(
+    model: nn.Module, captured: torch.export.ExportedProgram, opset: int, inputs: list[str], outputs: list[str]
+) -> onnx.ModelProto:
+    with _quiet(), evaluating(model), torch.no_grad():
+        try:
+            converted = torch.onnx.export(
+                captured,
+                dynamo=True,
+                opset_version=opset,
+                input_names=inputs,
+                output_names=outputs,
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as e:
+            raise _conversion_error(e, captured) from e
+        if converted is None:
+            raise StageError("export", expected="an ONNX model from torch.onnx.export", got="nothing")
+        return converted.model_proto
+
+
+def _name_batch(proto: onnx.ModelProto) -> None:
+    """The free size by its name: torch.export knows it as a symbol such as ``s40``."""
+    symbols = {value.type.tensor_type.shape.dim[0].dim_param for value in proto.graph.input if _rank(value)} - {""}
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, symbols))})\b") if symbols else None
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if pattern and size.dim_param:
+                size.dim_param = pattern.sub("batch", size.dim_param)
+
+
+def _rank(value: onnx.ValueInfoProto) -> int:
+    return len(value.type.tensor_type.shape.dim)
+
+
+def _output_names(captured: torch.export.ExportedProgram, wanted: Sequence[str] | None) -> list[str]:
+    own = captured_names(captured)
+    if wanted is None:
+        return own
+    if len(wanted) != len(own) or len(set(wanted)) != len(own):
+        raise ModelError("output names", expected=f"{len(own)} different ones", got=", ".join(wanted) or "none")
+    return list(wanted)
+
+
+def _check_size(model: nn.Module) -> None:
+    """Counted before anything is traced: a parameter that two modules share counts once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    size_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+    if size_bytes > onnx_files.LIMIT_BYTES:
+        raise StageError(
+            "export",
+            expected=f"at most {onnx_files.LIMIT_BYTES:,} bytes of weights: an ONNX file ends at 2 GB",
+            got=f"{size_bytes:,} bytes",
+            hint="factor the model to fewer parameters first, or hand over a smaller one",
+        )
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Parameters only: a buffer may hold the infinities of an attention mask."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise WeightsError(f"weights {name}", expected="finite values", got="NaN or infinity")
+
+
+def _check_signature(proto: onnx.ModelProto, inputs: set[str], outputs: list[str]) -> None:
+    got_in = [port.name for port in onnx_files.inputs(proto)]
+    got_out = [port.name for port in onnx_files.outputs(proto)]
+    if set(got_in) != inputs or got_out != outputs:
+        raise StageError(
+            "export",
+            expected=f"inputs {', '.join(sorted(inputs))} and outputs {', '.join(outputs)}",
+            got=f"{', '.join(got_in)} and {', '.join(got_out)}",
+        )
+
+
+def _conversion_error(error: Exception, captured: torch.export.ExportedProgram) -> UnsupportedOpError | StageError:
+    """torch names the operator somewhere in the chain of causes; the program knows which module called it."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    text = "\n".join(str(e) for e in chain)
+    found = re.search(r"OpOverload\(op='([\w.]+)'", text) or re.search(r"target=torch\.ops\.([\w.]+)", text)
+    if found is None:
+        return StageError("export", expected="a model that torch.onnx can convert", got=first_line(chain[-1]))
+    operator = found.group(1)
+    return UnsupportedOpError(
+        f"operator {operator} of module {_module_of(operator, captured)} has no ONNX form",
+        expected="operators that torch.onnx can convert",
+        got=first_line(chain[-1]),
+        hint="replace it in that module by plain torch operators",
+    )
+
+
+def _module_of(operator: str, captured: torch.export.ExportedProgram) -> str:
+    """Name and type of the first module that calls the operator."""
+    for node in captured.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if node.op == "call_function" and str(node.target).startswith(operator) and stack:
+            name, kind = list(stack.values())[-1]
+            return f"{name or 'the model itself'} ({str(kind).rsplit('.', 1)[-1]})"
+    return "(unknown)"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch's progress lines off stdout and its reports of failed conversions off stderr: those are raised."""
+    levels = [(logger, logger.level) for logger in map(logging.getLogger, _CHATTY)]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        for logger, _ in levels:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in levels:
+                logger.setLevel(level)

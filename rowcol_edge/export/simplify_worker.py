@@ -1,0 +1,27 @@
+"""``python -m rowcol_edge.export.simplify_worker IN OUT``: onnxsim in a process that may crash without harm."""
+
+from __future__ import annotations
+
+import sys
+
+NOT_INSTALLED = 40
+NOT_EQUAL = 41
+"""Exit codes that `simplify` turns into words; any other failure is a crash."""
+
+
+def main(source: str, out: str) -> int:
+    try:
+        import onnx
+        import onnxsim
+    except ImportError:
+        return NOT_INSTALLED
+    # onnxsim compares the two models on random inputs itself and says whether they agreed.
+    simplified, equal = onnxsim.simplify(onnx.load(source))
+    if not equal:
+        return NOT_EQUAL
+    onnx.save(simplified, out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

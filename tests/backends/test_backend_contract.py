@@ -1,0 +1,113 @@
+"""What every backend in the table keeps, whatever it compiles for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rowcol_edge.backends import BACKENDS, load_backend
+from rowcol_edge.backends.base import Backend, QuantSpec, Source
+from rowcol_edge.device.bundle import split_feeds
+from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
+from rowcol_edge.errors import ConfigError, DataError, StageError, TargetError
+from rowcol_edge.targets import PRECISIONS, RuntimeSpec, load
+
+Batches = Callable[[], Iterator[dict[str, np.ndarray]]]
+
+ERROR = {"fp32": 1e-5, "fp16": 5e-3, "int8": 0.1, "int8-dynamic": 0.1}
+"""Relative error against the source that a precision may have on the small networks."""
+
+
+@pytest.fixture(params=sorted(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return load_backend(request.param)
+
+
+def run(name: str, artifact: Path, images: np.ndarray) -> np.ndarray:
+    with load_runtime(name).open(artifact, RuntimeOptions(threads=1)) as session:
+        assert [(s.name, s.dtype) for s in session.inputs] == [("x", "float32")]
+        assert [(s.name, s.dtype) for s in session.outputs] == [("output", "float32")]
+        return np.concatenate([session.run(feed)["output"] for feed in split_feeds(session.inputs, {"x": images})])
+
+
+CASES = [
+    (name, precision, network)
+    for name in sorted(BACKENDS)
+    for precision in load_backend(name).precisions
+    for network in ("convolutions", "tokens")
+    if (precision, network) != ("int8-dynamic", "convolutions")  # refused; the backend's own tests say how
+]
+
+
+@pytest.mark.parametrize(("name", "precision", "network"), CASES)
+def test_an_artifact_is_what_it_says(
+    name: str, precision: str, network: str, request: pytest.FixtureRequest,
+    tmp_path: Path, runtime: RuntimeSpec, batches: Batches, unseen: np.ndarray,
+) -> None:  # fmt: skip
+    backend = load_backend(name)
+    source: Path = request.getfixturevalue(network)
+    before = source.read_bytes()
+    out = tmp_path / "artifact.onnx"
+    made = backend.compile(source, runtime, QuantSpec(precision), batches, out)
+    content = out.read_bytes()
+    assert (made.path, made.precision) == (out, precision)
+    assert (made.sha256, made.size_bytes) == (hashlib.sha256(content).hexdigest(), len(content))
+    assert 0 < sum(made.weight_types.values()) < made.size_bytes
+    assert [p.name for p in tmp_path.iterdir()] == ["artifact.onnx"]
+    assert source.read_bytes() == before
+    expected = run("onnxruntime", source, unseen)
+    error = np.linalg.norm(run(backend.name, out, unseen) - expected) / np.linalg.norm(expected)
+    assert error <= ERROR[precision]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_the_same_input_gives_the_same_bytes(
+    backend: Backend, precision: str, tokens: Path, tmp_path: Path, runtime: RuntimeSpec, batches: Batches
+) -> None:
+    first = backend.compile(tokens, runtime, QuantSpec(precision), batches, tmp_path / "a.onnx")
+    second = backend.compile(tokens, runtime, QuantSpec(precision), batches, tmp_path / "b.onnx")
+    assert first.sha256 == second.sha256
+
+
+def test_a_source_that_is_none_is_refused_and_nothing_is_overwritten(
+    backend: Backend, tmp_path: Path, runtime: RuntimeSpec, batches: Batches
+) -> None:
+    (tmp_path / "in.onnx").write_bytes(b"no model")
+    (tmp_path / "out.onnx").write_bytes(b"earlier")
+    with pytest.raises(StageError, match=r"reading in\.onnx"):
+        backend.compile(tmp_path / "in.onnx", runtime, QuantSpec("int8"), batches, tmp_path / "out.onnx")
+    assert (tmp_path / "out.onnx").read_bytes() == b"earlier"
+
+
+def test_int8_without_calibration_data_is_bad_input(
+    backend: Backend, convolutions: Path, tmp_path: Path, runtime: RuntimeSpec
+) -> None:
+    with pytest.raises(DataError, match="int8 needs calibration data"):
+        backend.compile(convolutions, runtime, QuantSpec("int8"), None, tmp_path / "out.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_it_says_of_itself(backend: Backend) -> None:
+    assert isinstance(backend.consumes, Source)
+    assert set(backend.precisions) <= set(PRECISIONS)
+    assert backend.name in BACKENDS
+
+
+def test_an_unknown_backend_or_precision_names_the_nearest() -> None:
+    with pytest.raises(TargetError, match=r"got 'onnxrutime' – did you mean onnxruntime\?"):
+        load_backend("onnxrutime")
+    with pytest.raises(ConfigError, match=r"got 'int8-dynamics' – did you mean int8-dynamic\?"):
+        QuantSpec("int8-dynamics")
+
+
+def test_a_target_decides_how_to_quantize() -> None:
+    x86, board = load("generic-x86"), load("raspberry-pi-4")
+    assert QuantSpec.for_target("int8", x86) == QuantSpec("int8", reduce_range=True, signed_activations=False)
+    assert QuantSpec.for_target("int8", board) == QuantSpec("int8", reduce_range=False, signed_activations=True)
+    with_vnni = replace(x86, int8_saturates=False)
+    assert not QuantSpec.for_target("int8", with_vnni).reduce_range

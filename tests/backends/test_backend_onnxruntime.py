@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from rowcol_edge.backends.base import QuantSpec
+from rowcol_edge.backends.onnxruntime import BACKEND
+from rowcol_edge.backends.qdq import kept_float
+from rowcol_edge.backends.weight_types import check_types, weight_types
+from rowcol_edge.errors import DataError, StageError
+from rowcol_edge.targets import RuntimeSpec
+
+Batches = Callable[[], Iterator[dict[str, np.ndarray]]]
+Compile = Callable[..., onnx.ModelProto]
+
+
+@pytest.fixture
+def compiled(tmp_path: Path, runtime: RuntimeSpec, batches: Batches) -> Compile:
+    """The compiled file, read back."""
+
+    def compiled(
+        source: Path, precision: str, calibration: Batches | None = batches, **options: bool
+    ) -> onnx.ModelProto:
+        BACKEND.compile(source, runtime, QuantSpec(precision, **options), calibration, tmp_path / "out.onnx")
+        return onnx.load(tmp_path / "out.onnx")
+
+    return compiled
+
+
+def kernels(proto: onnx.ModelProto, folder: Path) -> Counter[str]:
+    """Operators that onnxruntime runs here, after its own fusions."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    # What onnxruntime assumes on Arm only: that int8 activations have kernels.
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
+
+
+def weights(proto: onnx.ModelProto) -> list[np.ndarray]:
+    """int8 weights of two or more dimensions."""
+    arrays = [numpy_helper.to_array(t) for t in proto.graph.initializer if t.data_type == TensorProto.INT8]
+    return [array for array in arrays if array.ndim >= 2]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8-dynamic"])
+def test_versions_are_the_targets_and_only_standard_operators_are_used(
+    compiled: Compile, tokens: Path, precision: str
+) -> None:
+    proto = compiled(tokens, precision)
+    assert (proto.ir_version, [(o.domain, o.version) for o in proto.opset_import]) == (9, [("", 18)])
+    assert len(proto.metadata_props) == 0
+    assert {node.domain for node in proto.graph.node} == {""}
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_layer_normalization_stays_float32_at_fp16(compiled: Compile, tokens: Path) -> None:
+    """In float16 the CPU of onnxruntime 1.17 and 1.18 computes it wrongly from the second run on."""
+    proto = compiled(tokens, "fp16")
+    types = {t.name: t.data_type for t in proto.graph.initializer}
+    norms = [node for node in proto.graph.node if node.op_type == "LayerNormalization"]
+    assert len(norms) == 2
+    assert {types[node.input[1]] for node in norms} == {TensorProto.FLOAT}
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_convolutional_network_runs_in_int8_without_gaps(
+    compiled: Compile, convolutions: Path, tmp_path: Path, signed: bool
+) -> None:
+    found = kernels(compiled(convolutions, "int8", signed_activations=signed), tmp_path)
+    assert (found["QLinearConv"], found["QLinearAdd"], found["QGemm"]) == (5, 1, 1)
+    assert found.keys().isdisjoint({"Conv", "FusedConv", "Relu", "Add", "Gemm", "MaxPool"})
+    assert found["QuantizeLinear"] <= 2  # the image, and what the float mean gives the head
+
+
+def test_the_linear_layers_of_a_transformer_run_in_int8_and_its_attention_in_float(
+    compiled: Compile, tokens: Path, tmp_path: Path
+) -> None:
+    proto = compiled(tokens, "int8")
+    found = kernels(proto, tmp_path)
+    linear = found["QGemm"] + found["QLinearMatMul"] + found["MatMulIntegerToFloat"]
+    assert linear == 6
+    assert found["Gemm"] + found["FusedGemm"] == 0
+    assert found["MatMul"] + found["FusedMatMul"] == 2
+    assert found["QLinearAdd"] + found["QLinearSoftmax"] + found["QLinearConcat"] == 0
+    assert found["Softmax"] == 1
+
+
+def test_reduce_range_keeps_weights_to_seven_bits(compiled: Compile, convolutions: Path) -> None:
+    full = weights(compiled(convolutions, "int8"))
+    narrow = weights(compiled(convolutions, "int8", reduce_range=True))
+    assert len(full) == len(narrow) == 6
+    assert max(np.abs(w.astype(int)).max() for w in full) == 127
+    assert max(np.abs(w.astype(int)).max() for w in narrow) <= 64
+
+
+def test_weights_have_a_scale_a_channel(compiled: Compile, convolutions: Path) -> None:
+    def shapes(proto: onnx.ModelProto) -> set[tuple[int, ...]]:
+        return {tuple(t.dims) for t in proto.graph.initializer if "weight_scale" in t.name}
+
+    assert shapes(compiled(convolutions, "int8")) == {(16,), (8,), (3,)}
+    assert shapes(compiled(convolutions, "int8", per_channel=False)) == {()}
+
+
+def test_activations_are_unsigned_unless_asked(compiled: Compile, convolutions: Path) -> None:
+    assert "uint8" in weight_types(compiled(convolutions, "int8"))
+    assert "uint8" not in weight_types(compiled(convolutions, "int8", signed_activations=True))
+
+
+def test_dynamic_int8_of_a_convolutional_network_is_refused(
+    convolutions: Path, tmp_path: Path, runtime: RuntimeSpec
+) -> None:
+    with pytest.raises(StageError, match=r"expected 50% of the weights in int8, got .*convolutions.* – use int8 for"):
+        BACKEND.compile(convolutions, runtime, QuantSpec("int8-dynamic"), None, tmp_path / "out.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_holds_one_batch_at_a_time(tokens: Path, compiled: Compile) -> None:
+    alive: list[int] = []
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        made: list[weakref.ref[np.ndarray]] = []
+        for i in range(6):
+            array = np.full((4, 1, 16, 16), i / 6, np.float32)
+            made.append(weakref.ref(array))
+            yield {"x": array}
+            del array
+            alive.append(sum(ref() is not None for ref in made))
+
+    compiled(tokens, "int8", batches)
+    assert len(alive) == 6
+    assert max(alive) <= 1
+
+
+def test_ranges_cover_every_batch_and_every_sample(compiled: Compile, convolutions: Path) -> None:
+    """The file takes one sample at a time; the batches hold two and three, and the extremes sit in the last samples."""
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        for size, extreme in [(2, -3.0), (3, 5.0)]:
+            array = np.zeros((size, 1, 16, 16), np.float32)
+            array[-1] = extreme
+            yield {"x": array}
+
+    constants = {t.name: numpy_helper.to_array(t) for t in compiled(convolutions, "int8", batches).graph.initializer}
+    scale, zero_point = constants["x_scale"], int(constants["x_zero_point"])
+    assert scale == pytest.approx(8 / 255)
+    assert zero_point == round(3 / (8 / 255))
+
+
+def image(**changes: object) -> dict[str, np.ndarray]:
+    array = np.zeros((1, 1, 16, 16), np.float32)
+    array[0, 0, 3, 3] = float(changes.pop("pixel", 0.0))  # type: ignore[arg-type]
+    return {"x": array}
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"image": np.zeros((1, 1, 16, 16), np.float32)}, "calibration batch 1: expected inputs x, got image"),
+        (image() | {"more": np.zeros(1, np.float32)}, "expected inputs x, got x, more"),
+        ({"x": np.zeros((1, 1, 16, 16), np.float64)}, "input 'x': expected float32, got float64"),
+        ({"x": np.zeros((1, 3, 16, 16), np.float32)}, r"expected shape \?×1×16×16, got 1×3×16×16"),
+        (image(pixel=float("nan")), "expected finite values, got NaN or infinity"),
+        (image(pixel=float("inf")), "expected finite values, got NaN or infinity"),
+    ],
+)
+def test_calibration_that_does_not_fit_is_bad_input_and_nothing_is_written(
+    tokens: Path, tmp_path: Path, runtime: RuntimeSpec, batch: dict[str, np.ndarray], message: str
+) -> None:
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        yield from (image(), batch)
+
+    with pytest.raises(DataError, match=message):
+        BACKEND.compile(tokens, runtime, QuantSpec("int8"), batches, tmp_path / "out.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("network", ["convolutions", "tokens"])
+def test_calibration_without_a_sample_is_bad_input(
+    network: str, request: pytest.FixtureRequest, tmp_path: Path, runtime: RuntimeSpec
+) -> None:
+    source = request.getfixturevalue(network)
+    for batches in ([], [{"x": np.zeros((0, 1, 16, 16), np.float32)}]):
+        with pytest.raises(DataError, match="expected at least one sample, got none"):
+            BACKEND.compile(source, runtime, QuantSpec("int8"), lambda b=batches: iter(b), tmp_path / "out.onnx")
+
+
+def test_activations_that_overflow_on_the_calibration_data_are_an_error(
+    tokens: Path, tmp_path: Path, runtime: RuntimeSpec
+) -> None:
+    huge = {"x": np.full((1, 1, 16, 16), 3e38, np.float32)}
+    with pytest.raises(StageError, match="calibration: expected finite activations"):
+        BACKEND.compile(tokens, runtime, QuantSpec("int8"), lambda: iter([image(), huge]), tmp_path / "out.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_opset_than_the_targets_is_an_error(tokens: Path, tmp_path: Path, runtime: RuntimeSpec) -> None:
+    with pytest.raises(StageError, match="compile fp32: expected a model at opset 17, got one at opset 18"):
+        BACKEND.compile(tokens, replace(runtime, opset=17), QuantSpec("fp32"), None, tmp_path / "out.onnx")
+
+
+def linear(dtype: type, operator: str = "MatMul") -> onnx.ModelProto:
+    """One layer whose weight has the given type."""
+    graph = helper.make_graph(
+        [helper.make_node(operator, ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])],
+        [numpy_helper.from_array(np.zeros((4, 4), dtype), "w"), numpy_helper.from_array(np.zeros(3, np.float32), "b")],
+    )
+    return helper.make_model(graph)
+
+
+def test_a_claim_that_the_file_does_not_hold_is_refused(compiled: Compile, tokens: Path) -> None:
+    made = {precision: compiled(tokens, precision) for precision in ("fp32", "fp16", "int8", "int8-dynamic")}
+    for claimed in made:
+        for actual, proto in made.items():
+            if claimed == actual:
+                check_types(proto, claimed)
+            else:
+                with pytest.raises(StageError, match=f"does not hold what {claimed} claims"):
+                    check_types(proto, claimed)
+
+
+def test_weight_types_count_bytes() -> None:
+    assert weight_types(linear(np.float16)) == {"float16": 32, "float32": 12}
+    with pytest.raises(StageError, match=r"95% of the floating constants in float16, got 84\.2%"):
+        check_types(linear(np.float16), "fp16")
+    with pytest.raises(StageError, match="expected float32 weights and no quantizer, got float16"):
+        check_types(linear(np.float16), "fp32")
+    check_types(linear(np.float32), "fp32")
+
+
+def test_joins_are_int8_only_between_feature_maps() -> None:
+    def node(operator: str, inputs: list[str], output: str) -> onnx.NodeProto:
+        return helper.make_node(operator, inputs, [output], name=output)
+
+    nodes = [
+        node("Conv", ["x", "w"], "conv"),
+        node("Relu", ["conv"], "relu"),
+        node("Add", ["conv", "relu"], "residual"),
+        node("Concat", ["residual", "relu"], "joined"),
+        node("Reshape", ["joined", "shape"], "tokens"),
+        node("Concat", ["tokens", "cls"], "sequence"),
+        node("Add", ["sequence", "position"], "positioned"),
+        node("MatMul", ["positioned", "w"], "linear"),
+        node("MatMul", ["linear", "positioned"], "attention"),
+    ]
+    graph = helper.make_graph(nodes, "g", [], [], [numpy_helper.from_array(np.ones((2, 2), np.float32), "w")])
+    assert kept_float(graph) == ["sequence", "positioned", "attention"]
