@@ -45,7 +45,7 @@ def _title(manifest: Manifest) -> str:
 def _install(manifest: Manifest) -> str:
     return (
         "## Install, once\n\n"
-        f"Python 3.10 or newer, and:\n\n    {manifest.runtime.install}\n\n"
+        f"Python 3.10 or newer, and:\n\n```sh\n{manifest.runtime.install}\n```\n\n"
         "Nothing else: the program that checks, runs and measures is the file "
         f"`{DEVICE_ARCHIVE_NAME}` beside this one. Pillow is needed for image files only."
     )
@@ -113,7 +113,7 @@ def _output(manifest: Manifest) -> str:
     elif thresholds:
         lines.append(f"\nDecision threshold on the score: {', '.join(thresholds)}.")
     if thresholds:
-        lines.append("The threshold was tuned on images of its own, not on those of the test column above.")
+        lines.append("The threshold was found on samples of its own, not on those of the test column above.")
     return "\n".join(lines)
 
 

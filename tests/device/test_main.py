@@ -141,7 +141,8 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         asked.update(options, bundle=bundle.manifest.name)
         for done in range(1, 21):
             progress("blocks", done, 20)
-        return SimpleNamespace(to_dict=lambda: {"schema": 1, "arms": {}})
+        content = {"schema": 1, "arms": {}}
+        return SimpleNamespace(to_dict=lambda: content, to_json=lambda: json.dumps(content))
 
     modules = {"measure": {"profile": profile}, "table": {"profile_table": lambda _: "the table"}}
     for name, members in modules.items():

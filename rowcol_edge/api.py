@@ -1,0 +1,191 @@
+"""The public functions; the command line says the same with the same words."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import config
+from .errors import DataError
+from .job import Progress, silent
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .device.bundle import Bundle
+    from .device.profile import Profile
+    from .device.verify import VerifyReport
+    from .inspection import Inspection
+    from .pipeline import Built, Factored
+    from .report.compare import ComparisonTable
+
+_DEMO_PROFILE_SECONDS = 25.0
+
+
+def build(model: str | nn.Module, *, force: bool = False, progress: Progress = silent, **options: Any) -> list[Built]:
+    """Build one bundle per target.
+
+    Args:
+        model: ``sample:NAME``, ``package.module:factory``, ``path/file.py:factory``, a ``.pt2``, or a module.
+        force: build again even if nothing has changed.
+        progress: called with a label, the steps done and the steps in all.
+        options: the fields of `rowcol_edge.config.BuildOptions`: target, runtime, precision, calib, select, test,
+            metric, budget, out, …
+
+    Raises:
+        RowcolError: see `rowcol_edge.errors`; nothing is left half-written.
+    """
+    from . import models, pipeline
+
+    loaded = None
+    if not isinstance(model, str):
+        loaded = models.load(model)
+        model = f"{type(model).__module__}:{type(model).__qualname__}"
+    return pipeline.build(config.make({**options, "model": model}), loaded, force=force, progress=progress)
+
+
+def build_from(
+    path: Path | None, options: dict[str, Any], *, force: bool = False, progress: Progress = silent
+) -> list[Built]:
+    """Build from a `rowcol.toml` (the one in this folder if no model is named), with options on top."""
+    from . import pipeline
+
+    if path is None and "model" not in options and Path("rowcol.toml").is_file():
+        path = Path("rowcol.toml")
+    made = config.read(path, options) if path is not None else config.make(options)
+    return pipeline.build(made, force=force, progress=progress)
+
+
+def factor(model: str | nn.Module, *, progress: Progress = silent, **options: Any) -> Factored:
+    """Choose ranks and rewrite the model; with ``out`` also write plan.toml, weights and the factored ``.pt2``.
+
+    Args:
+        options: as for `build`; ``target`` only gives the rank multiple.
+    """
+    from . import models, pipeline
+
+    loaded = None
+    if not isinstance(model, str):
+        loaded = models.load(model)
+        model = f"{type(model).__module__}:{type(model).__qualname__}"
+    out = options.pop("out", None)
+    return pipeline.factor(config.make({**options, "model": model}), loaded, out=out, progress=progress)
+
+
+def inspect(
+    model: str | nn.Module,
+    *,
+    weights: str | None = None,
+    calib: str | None = None,
+    preprocess: Any = None,
+    progress: Progress = silent,
+) -> Inspection:
+    """How much of its row space and column space each layer uses on real inputs, and what factoring could save."""
+    from . import datasets, inspection, models
+
+    loaded = models.load(model, weights)
+    options = config.make({"model": loaded.reference, "preprocess": preprocess})
+    recipe = options.preprocess or (loaded.sample.preprocess if loaded.sample else None)
+    split = datasets.load(calib, "calibration", loaded.inputs, sample=loaded.sample, preprocess=recipe)
+    if split is None:
+        raise DataError(
+            "calibration data", expected="some real inputs", got="none", hint="--calib FOLDER, .npz or module:callable"
+        )
+    return inspection.inspect(loaded, split, progress)
+
+
+def profile(bundle: Bundle | str | Path, *, progress: Progress = silent, **options: Any) -> Profile:
+    """Measure the arms of a bundle on this machine, see `rowcol_edge.device.measure.profile`."""
+    from .device.bundle import Bundle
+    from .device.measure import profile as measure
+
+    given = {key: value for key, value in options.items() if value is not None}
+    if isinstance(bundle, Bundle):
+        return measure(bundle, progress=progress, **given)
+    with Bundle.open(bundle) as opened:
+        return measure(opened, progress=progress, **given)
+
+
+def compare(bundles: Sequence[Bundle | str | Path]) -> ComparisonTable:
+    """Dense against factored over bundles: sizes, quality and, where they were profiled, latency and memory."""
+    from .device.bundle import Bundle
+    from .report.compare import compare as make
+
+    return make([b if isinstance(b, Bundle) else Bundle.open(b) for b in bundles])
+
+
+def verify(bundle: Bundle | str | Path) -> VerifyReport:
+    """Check every digest and run the golden inputs through every arm."""
+    from .device.bundle import Bundle
+    from .device.verify import verify as check
+
+    if isinstance(bundle, Bundle):
+        return check(bundle)
+    with Bundle.open(bundle) as opened:
+        return check(opened)
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """What the demo made: the bundle, its profile, the comparison and one prediction."""
+
+    built: Built
+    profile: Profile
+    table: ComparisonTable
+    image: str
+    truth: str
+    prediction: dict[str, Any]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "bundle": str(self.built.path),
+            "reused": self.built.reused,
+            "comparison": self.table.to_dict(),
+            "image": self.image,
+            "truth": self.truth,
+            "prediction": self.prediction,
+            "seconds": self.seconds,
+        }
+
+
+def profile_to(
+    bundle: str | Path, out: Path | None, *, progress: Progress = silent, **options: Any
+) -> tuple[Profile, Path]:
+    """`profile`, and its JSON file: ``out``, or a new one in the bundle's ``profiles/`` where `compare` finds it."""
+    from .device.bundle import Bundle
+    from .device.main import profile_path, write_profile
+
+    with Bundle.open(bundle) as opened:
+        path = profile_path(out, opened)  # before the measurement, so that a place that cannot be written costs no time
+        measured = profile(opened, progress=progress, **options)
+        write_profile(measured, path)
+    return measured, path
+
+
+def demo(sample: str, *, target: str, out: str, progress: Progress = silent) -> Demo:
+    """The whole line on an embedded sample: build (or keep what is unchanged), profile, compare, run one image."""
+    from . import samples
+    from .device.bundle import Bundle
+    from .device.predictor import Predictor
+
+    started = time.monotonic()
+    built = build(f"sample:{sample}", target=target, out=out, progress=progress)[0]
+    measured, _ = profile_to(built.path, None, seconds=_DEMO_PROFILE_SECONDS, progress=progress)
+    module = samples.import_file(samples.load(sample).data)
+    picture, truth = next(iter(module.images("test")))
+    with Bundle.open(built.path) as bundle, Predictor(bundle) as predictor:
+        prediction = predictor.predict(picture)
+        labels = bundle.manifest.labels
+    return Demo(
+        built=built,
+        profile=measured,
+        table=compare([built.path]),
+        image=f"test image 0 of sample:{sample}",
+        truth=labels[int(truth)],
+        prediction=prediction.to_dict(),
+        seconds=time.monotonic() - started,
+    )

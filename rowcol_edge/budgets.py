@@ -1,0 +1,77 @@
+"""Budgets: what the user allows a package to cost, ``drop<=0.5pp,size<=4MB,params<=0.5x,macs<=0.5x``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from .errors import ConfigError
+
+_UNITS: dict[str, dict[str, float]] = {
+    "drop": {"pp": 1.0, "": 1.0},
+    "size": {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30},
+    "params": {"x": 0.0, "": 1.0, "k": 1e3, "m": 1e6},
+    "macs": {"x": 0.0, "": 1.0, "k": 1e3, "m": 1e6, "g": 1e9},
+}
+_ENTRY = re.compile(r"\s*([a-z]+)\s*<=\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """One limit. ``relative`` limits are fractions of the dense original.
+
+    Attributes:
+        kind: ``drop`` (percentage points on the selection split), ``size`` (artifact bytes), ``params``, ``macs``.
+        limit: in the kind's base unit (points, bytes, counts), or a fraction where ``relative``.
+    """
+
+    kind: str
+    limit: float
+    relative: bool
+    text: str
+
+    def absolute(self, dense: float) -> float:
+        return self.limit * dense if self.relative else self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """All limits of a build; every one of them must hold."""
+
+    entries: tuple[Budget, ...] = ()
+
+    def get(self, kind: str) -> Budget | None:
+        return next((b for b in self.entries if b.kind == kind), None)
+
+    @classmethod
+    def parse(cls, text: str) -> Budgets:
+        """Raises ConfigError for anything but ``kind<=number unit`` entries separated by commas."""
+        entries = tuple(_entry(part) for part in text.split(",") if part.strip())
+        kinds = [b.kind for b in entries]
+        for kind in kinds:
+            if kinds.count(kind) > 1:
+                raise ConfigError("budget", expected=f"one limit for {kind}", got=text)
+        return cls(entries)
+
+    def __str__(self) -> str:
+        return ",".join(b.text for b in self.entries)
+
+
+def _entry(text: str) -> Budget:
+    found = _ENTRY.fullmatch(text)
+    if not found:
+        raise ConfigError("budget", expected="e.g. drop<=0.5pp, size<=4MB or params<=0.5x", got=repr(text.strip()))
+    kind, number, unit = found[1], float(found[2]), found[3].lower()
+    if kind not in _UNITS:
+        near = difflib.get_close_matches(kind, _UNITS, n=1)
+        raise ConfigError(
+            "budget",
+            expected=f"one of {sorted(_UNITS)}",
+            got=repr(kind),
+            hint=f"did you mean {near[0]}?" if near else "",
+        )
+    if unit not in _UNITS[kind]:
+        raise ConfigError(f"budget {kind}", expected=f"a unit out of {sorted(_UNITS[kind])}", got=repr(found[3]))
+    relative = unit == "x"
+    return Budget(kind, number if relative else number * _UNITS[kind][unit], relative, text.strip())

@@ -1,0 +1,155 @@
+"""From arms to a bundle: the manifest's content, the golden samples, and the key by which a build is known again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from . import evaluation, package
+from .arms import Arm
+from .device.manifest import ArmEntry, Manifest, RuntimeEntry, TensorSpec
+from .device.runtimes import RuntimeOptions, load_runtime
+from .device.verify import golden_outputs
+from .evaluation import Judged
+from .factoring.plan import FactorPlan
+from .job import Job, tool_versions
+from .search import Choice
+from .targets import RuntimeSpec, Target
+
+_GOLDEN_SAMPLES = 4
+PLAN_NAME = "plan.toml"
+#: what another machine may show against the golden outputs: other kernels round differently, int8 ones also clip
+_TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.15, "int8-dynamic": 0.15}
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """The dense PyTorch original, which every arm is paired with; None for a split that is not judged."""
+
+    selection: Judged | None
+    test: Judged | None
+
+
+def path(out: Path, target: Target, runtime: str) -> Path:
+    return out / f"{target.name}-{runtime}"
+
+
+def key(job: Job, target: Target) -> str:
+    """Digest of all that decides this bundle."""
+    text = json.dumps([job.key, target.to_dict()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write(
+    out: Path, job: Job, target: Target, runtime: RuntimeSpec, arms: Sequence[Arm], choice: Choice, original: Quality,
+    *, notes: Sequence[str] = (),
+) -> Path:  # fmt: skip
+    """Judge the arms on the test split – the only time it is looked at – and write the bundle.
+
+    Args:
+        arms: the default arm first.
+        original: the dense PyTorch original; without its ``test`` the test split stays untouched.
+        notes: said in the manifest beside the arms' own.
+    """
+    inputs = job.calibration.take(_GOLDEN_SAMPLES)
+    golden: dict[str, dict[str, npt.NDArray[Any]]] = {}
+    specs: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] | None = None
+    for arm in arms:
+        options = RuntimeOptions(threads=target.threads)
+        with load_runtime(runtime.name).open(arm.artifact.path, options) as session:
+            specs = (session.inputs, session.outputs)
+            golden[arm.name] = golden_outputs(session, session.inputs, inputs)
+    assert specs is not None  # a build always has arms
+    manifest = Manifest(
+        name=f"{job.model.name}-{target.name}-{runtime.name}",
+        target=target.to_dict(),
+        runtime=RuntimeEntry(
+            name=runtime.name,
+            oldest=runtime.oldest,
+            opset=runtime.opset,
+            ir_version=runtime.ir_version,
+            threads=target.threads,
+            install=runtime.install,
+            providers=runtime.providers,
+        ),
+        inputs=specs[0],
+        outputs=specs[1],
+        preprocess=job.preprocess.to_dict() if job.preprocess else None,
+        contract=job.contract,
+        labels=job.labels,
+        positive=None if job.positive is None else job.labels[job.positive],
+        metric=job.metric.name if job.metric else None,
+        default_arm=arms[0].name,
+        arms=tuple(_entry(arm, job, target, runtime, original) for arm in arms),
+        golden_outputs={arm.name: f"golden/{arm.name}.npz" for arm in arms},
+        tool_versions=tool_versions(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        build=_record(job, target, arms, choice, notes),
+    )
+    plan = arms[0].plan
+    return package.write_bundle(
+        out,
+        manifest=manifest,
+        artifacts={arm.name: arm.artifact.path for arm in arms},
+        golden_inputs=inputs,
+        golden_outputs=golden,
+        readme=package.board_readme(manifest),
+        zip_too=job.options.zip,
+        extra={PLAN_NAME: plan.to_toml().encode()} if plan else {},
+    )
+
+
+def _entry(arm: Arm, job: Job, target: Target, runtime: RuntimeSpec, original: Quality) -> ArmEntry:
+    quality = {}
+    if arm.selection is not None:
+        quality["selection"] = evaluation.quality_record(job, arm.selection, original.selection)
+        if job.test is not None and original.test is not None:
+            with evaluation.opened(arm.artifact.path, runtime.name, target.threads) as run:
+                predictions = evaluation.predict(run, job.test, job)
+            judged = evaluation.judge(predictions, job, arm.selection.threshold)
+            quality["test"] = evaluation.quality_record(job, judged, original.test)
+    return ArmEntry(
+        name=arm.name,
+        variant=arm.variant,
+        precision=arm.precision,
+        artifact=f"arms/{arm.name}{arm.artifact.path.suffix}",
+        parameters=arm.parameters,
+        size_bytes=arm.artifact.size_bytes,
+        weight_types=dict(arm.artifact.weight_types),
+        tolerance=_TOLERANCE[arm.precision],
+        quality=quality,
+        threshold=arm.selection.threshold if arm.selection else None,
+        plan_digest=arm.plan.digest if arm.plan else None,
+    )
+
+
+def _record(job: Job, target: Target, arms: Sequence[Arm], choice: Choice, notes: Sequence[str]) -> dict[str, Any]:
+    """How the bundle came about, for people."""
+    return {
+        "key": key(job, target),
+        "model": job.model.reference,
+        "model_digest": job.model.digest,
+        "options": job.options.to_dict(),
+        "budget": str(job.budgets),
+        "splits": {
+            split.name: {"reference": split.reference, "samples": len(split), "digest": split.digest}
+            for split in (job.calibration, job.selection, job.test)
+            if split is not None
+        },
+        "trials": [trial.to_dict() for trial in choice.trials],
+        "stages": {arm.name: [stage.to_dict() for stage in arm.stages] for arm in arms},
+        "notes": [*notes, *dict.fromkeys(note for arm in arms for note in arm.notes), *_plan_notes(arms[0].plan)],
+    }
+
+
+def _plan_notes(plan: FactorPlan | None) -> list[str]:
+    if plan is None or plan.projected:
+        return []
+    return ["no layer could be factored within the budget: the factored arm equals the dense one"]

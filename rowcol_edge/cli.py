@@ -1,0 +1,346 @@
+"""The command line: arguments, progress, errors with hints, exit codes – no logic.
+
+Exit codes: 0 good, 1 a budget or gate failed, 2 bad input, 3 not comparable, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import MissingDependencyError, RowcolError
+
+if TYPE_CHECKING:
+    from .job import Progress
+
+app = typer.Typer(
+    name="rowcol-edge",
+    help="Put a PyTorch model on a board: factored, quantized, packaged, and measured against the dense original.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+#: which extra brings a package that may be missing
+_EXTRAS = dict.fromkeys(("torch", "onnx", "onnxscript", "safetensors", "tomli_w", "onnxruntime"), "build") | {
+    "PIL": "images",
+    "torchvision": "samples",
+}
+
+Model = Annotated[str, typer.Argument(help="sample:NAME, package.module:factory, path/file.py:factory or file.pt2")]
+BundlePath = Annotated[Path, typer.Argument(help="a bundle folder or .zip")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout and nothing else")]
+Weights = Annotated[str | None, typer.Option(help="a .safetensors file, or a checkpoint of plain tensors")]
+Calib = Annotated[str | None, typer.Option(help="calibration data: image folder, .npz or module:callable")]
+Select = Annotated[str | None, typer.Option(help="selection data: every choice is judged on these")]
+Test = Annotated[str | None, typer.Option(help="test data: reported once")]
+Metric = Annotated[
+    str | None, typer.Option(help="accuracy, balanced_accuracy, auroc, escape@overkill=1%, or module:function")
+]
+Labels = Annotated[str | None, typer.Option(help="class names in the order of the outputs: good,defective")]
+Positive = Annotated[str | None, typer.Option(help="the class whose detection matters: defective")]
+Preprocess = Annotated[
+    str | None, typer.Option(help="how an image becomes a tensor: mode=L,size=224x224,mean=0.5,std=0.25")
+]
+BudgetText = Annotated[
+    str | None, typer.Option("--budget", help="limits: drop<=0.5pp,size<=4MB,params<=0.5x,macs<=0.5x")
+]
+Energy = Annotated[float | None, typer.Option(help="keep this share of each layer's output variance: 0.999")]
+Plan = Annotated[str | None, typer.Option(help="apply this plan file instead of searching for one")]
+Out = Annotated[str | None, typer.Option(help="folder that receives the results")]
+
+
+@app.command()
+def targets(json: Json = False) -> None:
+    """List the boards and the embedded samples."""
+    from . import samples
+    from . import targets as boards
+
+    found = [boards.load(name) for name in boards.available()]
+    if json:
+        _print_json({"targets": [t.to_dict() for t in found], "samples": list(samples.available())})
+        return
+    from .report import terminal
+
+    terminal.targets(found, [samples.load(name) for name in samples.available()])
+
+
+@app.command()
+def inspect(
+    model: Model,
+    weights: Weights = None,
+    calib: Calib = None,
+    preprocess: Preprocess = None,
+    json: Json = False,
+) -> None:
+    """Show what each layer uses of its row and column space.
+
+    With the utilised ranks at 99 and 99.9 %, the spectrum, and what factoring could save.
+    """
+    from . import api
+
+    with _progress() as progress:
+        found = api.inspect(model, weights=weights, calib=calib, preprocess=preprocess, progress=progress)
+    if json:
+        _print_json(found.to_dict())
+        return
+    from .report import terminal
+
+    terminal.inspection(found)
+
+
+@app.command()
+def factor(
+    model: Model,
+    weights: Weights = None,
+    calib: Calib = None,
+    select: Select = None,
+    metric: Metric = None,
+    labels: Labels = None,
+    positive: Positive = None,
+    preprocess: Preprocess = None,
+    budget: BudgetText = None,
+    energy: Energy = None,
+    plan: Plan = None,
+    target: Annotated[str, typer.Option(help="the board whose rank multiple is used")] = "generic-x86",
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Choose ranks; write the plan and the factored model.
+
+    The files are plan.toml, model.safetensors and model.pt2.
+    """
+    from . import api
+
+    with _progress() as progress:
+        result = api.factor(
+            model,
+            weights=weights, calib=calib, select=select, metric=metric, labels=labels, positive=positive,
+            preprocess=preprocess, budget=budget, energy=energy, plan=plan, target=target, out=out or "factored",
+            progress=progress,
+        )  # fmt: skip
+    if json:
+        _print_json(result.to_dict())
+        return
+    from .report import terminal
+
+    terminal.factored(result)
+
+
+@app.command()
+def build(
+    model: Annotated[str | None, typer.Argument(help="the model; may stand in the --config file instead")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="a board; say it again for more (rowcol-edge targets)")
+    ] = None,
+    out: Out = None,
+    weights: Weights = None,
+    runtime: Annotated[str | None, typer.Option(help="a runtime that the target lists: onnxruntime")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16, int8, int8-dynamic or auto")] = None,
+    calib: Calib = None,
+    select: Select = None,
+    test: Test = None,
+    metric: Metric = None,
+    budget: BudgetText = None,
+    energy: Energy = None,
+    plan: Plan = None,
+    contract: Annotated[str | None, typer.Option(help="classify, segment, anomaly_map, detect or embed")] = None,
+    labels: Labels = None,
+    positive: Positive = None,
+    preprocess: Preprocess = None,
+    dynamic_batch: Annotated[
+        bool | None, typer.Option("--dynamic-batch/--fixed-batch", help="batch of any size")
+    ] = None,
+    dense: Annotated[bool | None, typer.Option("--dense/--no-dense", help="package the dense arms too")] = None,
+    zip: Annotated[bool | None, typer.Option("--zip/--no-zip", help="also write BUNDLE.zip")] = None,  # noqa: A002
+    config: Annotated[Path | None, typer.Option(help="a rowcol.toml; options given here come on top")] = None,
+    force: Annotated[bool, typer.Option("--force", help="build again even if nothing has changed")] = False,
+    json: Json = False,
+) -> None:
+    """Build one bundle per target.
+
+    Factor, export, simplify, quantize, check, judge, package.
+    """
+    from . import api
+
+    said = {
+        "model": model, "target": target, "out": out, "weights": weights, "runtime": runtime, "precision": precision,
+        "calib": calib, "select": select, "test": test, "metric": metric, "budget": budget, "energy": energy,
+        "plan": plan, "contract": contract, "labels": labels, "positive": positive, "preprocess": preprocess,
+        "dynamic_batch": dynamic_batch, "dense": dense, "zip": zip,
+    }  # fmt: skip
+    given = {key: value for key, value in said.items() if value is not None}
+    with _progress() as progress:
+        built = api.build_from(config, given, force=force, progress=progress)
+    if json:
+        _print_json({"bundles": [b.to_dict() for b in built]})
+        return
+    from .report import terminal
+
+    terminal.built(built)
+
+
+@app.command()
+def profile(
+    bundle: BundlePath,
+    arms: Annotated[str | None, typer.Option(help="only these arms, separated by commas")] = None,
+    baseline: Annotated[str | None, typer.Option(help="the arm the others are compared with")] = None,
+    blocks: Annotated[int | None, typer.Option(help="fresh processes per arm")] = None,
+    seconds: Annotated[float | None, typer.Option(help="aim to be done in this time")] = None,
+    threads: Annotated[int | None, typer.Option(help="instead of the target's")] = None,
+    out: Annotated[Path | None, typer.Option(help="where the profile goes; BUNDLE/profiles/ by default")] = None,
+    json: Json = False,
+) -> None:
+    """Measure every arm of a bundle on this machine.
+
+    Paired, interleaved, in fresh processes, with a null arm.
+    """
+    from . import api
+
+    with _progress() as progress:
+        measured, path = api.profile_to(
+            bundle, out,
+            arms=arms.split(",") if arms else None, baseline=baseline, blocks=blocks, seconds=seconds, threads=threads,
+            progress=progress,
+        )  # fmt: skip
+    if json:
+        _print_json(measured.to_dict())
+        return
+    from .report import terminal
+
+    terminal.profile(measured, path)
+
+
+@app.command()
+def compare(
+    bundles: Annotated[list[Path], typer.Argument(help="bundle folders, profiled or not")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="print the table as markdown")] = False,
+    json: Json = False,
+) -> None:
+    """Compare dense and factored arms per target.
+
+    Size, quality, latency and memory, with intervals and evidence.
+    """
+    from . import api
+
+    table = api.compare(bundles)
+    if json:
+        _print_json(table.to_dict())
+    elif markdown:
+        typer.echo(table.markdown())
+    else:
+        from .report import terminal
+
+        terminal.comparison(table)
+
+
+@app.command()
+def verify(bundle: BundlePath, json: Json = False) -> None:
+    """Check digests and run the golden inputs through every arm."""
+    from . import api
+
+    report = api.verify(bundle)
+    if json:
+        _print_json(report.to_dict())
+    else:
+        from .report import terminal
+
+        terminal.verified(report)
+    report.raise_if_failed()
+
+
+@app.command()
+def run(
+    bundle: BundlePath,
+    images: Annotated[list[Path], typer.Argument(help="image, .npy or raw frame")],
+    arm: Annotated[str | None, typer.Option(help="an arm of the bundle; its default otherwise")] = None,
+    threads: Annotated[int | None, typer.Option(help="instead of the target's")] = None,
+    json: Json = False,
+) -> None:
+    """Run the packaged model on images."""
+    from .device.bundle import Bundle
+    from .device.predictor import Predictor
+
+    with Bundle.open(bundle) as opened, Predictor(opened, arm=arm, threads=threads) as predictor:
+        found = [(str(path), predictor.predict(path)) for path in images]
+    if json:
+        _print_json({"predictions": [{"input": path, **p.to_dict()} for path, p in found]})
+        return
+    for path, prediction in found:
+        typer.echo(f"{path}: {prediction}")
+
+
+@app.command()
+def demo(
+    sample: Annotated[str, typer.Option(help="which embedded sample")] = "elpv-resnet18",
+    target: Annotated[str, typer.Option(help="which board")] = "generic-x86",
+    out: Annotated[str, typer.Option(help="folder that receives the bundle")] = "dist/demo",
+    json: Json = False,
+) -> None:
+    """Build, profile, compare and run an embedded sample."""
+    from . import api
+
+    with _progress() as progress:
+        shown = api.demo(sample, target=target, out=out, progress=progress)
+    if json:
+        _print_json(shown.to_dict())
+        return
+    from .report import terminal
+
+    terminal.demo(shown)
+
+
+def main() -> None:
+    """Entry point: turns every outcome into an exit code."""
+    if sys.version_info < (3, 11):  # noqa: UP036 – the package installs on 3.10 for its device side
+        typer.echo(
+            "error: rowcol-edge needs Python 3.11 or newer; on a board use the bundle's rowcol-edge-device.pyz",
+            err=True,
+        )
+        sys.exit(2)
+    run_command(sys.argv[1:])
+
+
+def run_command(arguments: list[str]) -> None:
+    """Run one command; always ends in SystemExit. Usage errors and Ctrl-C are typer's own: 2 and 130."""
+    try:
+        app(args=arguments)
+    except RowcolError as e:
+        _print_error(e)
+        sys.exit(e.exit_code)
+    except ModuleNotFoundError as e:
+        missing = (e.name or "").partition(".")[0]
+        if missing not in _EXTRAS:
+            raise
+        _print_error(
+            MissingDependencyError(f"this command needs {missing}", package=f"rowcol-edge[{_EXTRAS[missing]}]")
+        )
+        sys.exit(2)
+
+
+def _print_error(error: RowcolError) -> None:
+    lines = [f"error: {error.what}"]
+    for label, text in (("expected", error.expected), ("got", error.got), ("hint", error.hint)):
+        if text:
+            lines.append(f"  {label + ':':<10}{text}")
+    typer.echo("\n".join(lines), err=True)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json_module.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A progress line with elapsed time and ETA on stderr; plain lines where that is no terminal."""
+    from .report.progress import reporter
+
+    with reporter() as report:
+        yield report

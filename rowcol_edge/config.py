@@ -1,0 +1,196 @@
+"""What a build is asked to do: the same words in `rowcol.toml`, on the command line and in Python."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from .budgets import Budgets
+from .device.manifest import CONTRACTS
+from .device.preprocess import Preprocess
+from .errors import ConfigError
+
+PRECISIONS = ("fp32", "fp16", "int8", "int8-dynamic", "auto")
+DEFAULT_BUDGET = "drop<=0.5pp"
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """One build. Paths are kept as the user wrote them, relative to where the command runs.
+
+    Attributes:
+        model: ``sample:NAME``, ``package.module:factory``, ``path/file.py:factory`` or a ``.pt2``.
+        target: names of targets (or paths of their TOML files); one bundle for each.
+        precision: of the packaged arms; ``auto`` takes the fastest measured one within the budget.
+        calib, select, test: where the three splits come from; a sample brings its own.
+        metric: how quality is judged; None with unlabelled data.
+        budget: ``drop<=0.5pp,size<=4MB,…``; the default holds where labels and a metric are there.
+        energy: keep this share of each layer's output variance instead of searching.
+        plan: apply this plan file instead of searching.
+        contract: what the outputs mean: classify, segment, anomaly_map, detect or embed.
+        dense: also package the dense arms.
+    """
+
+    model: str
+    target: tuple[str, ...] = ("generic-x86",)
+    out: str = "dist"
+    weights: str | None = None
+    runtime: str = "onnxruntime"
+    precision: str = "int8"
+    calib: str | None = None
+    select: str | None = None
+    test: str | None = None
+    metric: str | None = None
+    budget: str | None = None
+    energy: float | None = None
+    plan: str | None = None
+    contract: str | None = None
+    labels: tuple[str, ...] = ()
+    positive: str | None = None
+    preprocess: Preprocess | None = None
+    dynamic_batch: bool = False
+    dense: bool = True
+    zip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigError("precision", expected=f"one of {', '.join(PRECISIONS)}", got=repr(self.precision))
+        if self.contract is not None and self.contract not in CONTRACTS:
+            raise ConfigError("contract", expected=f"one of {', '.join(CONTRACTS)}", got=repr(self.contract))
+        if self.energy is not None and not 0.0 < self.energy <= 1.0:
+            raise ConfigError("energy", expected="a share of variance in (0, 1]", got=str(self.energy))
+        if self.positive is not None and self.labels and self.positive not in self.labels:
+            raise ConfigError("positive", expected=f"one of the labels {list(self.labels)}", got=repr(self.positive))
+        if not self.target:
+            raise ConfigError("target", expected="at least one target", got="none")
+        chosen = [n for n in ("plan", "energy") if getattr(self, n) is not None]
+        if len(chosen) > 1:
+            raise ConfigError("plan", expected="a plan file or an energy", got="both")
+        Budgets.parse(self.budget or "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Only what differs from the defaults, as `rowcol.toml` holds it."""
+        values: dict[str, Any] = {}
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in ("model", "target", "out") or value != option.default:
+                values[option.name] = value.to_dict() if isinstance(value, Preprocess) else value
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
+
+
+def read(path: Path, overrides: Mapping[str, Any]) -> BuildOptions:
+    """Options from a `rowcol.toml`, with what was said on the command line on top.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (names the nearest known one), wrong type or value.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(str(path), expected="a readable rowcol.toml", got=e.strerror or str(e)) from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(str(path), expected="valid TOML", got=str(e)) from e
+    return make({**values, **overrides}, str(path))
+
+
+def make(values: Mapping[str, Any], where: str = "options") -> BuildOptions:
+    """Options from plain values, each checked for its name and type; None means not said."""
+    known = {option.name: option for option in fields(BuildOptions)}
+    checked: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"{where}: key {key!r}", expected="a known key", got="an unknown one", hint=hint)
+        if value is not None:
+            checked[key] = _checked(key, value, where)
+    if "model" not in checked:
+        raise ConfigError(f"{where}: model", expected="a model reference", got="none", hint="e.g. sample:elpv-resnet18")
+    return BuildOptions(**checked)
+
+
+def write(options: BuildOptions, path: Path) -> None:
+    """Write the `rowcol.toml` that repeats this build."""
+    path.write_text(
+        "# Repeats this build: rowcol-edge build --config rowcol.toml\n" + tomli_w.dumps(options.to_dict()),
+        encoding="utf-8",
+    )
+
+
+def with_out(options: BuildOptions, out: str) -> BuildOptions:
+    return replace(options, out=out)
+
+
+def parse_preprocess(text: str) -> Preprocess:
+    """``mode=RGB,size=224x224,mean=0.485/0.456/0.406,std=…,scale=…,resample=…`` as written on the command line."""
+    values: dict[str, Any] = {}
+    for part in text.split(","):
+        key, separator, value = part.strip().partition("=")
+        if not separator:
+            raise ConfigError("preprocess", expected="key=value pairs separated by commas", got=repr(part))
+        try:
+            if key == "size":
+                height, _, width = value.lower().partition("x")
+                values["height"], values["width"] = int(height), int(width)
+            elif key in ("mean", "std"):
+                values[key] = tuple(float(v) for v in value.split("/"))
+            elif key == "scale":
+                numerator, _, denominator = value.partition("/")
+                values[key] = float(numerator) / float(denominator or 1.0)
+            else:
+                values[key] = int(value) if key in ("height", "width") else value
+        except (ValueError, ZeroDivisionError) as e:
+            raise ConfigError(
+                f"preprocess {key}", expected="numbers, e.g. size=224x224, mean=0.5", got=repr(value)
+            ) from e
+    channels = 1 if values.get("mode") == "L" else 3
+    values.setdefault("mean", (0.0,) * channels)
+    values.setdefault("std", (1.0,) * channels)
+    return Preprocess.from_dict(values)
+
+
+_TUPLES = ("target", "labels")
+_FLAGS = ("dynamic_batch", "dense", "zip")
+
+
+def _checked(key: str, value: Any, where: str) -> Any:
+    """A value of the right type, lists made tuples; the error names the key."""
+    if key == "preprocess":
+        return _checked_preprocess(value, where)
+    if key in _TUPLES:
+        if isinstance(value, str):
+            return tuple(v.strip() for v in value.split(",") if v.strip())
+        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        raise _wrong(key, "a list of names", value, where)
+    if key in _FLAGS:
+        if not isinstance(value, bool):
+            raise _wrong(key, "true or false", value, where)
+        return value
+    if key == "energy":
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise _wrong(key, "a number", value, where)
+        return float(value)
+    if not isinstance(value, str):
+        raise _wrong(key, "text", value, where)
+    return value
+
+
+def _checked_preprocess(value: Any, where: str) -> Preprocess:
+    if isinstance(value, str):
+        return parse_preprocess(value)
+    if isinstance(value, Mapping):
+        return Preprocess.from_dict(value)
+    if isinstance(value, Preprocess):
+        return value
+    raise _wrong("preprocess", "a table or key=value text", value, where)
+
+
+def _wrong(key: str, expected: str, value: Any, where: str) -> ConfigError:
+    return ConfigError(f"{where}: {key}", expected=expected, got=f"{type(value).__name__} {value!r}")

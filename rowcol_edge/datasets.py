@@ -1,0 +1,328 @@
+"""Real inputs as the user names them: a folder of images, an ``.npz``, a Python callable, or a sample's own split.
+
+A `Split` can be gone through any number of times in the same order. Small splits are kept in memory after the first
+pass, large ones are read again, so memory stays bounded by `_CACHE_BYTES` a split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .device.preprocess import Preprocess
+from .errors import ConfigError, DataError, SplitError
+from .samples import Sample, import_file
+
+Feeds = dict[str, npt.NDArray[Any]]
+Labels = npt.NDArray[np.int64]
+
+BATCH = 32
+_CACHE_BYTES = 2**30
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+_LABEL_KEYS = ("labels", "label", "y")
+
+
+@dataclass(slots=True)
+class Split:
+    """A named set of samples, checked once when it is made.
+
+    Attributes:
+        name: ``calibration``, ``selection`` or ``test``.
+        reference: how the user named it.
+        labels: (samples,) int64, or None.
+        label_names: class names where the source knows them (a folder's subfolders).
+        digest: sha256 over every sample and label, in order.
+        sample_digests: one digest a sample, for finding samples that two splits share.
+    """
+
+    name: str
+    reference: str
+    source: Callable[[], Iterable[tuple[Feeds, Labels | None]]]
+    labels: Labels | None = None
+    label_names: tuple[str, ...] = ()
+    digest: str = ""
+    sample_digests: tuple[bytes, ...] = ()
+    _cache: list[Feeds] | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.sample_digests)
+
+    def batches(self) -> Iterator[Feeds]:
+        """Every batch in order, as ``{input name: (batch, …)}``."""
+        if self._cache is not None:
+            yield from self._cache
+            return
+        for feeds, _ in self.source():
+            yield feeds
+
+    def take(self, count: int) -> Feeds:
+        """The first ``count`` samples as one batch."""
+        parts: list[Feeds] = []
+        have = 0
+        for feeds in self.batches():
+            parts.append(feeds)
+            have += _length(feeds)
+            if have >= count:
+                break
+        return {name: np.concatenate([p[name] for p in parts])[:count] for name in parts[0]}
+
+    def example(self) -> Feeds:
+        return self.take(1)
+
+
+def load(
+    reference: str | None,
+    name: str,
+    inputs: Sequence[str],
+    *,
+    sample: Sample | None = None,
+    preprocess: Preprocess | None = None,
+    labels: Sequence[str] = (),
+) -> Split | None:
+    """The split called ``name``; None where neither a reference nor a sample provides one.
+
+    Args:
+        reference: a folder, an ``.npz`` or ``module:callable`` / ``file.py:callable``.
+        name: calibration, selection or test.
+        inputs: the names of the model's inputs, in order.
+        sample: the embedded sample whose split is used where no reference is given.
+        preprocess: how images become tensors (folders and uint8 arrays).
+        labels: class names in the order of the model's outputs; a folder's subfolders must be among them.
+
+    Raises:
+        DataError: unreadable, empty, wrong shapes or types, NaN or Inf.
+    """
+    if reference is None:
+        if sample is None:
+            return None
+        module = import_file(sample.data, DataError)
+        return scan(Split(name, f"sample:{sample.name}", _callable_source(getattr(module, name), inputs, sample.name)))
+    path = Path(reference)
+    if path.is_dir():
+        return scan(_folder(path, name, inputs, preprocess, labels))
+    if path.suffix == ".npz":
+        return scan(Split(name, reference, _npz_source(path, inputs, preprocess)))
+    if ":" in reference:
+        return scan(Split(name, reference, _callable_source(_callable(reference), inputs, reference)))
+    raise DataError(
+        f"{name} data {reference!r}",
+        expected="a folder of images, an .npz or module:callable",
+        got="no such file or folder" if not path.exists() else f"a {path.suffix or 'file'}",
+    )
+
+
+def scan(split: Split) -> Split:
+    """Go through the split once: check every batch, collect labels and digests, keep it in memory if it is small."""
+    total = hashlib.sha256()
+    digests: list[bytes] = []
+    labels: list[Labels] = []
+    kept: list[Feeds] | None = []
+    kept_bytes = 0
+    shapes: dict[str, tuple[int, ...]] = {}
+    for feeds, batch_labels in split.source():
+        count = _check(split, feeds, shapes)
+        if batch_labels is not None:
+            labels.append(_check_labels(split, batch_labels, count))
+        for i in range(count):
+            one = hashlib.sha256()
+            for array in feeds.values():
+                one.update(np.ascontiguousarray(array[i]).tobytes())
+            digests.append(one.digest())
+            total.update(one.digest())
+        kept_bytes += sum(a.nbytes for a in feeds.values())
+        kept = kept if kept is not None and kept_bytes <= _CACHE_BYTES else None
+        if kept is not None:
+            kept.append(feeds)
+    if not digests:
+        raise DataError(f"{split.name} data {split.reference}", expected="at least one sample", got="none")
+    if labels and sum(map(len, labels)) != len(digests):
+        raise DataError(
+            f"{split.name} data {split.reference}", expected="labels for every batch or for none", got="some"
+        )
+    split.labels = np.concatenate(labels) if labels else None
+    if split.labels is not None:
+        total.update(split.labels.tobytes())
+    split.digest, split.sample_digests, split._cache = total.hexdigest(), tuple(digests), kept
+    return split
+
+
+def check_disjoint(splits: Sequence[Split]) -> None:
+    """Raises SplitError where two splits hold the same sample, bit for bit."""
+    for i, first in enumerate(splits):
+        for second in splits[i + 1 :]:
+            shared = set(first.sample_digests) & set(second.sample_digests)
+            if shared:
+                raise SplitError(
+                    f"the {first.name} and {second.name} splits",
+                    expected="no sample in both",
+                    got=f"{len(shared)} shared sample(s)",
+                    hint="a choice judged on data it has seen is worth nothing: split the data again",
+                )
+
+
+def _check(split: Split, feeds: Feeds, shapes: dict[str, tuple[int, ...]]) -> int:
+    count = _length(feeds)
+    for name, array in feeds.items():
+        what = f"{split.name} data {split.reference}: input {name}"
+        if len(array) != count:
+            raise DataError(what, expected=f"{count} samples like the other inputs", got=str(len(array)))
+        if array.dtype.kind not in "fiub":
+            raise DataError(what, expected="numbers", got=str(array.dtype))
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise DataError(what, expected="finite values", got="NaN or Inf")
+        if shapes.setdefault(name, array.shape[1:]) != array.shape[1:]:
+            raise DataError(what, expected=f"samples of shape {shapes[name]}", got=str(array.shape[1:]))
+    return count
+
+
+def _check_labels(split: Split, labels: npt.NDArray[Any], count: int) -> Labels:
+    labels = np.asarray(labels)
+    what = f"{split.name} data {split.reference}: labels"
+    if labels.shape != (count,):
+        raise DataError(what, expected=f"one per sample, shape ({count},)", got=str(labels.shape))
+    if labels.dtype.kind not in "iub":
+        raise DataError(what, expected="whole numbers (class indices)", got=str(labels.dtype))
+    if count and labels.min() < 0:
+        raise DataError(what, expected="class indices from 0", got=str(labels.min()))
+    return labels.astype(np.int64)
+
+
+def _length(feeds: Mapping[str, npt.NDArray[Any]]) -> int:
+    first = next(iter(feeds.values()))
+    if first.ndim == 0:
+        raise DataError("data", expected="arrays with a batch dimension", got="a scalar")
+    return len(first)
+
+
+def _as_feeds(value: Any, inputs: Sequence[str], what: str) -> Feeds:
+    """A batch's inputs, as a dict by name, a tuple in order, or one array."""
+    if isinstance(value, Mapping):
+        if set(value) != set(inputs):
+            raise DataError(what, expected=f"inputs {list(inputs)}", got=f"{sorted(value)}")
+        return {name: _as_array(value[name]) for name in inputs}
+    if isinstance(value, (tuple, list)):
+        if len(value) != len(inputs):
+            raise DataError(what, expected=f"{len(inputs)} input(s) {list(inputs)}", got=str(len(value)))
+        return {name: _as_array(v) for name, v in zip(inputs, value, strict=True)}
+    if len(inputs) != 1:
+        raise DataError(what, expected=f"a dict of the inputs {list(inputs)}", got="one array")
+    return {inputs[0]: _as_array(value)}
+
+
+def _as_array(value: Any) -> npt.NDArray[Any]:
+    array = np.asarray(value)
+    return array.astype(np.float32) if array.dtype == np.float64 else array
+
+
+def _callable(reference: str) -> Callable[[], Any]:
+    module_name, _, function = reference.rpartition(":")
+    source: ModuleType
+    if module_name.endswith(".py"):
+        source = import_file(Path(module_name), DataError)
+    else:
+        try:
+            source = importlib.import_module(module_name)
+        except ImportError as e:
+            raise DataError(f"data {reference!r}", expected="an importable module:callable", got=str(e)) from e
+    found = getattr(source, function, None)
+    if not callable(found):
+        raise DataError(f"data {reference!r}", expected=f"a callable {function} in {module_name}", got="none there")
+    return found  # type: ignore[no-any-return]  # getattr on a module is untyped by nature
+
+
+def _callable_source(
+    function: Callable[[], Any], inputs: Sequence[str], what: str
+) -> Callable[[], Iterator[tuple[Feeds, Labels | None]]]:
+    """``function()`` yields batches: ``(inputs, labels)`` tuples, or inputs alone (an array or a dict)."""
+
+    def source() -> Iterator[tuple[Feeds, Labels | None]]:
+        for batch in function():
+            if isinstance(batch, tuple) and len(batch) == 2:
+                labels = None if batch[1] is None else np.asarray(batch[1])
+                yield _as_feeds(batch[0], inputs, what), labels
+            else:
+                yield _as_feeds(batch, inputs, what), None
+
+    return source
+
+
+def _npz_source(
+    path: Path, inputs: Sequence[str], preprocess: Preprocess | None
+) -> Callable[[], Iterator[tuple[Feeds, Labels | None]]]:
+    def source() -> Iterator[tuple[Feeds, Labels | None]]:
+        arrays = _read_npz(path)
+        key = next((k for k in _LABEL_KEYS if k in arrays and k not in inputs), None)
+        labels = arrays.pop(key) if key else None
+        if len(inputs) == 1 and len(arrays) == 1:
+            arrays = {inputs[0]: next(iter(arrays.values()))}
+        feeds = _as_feeds(arrays, inputs, str(path))
+        count = _length(feeds)
+        if labels is not None and len(labels) != count:
+            raise DataError(f"{path}: labels", expected=f"one per sample ({count})", got=str(len(labels)))
+        for start in range(0, count, BATCH):
+            part = {name: _pixels(a[start : start + BATCH], preprocess) for name, a in feeds.items()}
+            yield part, None if labels is None else labels[start : start + BATCH]
+
+    return source
+
+
+def _pixels(array: npt.NDArray[Any], preprocess: Preprocess | None) -> npt.NDArray[Any]:
+    if array.dtype != np.uint8 or preprocess is None:
+        return array
+    return np.stack([preprocess.pixels(frame) for frame in array])
+
+
+def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
+    if not path.is_file():
+        raise DataError(str(path), expected="an .npz file", got="no such file")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+        raise DataError(str(path), expected="an .npz of plain arrays (never pickled)", got=str(e)) from e
+
+
+def _folder(
+    path: Path, name: str, inputs: Sequence[str], preprocess: Preprocess | None, labels: Sequence[str]
+) -> Split:
+    if len(inputs) != 1:
+        raise DataError(
+            f"{name} data {path}", expected="a model with one input for a folder of images", got=f"{list(inputs)}"
+        )
+    if preprocess is None:
+        raise ConfigError(
+            "preprocess",
+            expected="how an image becomes a tensor",
+            got="nothing",
+            hint='e.g. --preprocess "mode=RGB,size=224x224,mean=0.485/0.456/0.406,std=0.229/0.224/0.225"',
+        )
+    classes = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    strangers = [c for c in classes if labels and c not in labels]
+    if strangers:
+        raise DataError(
+            f"{name} data {path}", expected=f"subfolders among the labels {list(labels)}", got=f"{strangers}"
+        )
+    order = list(labels) if labels else classes
+    files = [
+        (file, order.index(c) if c else -1)
+        for c in (classes or [""])
+        for file in sorted((path / c).iterdir())
+        if file.suffix.lower() in _IMAGES
+    ]
+
+    def source() -> Iterator[tuple[Feeds, Labels | None]]:
+        for start in range(0, len(files), BATCH):
+            part = files[start : start + BATCH]
+            feeds = {inputs[0]: np.stack([preprocess.file(f) for f, _ in part])}
+            yield feeds, np.array([c for _, c in part]) if classes else None
+
+    return Split(name, str(path), source, label_names=tuple(order))

@@ -1,0 +1,122 @@
+"""Running a model or an artifact over a split, and judging what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .datasets import Feeds, Split
+from .device.bundle import split_feeds
+from .device.runtimes import RuntimeOptions, load_runtime
+from .errors import DataError
+from .job import Job, Progress, silent
+from .quality import Metric, Predictions, paired_drop
+
+#: takes a batch of inputs, returns the named outputs
+Run = Callable[[Feeds], dict[str, npt.NDArray[Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """An arm on a split: its predictions, the threshold it decides with and the metric's value."""
+
+    predictions: Predictions
+    threshold: float | None
+    value: float
+
+
+def predict(run: Run, split: Split, job: Job, progress: Progress = silent, label: str = "evaluate") -> Predictions:
+    """Outputs for every sample of a labelled split; the first output is the one that is judged."""
+    outputs = []
+    done = 0
+    for feeds in split.batches():
+        outputs.append(next(iter(run(feeds).values())))
+        done += len(outputs[-1])
+        progress(label, done, len(split))
+    if split.labels is None:
+        raise DataError(f"{split.name} data", expected="labels", got="none")
+    joined = np.concatenate(outputs)
+    if job.contract == "classify":
+        _check_classes(joined, split, job)
+    return Predictions(joined, split.labels, job.positive)
+
+
+def _check_classes(outputs: npt.NDArray[Any], split: Split, job: Job) -> None:
+    if outputs.ndim != 2:
+        raise DataError("model output", expected="(samples, classes) for contract classify", got=str(outputs.shape))
+    highest = int(split.labels.max()) if split.labels is not None else 0
+    if highest >= outputs.shape[1]:
+        raise DataError(
+            f"{split.name} labels",
+            expected=f"classes 0 to {outputs.shape[1] - 1} as the model returns",
+            got=str(highest),
+        )
+    if job.labels and len(job.labels) != outputs.shape[1]:
+        raise DataError("labels", expected=f"{outputs.shape[1]} names, one per model output", got=f"{len(job.labels)}")
+
+
+def judge_selection(predictions: Predictions, job: Job, original: Judged | None = None) -> Judged:
+    """Value of the job's metric on the selection split, with the threshold found there: the original's by tuning,
+    an arm's from the original's."""
+    metric = _metric(job)
+    if original is None:
+        threshold = metric.tune(predictions)
+    else:
+        threshold = metric.transfer(original.predictions, original.threshold, predictions)
+    return judge(predictions, job, threshold)
+
+
+def judge(predictions: Predictions, job: Job, threshold: float | None) -> Judged:
+    """Value of the job's metric with a threshold found before."""
+    return Judged(predictions, threshold, _metric(job).value(predictions, threshold))
+
+
+def _metric(job: Job) -> Metric:
+    if job.metric is None:
+        raise DataError("metric", expected="labelled data", got="none")
+    return job.metric
+
+
+def drop(job: Job, reference: Judged, other: Judged) -> float:
+    """How much worse ``other`` is, in the metric's points."""
+    return _metric(job).drop(reference.value, other.value)
+
+
+def quality_record(job: Job, judged: Judged, reference: Judged | None) -> dict[str, Any]:
+    """What the manifest says of an arm on a split: value and, paired with the dense original, drop and flips."""
+    metric = _metric(job)
+    record: dict[str, Any] = {
+        "metric": metric.name,
+        "value": judged.value,
+        "n": len(judged.predictions.labels),
+    }
+    if reference is not None:
+        paired = paired_drop(metric, reference.predictions, judged.predictions, (reference.threshold, judged.threshold))
+        record |= {
+            "drop_pp": paired.drop,
+            "ci_low_pp": paired.low,
+            "ci_high_pp": paired.high,
+            "flips": paired.flips,
+            "flips_bad": paired.flips_bad,
+        }
+    return record
+
+
+@contextmanager
+def opened(artifact: Path, runtime: str, threads: int) -> Iterator[Run]:
+    """The artifact as the device opens it, taking batches of any size: they are cut to the batch the model has."""
+    with load_runtime(runtime).open(artifact, RuntimeOptions(threads=threads)) as session:
+
+        def run(feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
+            free = all(spec.shape and spec.shape[0] is None for spec in session.inputs)
+            parts = [feeds] if free else list(split_feeds(session.inputs, feeds))
+            outputs = [session.run(part) for part in parts]
+            return {name: np.concatenate([o[name] for o in outputs]) for name in outputs[0]}
+
+        yield run

@@ -1,0 +1,119 @@
+"""What `inspect` shows: how much of its row space and column space each layer uses, and what factoring could save.
+
+Row space: directions of the layer's input that carry energy (spectrum of the input covariance; over channels for a
+convolution). Column space: directions of its output that carry energy (spectrum of the output covariance).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .datasets import Split
+from .factoring import ranks
+from .factoring.costs import LayerInfo
+from .factoring.spaces import LayerSpaces, utilised_rank
+from .factoring.study import study
+from .job import Progress, silent
+from .models import LoadedModel
+from .search import BREAK_EVEN, DEFAULT_ENERGY
+
+_SPECTRUM_POINTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LayerUse:
+    """One layer. Ranks are how many directions hold 99 % and 99.9 % of the variance; None where nothing was measured.
+
+    ``column_spectrum`` is the share of output variance in the first 1/16, 2/16, … of the directions.
+    """
+
+    name: str
+    kind: str
+    shape: str
+    parameters: int
+    macs: int
+    row_size: int
+    row_rank_99: int | None
+    row_rank_999: int | None
+    column_size: int
+    column_rank_99: int | None
+    column_rank_999: int | None
+    column_spectrum: tuple[float, ...]
+    break_even: int
+    saves_parameters: int
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A model's layers and what they use."""
+
+    model: str
+    samples: int
+    parameters: int
+    macs: int
+    saves_parameters: int
+    batchnorms_folded: int
+    layers: tuple[LayerUse, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect(model: LoadedModel, calibration: Split, progress: Progress = silent) -> Inspection:
+    """Measure the spaces of every layer on the calibration split; savings are those at 99.9 % of output variance."""
+    known = study(model.module, calibration, row_space=True, progress=progress)
+    plan = ranks.plan_by_energy(known.infos, known.spaces, DEFAULT_ENERGY, break_even=BREAK_EVEN, model=model.name)
+    saves = {layer.name: layer.parameters_before - layer.parameters_after for layer in plan.layers}
+    reasons = {layer.name: layer.reason for layer in plan.layers}
+    layers = tuple(_use(info, known.spaces, saves[name], reasons[name]) for name, info in known.infos.items())
+    return Inspection(
+        model=model.reference,
+        samples=len(calibration),
+        parameters=known.parameters,
+        macs=known.macs,
+        saves_parameters=plan.saved_parameters,
+        batchnorms_folded=len(known.graph.batchnorms),
+        layers=layers,
+    )
+
+
+def _use(info: LayerInfo, spaces: Mapping[str, LayerSpaces], saves: int, note: str) -> LayerUse:
+    measured = spaces.get(info.name)
+    row = measured.row_eigenvalues if measured else None
+    column = measured.eigenvalues if measured else None
+    kernel = "×".join(str(k) for k in info.kernel)
+    return LayerUse(
+        name=info.name,
+        kind=info.kind,
+        shape=f"{info.out_features}×{info.in_features}" + (f" {kernel}" if kernel else ""),
+        parameters=info.parameters,
+        macs=info.macs,
+        row_size=info.in_features,
+        row_rank_99=_rank(row, 0.99),
+        row_rank_999=_rank(row, 0.999),
+        column_size=info.out_features,
+        column_rank_99=_rank(column, 0.99),
+        column_rank_999=_rank(column, 0.999),
+        column_spectrum=_spectrum(column),
+        break_even=info.break_even,
+        saves_parameters=saves,
+        note=note,
+    )
+
+
+def _rank(eigenvalues: npt.NDArray[np.float64] | None, energy: float) -> int | None:
+    return None if eigenvalues is None else utilised_rank(eigenvalues, energy)
+
+
+def _spectrum(eigenvalues: npt.NDArray[np.float64] | None) -> tuple[float, ...]:
+    if eigenvalues is None or eigenvalues.sum() <= 0:
+        return ()
+    kept = np.concatenate([[0.0], np.cumsum(eigenvalues) / eigenvalues.sum()])
+    at = np.linspace(0, len(eigenvalues), _SPECTRUM_POINTS + 1)[1:]
+    return tuple(float(v) for v in np.interp(at, np.arange(len(kept)), kept))

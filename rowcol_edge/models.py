@@ -1,0 +1,224 @@
+"""A model as the user names it: ``sample:NAME``, ``package.module:factory``, ``path/file.py:factory`` or ``file.pt2``.
+
+Weights come from safetensors, or from a checkpoint read with ``weights_only=True``; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from .errors import ModelError, WeightsError
+from .lift import lift, load_program
+from .samples import Sample, import_file
+from .samples import load as load_sample
+
+_SHOWN_KEYS = 3
+_CHECKPOINTS = (".pt", ".pth", ".bin", ".ckpt")
+_NESTED = ("state_dict", "model_state_dict", "model")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in eval mode on the CPU.
+
+    Attributes:
+        reference: how the user named it.
+        name: short name for files and tables.
+        module: the model; never changed by any stage.
+        inputs: names of the tensors its forward takes, in order.
+        digest: sha256 over the architecture's text and every parameter and buffer.
+        sample: the embedded sample it came from, if any.
+    """
+
+    reference: str
+    name: str
+    module: nn.Module
+    inputs: tuple[str, ...]
+    digest: str
+    sample: Sample | None = None
+
+
+def load(reference: str | nn.Module, weights: str | Path | None = None) -> LoadedModel:
+    """Load a model by reference, or wrap a module that is already there.
+
+    Raises:
+        ModelError: the reference, file or factory cannot be used.
+        WeightsError: weights that do not fit (names the first keys that differ) or are not finite.
+    """
+    if isinstance(reference, nn.Module):
+        module, name, text, sample = reference, type(reference).__name__, type(reference).__qualname__, None
+    else:
+        text = reference
+        module, name, sample = _resolve(reference)
+    if sample is not None and weights is None:
+        weights = sample.weights
+    if weights is not None:
+        load_weights(module, Path(weights))
+    check_finite(module)
+    was_training, module = module.training, module.eval()
+    if isinstance(reference, nn.Module) and was_training:
+        reference.eval()
+    return LoadedModel(text, name, module, input_names(module), digest(module), sample)
+
+
+def _resolve(reference: str) -> tuple[nn.Module, str, Sample | None]:
+    if reference.startswith("sample:"):
+        sample = load_sample(reference.removeprefix("sample:"))
+        file, _, function = sample.factory.rpartition(":")
+        return _call(getattr(import_file(Path(file)), function), reference), sample.name, sample
+    if reference.endswith(".pt2"):
+        return lift(load_program(Path(reference))), Path(reference).stem, None
+    module_name, separator, function = reference.rpartition(":")
+    if not separator or not module_name or not function:
+        raise ModelError(
+            f"model {reference!r}",
+            expected="sample:NAME, package.module:factory, path/file.py:factory or a saved .pt2",
+            got="no factory" if not separator else "an empty part",
+        )
+    if module_name.endswith(".py"):
+        source = import_file(Path(module_name))
+    else:
+        try:
+            source = importlib.import_module(module_name)
+        except ImportError as e:
+            raise ModelError(
+                f"model {reference!r}",
+                expected="an importable module",
+                got=str(e),
+                hint="a file is named with its ending: path/to/file.py:factory",
+            ) from e
+    factory = getattr(source, function, None)
+    if factory is None:
+        raise ModelError(f"model {reference!r}", expected=f"a function {function} in {module_name}", got="none there")
+    return _call(factory, reference), function if function not in ("build", "model") else _stem(module_name), None
+
+
+def _stem(module_name: str) -> str:
+    return Path(module_name).stem if module_name.endswith(".py") else module_name.rpartition(".")[2]
+
+
+def _call(factory: Callable[[], object], reference: str) -> nn.Module:
+    try:
+        module = factory() if not isinstance(factory, nn.Module) else factory
+    except Exception as e:  # the factory is the user's code: whatever it raises, the message names it
+        raise ModelError(f"model {reference!r}", expected="a factory that runs", got=f"{type(e).__name__}: {e}") from e
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"model {reference!r}", expected="a torch.nn.Module", got=type(module).__name__)
+    return module
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load a state dict into ``module``; every key and shape must fit. Half-precision storage is widened."""
+    state = _read_state(path)
+    expected = module.state_dict()
+    missing = [k for k in expected if k not in state]
+    unexpected = [k for k in state if k not in expected]
+    if missing or unexpected:
+        parts = []
+        if missing:
+            parts.append(f"missing {_first(missing)}")
+        if unexpected:
+            parts.append(f"unexpected {_first(unexpected)}")
+        raise WeightsError(
+            str(path),
+            expected=f"the model's {len(expected)} keys",
+            got="; ".join(parts),
+            hint=_prefix_hint(missing, unexpected),
+        )
+    for key, value in expected.items():
+        if state[key].shape != value.shape:
+            raise WeightsError(
+                f"{path}: {key}", expected=f"shape {tuple(value.shape)}", got=f"{tuple(state[key].shape)}"
+            )
+    module.load_state_dict(state, strict=True)
+
+
+def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
+    if not path.is_file():
+        raise WeightsError(str(path), expected="a weights file", got="no such file")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as e:
+            raise WeightsError(str(path), expected="a safetensors file", got=str(e)) from e
+    if path.suffix not in _CHECKPOINTS:
+        raise WeightsError(str(path), expected=f".safetensors or one of {_CHECKPOINTS}", got=path.suffix or "no ending")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as e:
+        raise WeightsError(
+            str(path),
+            expected="a checkpoint of plain tensors (read with weights_only=True)",
+            got=str(e).splitlines()[0] if str(e) else type(e).__name__,
+            hint="save only the state dict: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')",
+        ) from e
+    for key in _NESTED:
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+            break
+    if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
+        raise WeightsError(str(path), expected="a dict of tensors", got=type(loaded).__name__)
+    return loaded
+
+
+def _first(keys: list[str]) -> str:
+    more = f" (+{len(keys) - _SHOWN_KEYS} more)" if len(keys) > _SHOWN_KEYS else ""
+    return ", ".join(keys[:_SHOWN_KEYS]) + more
+
+
+def _prefix_hint(missing: list[str], unexpected: list[str]) -> str:
+    for prefix in ("module.", "model."):
+        if unexpected and all(k.startswith(prefix) for k in unexpected):
+            return f"the file's keys all start with {prefix!r}: strip it"
+        if missing and all(k.startswith(prefix) for k in missing):
+            return (
+                f"the model's keys all start with {prefix!r}: save the inner module's weights or wrap it the same way"
+            )
+    return ""
+
+
+def check_finite(module: nn.Module) -> None:
+    """Raises WeightsError naming the first parameter or buffer that holds NaN or Inf."""
+    for key, value in module.state_dict().items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+            bad = int((~torch.isfinite(value)).sum())
+            raise WeightsError(
+                f"weights {key}", expected="finite values", got=f"{bad} NaN or Inf out of {value.numel()}"
+            )
+
+
+def input_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of forward's arguments that have no default; ``input`` where they cannot be told."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = tuple(
+        p.name for p in parameters
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    )  # fmt: skip
+    return names or ("input",)
+
+
+def digest(module: nn.Module) -> str:
+    """sha256 over the module's printed structure and every tensor of its state."""
+    sha = hashlib.sha256(repr(module).encode())
+    for key, value in sorted(module.state_dict().items()):
+        sha.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
+        sha.update(
+            value.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        )
+    return sha.hexdigest()
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of unique parameter values (a tied matrix counts once)."""
+    return sum(p.numel() for p in module.parameters())

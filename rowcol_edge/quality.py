@@ -1,0 +1,345 @@
+"""How good a model is, judged the way an inspection line is judged.
+
+A `Metric` turns labels and raw outputs into one number. Where one class is the *positive* one (the defect), the
+original's decision threshold is tuned on the selection split; an arm's is the one with which it decides as often for
+the positive class as the original does there. Tuning each arm by itself would follow the noise of a few hundred samples
+and flip decisions that the arm did not change. Thresholds stand in the manifest; the test split changes none of them.
+
+Differences between an arm and the dense original are paired (the same samples), so their interval is that of a paired
+difference: Newcombe's hybrid score interval (method 10) where the metric counts decisions, a stratified paired
+bootstrap elsewhere.
+
+Sources: R. G. Newcombe, "Improved confidence intervals for the difference between binomial proportions based on paired
+data", Statistics in Medicine 17 (1998); G. Y. Zou and A. Donner, "Construction of confidence limits about effect
+measures", Statistics in Medicine 27 (2008), for adding up the classes of a balanced accuracy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .device.decode import probabilities
+from .errors import ConfigError, DataError
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+_Z95 = 1.959963984540054
+_RESAMPLES = 2000
+_MOST_THRESHOLDS = 2000  # finer steps than this cannot be told apart on a selection split
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """Raw outputs of one arm on one split.
+
+    Attributes:
+        outputs: what the model returned, (samples, …); (samples, classes) logits for a classifier.
+        labels: the true class of each sample, (samples,).
+        positive: index of the class whose detection matters (the defect), or None.
+    """
+
+    outputs: npt.NDArray[np.floating]
+    labels: Ints
+    positive: int | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.outputs) != len(self.labels):
+            raise DataError("labels", expected=f"one per sample ({len(self.outputs)})", got=str(len(self.labels)))
+
+    @property
+    def scores(self) -> Floats:
+        """Probability of the positive class, (samples,)."""
+        if self.positive is None:
+            raise ConfigError(
+                "metric", expected="a positive class", got="none was named", hint="name it: --positive defective"
+            )
+        return np.asarray(probabilities(np.asarray(self.outputs), (), None)[:, self.positive], np.float64)
+
+    @property
+    def truth(self) -> npt.NDArray[np.bool_]:
+        """Whether each sample is positive, (samples,)."""
+        return np.asarray(self.labels == self.positive)
+
+    def decisions(self, threshold: float | None) -> Ints:
+        """Predicted class of each sample; with a threshold, 1 for positive and 0 for anything else."""
+        if threshold is None:
+            return np.asarray(self.outputs.argmax(axis=1), np.int64)
+        return (self.scores >= threshold).astype(np.int64)
+
+    def correct(self, threshold: float | None) -> npt.NDArray[np.bool_]:
+        truth = self.labels if threshold is None else self.truth.astype(np.int64)
+        return np.asarray(self.decisions(threshold) == truth)
+
+    def take(self, index: Ints) -> Predictions:
+        return Predictions(self.outputs[index], self.labels[index], self.positive)
+
+
+class Metric:
+    """One number for a set of predictions. Subclasses say which way is better and how a threshold is tuned."""
+
+    name = "metric"
+    higher_is_better = True
+    #: 100 where the value is a fraction, so that a drop is in percentage points; 1 for a user's own scale
+    points = 100.0
+
+    def value(self, predictions: Predictions, threshold: float | None) -> float:
+        raise TypeError(f"{type(self).__name__} must define value()")
+
+    def tune(self, selection: Predictions) -> float | None:
+        """The decision threshold for this metric, from the selection split only."""
+        if selection.positive is None:
+            return None
+        scores = selection.scores
+        candidates = _midpoints(scores)
+        values = np.array([self.value(selection, float(t)) for t in candidates])
+        best = np.flatnonzero(values >= values.max() - 1e-12)
+        return float(candidates[best[len(best) // 2]])  # the middle of the plateau is the most robust choice
+
+    def transfer(self, reference: Predictions, threshold: float | None, selection: Predictions) -> float | None:
+        """An arm's threshold: as many samples of the selection split above it as the original has above its own."""
+        if threshold is None:
+            return None
+        count = int((reference.scores >= threshold).sum())
+        scores = np.sort(selection.scores)[::-1]
+        if count in (0, len(scores)):
+            return float(scores[0] + 1e-9 if count == 0 else scores[-1] - 1e-9)
+        return float((scores[count - 1] + scores[count]) / 2.0)
+
+    def drop(self, reference: float, value: float) -> float:
+        """How much worse ``value`` is than ``reference``; positive is worse (in percentage points for fractions)."""
+        change = reference - value if self.higher_is_better else value - reference
+        return change * self.points
+
+    def interval(self, reference: Predictions, other: Predictions, thresholds: Thresholds) -> tuple[float, float]:
+        """95 % interval of the paired drop, by a bootstrap that resamples within classes."""
+        rng = np.random.default_rng(0)
+        groups = [np.flatnonzero(reference.labels == c) for c in np.unique(reference.labels)]
+        drops = np.empty(_RESAMPLES)
+        for i in range(_RESAMPLES):
+            index = np.concatenate([rng.choice(g, size=len(g)) for g in groups])
+            drops[i] = self.drop(
+                self.value(reference.take(index), thresholds[0]), self.value(other.take(index), thresholds[1])
+            )
+        low, high = np.quantile(drops, [0.025, 0.975])
+        return float(low), float(high)
+
+
+Thresholds = tuple[float | None, float | None]
+
+
+class Accuracy(Metric):
+    """Share of right decisions."""
+
+    name = "accuracy"
+
+    def value(self, predictions: Predictions, threshold: float | None) -> float:
+        return float(predictions.correct(threshold).mean())
+
+    def interval(self, reference: Predictions, other: Predictions, thresholds: Thresholds) -> tuple[float, float]:
+        low, high = paired_interval(reference.correct(thresholds[0]), other.correct(thresholds[1]))
+        return low * 100.0, high * 100.0
+
+
+class BalancedAccuracy(Metric):
+    """Mean over the classes of the share of that class that is decided rightly (mean recall)."""
+
+    name = "balanced_accuracy"
+
+    def value(self, predictions: Predictions, threshold: float | None) -> float:
+        correct = predictions.correct(threshold)
+        return float(np.mean([correct[group].mean() for group in self._groups(predictions, threshold)]))
+
+    def interval(self, reference: Predictions, other: Predictions, thresholds: Thresholds) -> tuple[float, float]:
+        before, after = reference.correct(thresholds[0]), other.correct(thresholds[1])
+        groups = self._groups(reference, thresholds[0])
+        below = above = total = 0.0
+        for group in groups:
+            difference = float(before[group].mean() - after[group].mean())
+            low, high = paired_interval(before[group], after[group])
+            total += difference / len(groups)
+            below += ((difference - low) / len(groups)) ** 2
+            above += ((high - difference) / len(groups)) ** 2
+        return (total - math.sqrt(below)) * 100.0, (total + math.sqrt(above)) * 100.0
+
+    @staticmethod
+    def _groups(predictions: Predictions, threshold: float | None) -> list[Ints]:
+        classes = predictions.labels if threshold is None else predictions.truth.astype(np.int64)
+        return [np.flatnonzero(classes == c) for c in np.unique(classes)]
+
+
+class Auroc(Metric):
+    """Area under the ROC curve: the chance that a defect scores above a good part (ties count half)."""
+
+    name = "auroc"
+
+    def value(self, predictions: Predictions, threshold: float | None) -> float:
+        truth, scores = predictions.truth, predictions.scores
+        positives, negatives = int(truth.sum()), int((~truth).sum())
+        if not positives or not negatives:
+            raise DataError("auroc", expected="samples of both classes", got=f"{positives} positive, {negatives} other")
+        _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+        ranks = (np.cumsum(counts) - (counts - 1) / 2.0)[inverse]  # mid-ranks, so that ties count half
+        return float((ranks[truth].sum() - positives * (positives + 1) / 2.0) / (positives * negatives))
+
+    def tune(self, selection: Predictions) -> float | None:
+        return BalancedAccuracy().tune(selection)  # the area needs no threshold, the board that decides does
+
+
+class Escape(Metric):
+    """Escape rate (share of defects let through) at a threshold that keeps overkill (good parts rejected) in bounds."""
+
+    higher_is_better = False
+
+    def __init__(self, overkill: float) -> None:
+        self.overkill = overkill
+        self.name = f"escape@overkill={overkill * 100:g}%"
+
+    def value(self, predictions: Predictions, threshold: float | None) -> float:
+        truth = predictions.truth
+        if not truth.any():
+            raise DataError(self.name, expected="at least one positive sample", got="none")
+        limit = self.tune(predictions) if threshold is None else threshold
+        return float((predictions.scores[truth] < limit).mean())
+
+    def tune(self, selection: Predictions) -> float:
+        """Lowest threshold whose overkill on the selection split stays within the bound."""
+        good = np.sort(selection.scores[~selection.truth])
+        if not len(good):
+            raise DataError(self.name, expected="samples that are not positive", got="none")
+        allowed = math.floor(self.overkill * len(good) + 1e-9)
+        # with `allowed` good parts at or above the threshold, it lies just above the next lower one
+        return float(np.nextafter(good[len(good) - allowed - 1], np.inf))
+
+    def transfer(self, reference: Predictions, threshold: float | None, selection: Predictions) -> float:
+        return self.tune(selection)  # the bound on overkill has to hold for the arm itself
+
+    def interval(self, reference: Predictions, other: Predictions, thresholds: Thresholds) -> tuple[float, float]:
+        defects = np.flatnonzero(reference.truth)
+        before, after = reference.correct(thresholds[0])[defects], other.correct(thresholds[1])[defects]
+        low, high = paired_interval(before, after)  # escapes rise where right decisions fall
+        return low * 100.0, high * 100.0
+
+
+class Custom(Metric):
+    """``module:function``, called as ``function(labels, outputs) -> float``, higher is better, on its own scale."""
+
+    points = 1.0
+
+    def __init__(self, reference: str, function: Callable[[Ints, npt.NDArray[np.floating]], float]) -> None:
+        self.name = reference
+        self._function = function
+
+    def value(self, predictions: Predictions, threshold: float | None) -> float:
+        value = float(self._function(predictions.labels, predictions.outputs))
+        if not math.isfinite(value):
+            raise DataError(f"metric {self.name}", expected="a finite number", got=str(value))
+        return value
+
+    def tune(self, selection: Predictions) -> float | None:
+        return None if selection.positive is None else BalancedAccuracy().tune(selection)
+
+
+_ESCAPE = re.compile(r"escape@overkill=(\d+(?:\.\d+)?)%?")
+
+
+def metric(name: str) -> Metric:
+    """The metric of that name.
+
+    Raises:
+        ConfigError: for a name that is neither a built-in metric nor an importable ``module:function``.
+    """
+    built_in: dict[str, type[Metric]] = {m.name: m for m in (Accuracy, BalancedAccuracy, Auroc)}
+    if name in built_in:
+        return built_in[name]()
+    escape = _ESCAPE.fullmatch(name)
+    if escape:
+        overkill = float(escape[1]) / 100.0
+        if not 0.0 <= overkill < 1.0:
+            raise ConfigError("metric", expected="an overkill from 0 % to below 100 %", got=name)
+        return Escape(overkill)
+    if ":" in name:
+        return _custom(name)
+    raise ConfigError(
+        "metric", expected=f"{', '.join(built_in)}, escape@overkill=1% or module:function", got=repr(name)
+    )
+
+
+def _custom(reference: str) -> Custom:
+    module, _, attribute = reference.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ConfigError(f"metric {reference}", expected="an importable module:function", got=str(e)) from e
+    if not callable(function):
+        raise ConfigError(f"metric {reference}", expected="a function", got=type(function).__name__)
+    return Custom(reference, function)
+
+
+def paired_interval(
+    before: Sequence[bool] | npt.NDArray[np.bool_], after: npt.NDArray[np.bool_]
+) -> tuple[float, float]:
+    """95 % interval of the difference of two paired proportions, ``mean(before) − mean(after)`` (Newcombe's method 10).
+
+    Unlike a bootstrap it stays honest where no decision flipped: the interval does not collapse to a point.
+    """
+    first, second = np.asarray(before, bool), np.asarray(after, bool)
+    n = len(first)
+    if not n:
+        raise DataError("paired interval", expected="at least one sample", got="none")
+    both, neither = int((first & second).sum()), int((~first & ~second).sum())
+    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    p1, p2 = (both + only_first) / n, (both + only_second) / n
+    (l1, u1), (l2, u2) = _wilson(p1, n), _wilson(p2, n)
+    product = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
+    cross = both * neither - only_first * only_second
+    if product == 0:
+        phi = 0.0
+    else:  # a positive correlation is taken with continuity correction, as the source advises
+        phi = (max(cross - n / 2.0, 0.0) if cross > 0 else float(cross)) / math.sqrt(product)
+    low = (p1 - l1) ** 2 - 2 * phi * (p1 - l1) * (u2 - p2) + (u2 - p2) ** 2
+    high = (u1 - p1) ** 2 - 2 * phi * (u1 - p1) * (p2 - l2) + (p2 - l2) ** 2
+    return p1 - p2 - math.sqrt(max(low, 0.0)), p1 - p2 + math.sqrt(max(high, 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class PairedDrop:
+    """How much worse an arm is than the dense original on the same samples (percentage points for fractions)."""
+
+    drop: float
+    low: float
+    high: float
+    flips: int
+    flips_bad: int
+
+
+def paired_drop(metric: Metric, reference: Predictions, other: Predictions, thresholds: Thresholds) -> PairedDrop:
+    """Drop, its 95 % interval, how many decisions differ, and how many of those went from right to wrong."""
+    drop = metric.drop(metric.value(reference, thresholds[0]), metric.value(other, thresholds[1]))
+    low, high = metric.interval(reference, other, thresholds)
+    if reference.outputs.ndim != 2:
+        return PairedDrop(drop, low, high, 0, 0)
+    flipped = reference.decisions(thresholds[0]) != other.decisions(thresholds[1])
+    spoiled = reference.correct(thresholds[0]) & ~other.correct(thresholds[1])
+    return PairedDrop(drop, low, high, int(flipped.sum()), int(spoiled.sum()))
+
+
+def _wilson(p: float, n: int) -> tuple[float, float]:
+    centre = (p + _Z95**2 / (2 * n)) / (1 + _Z95**2 / n)
+    half = _Z95 * math.sqrt(p * (1 - p) / n + _Z95**2 / (4 * n * n)) / (1 + _Z95**2 / n)
+    return centre - half, centre + half
+
+
+def _midpoints(scores: Floats) -> Floats:
+    """Every threshold that can change a decision: between neighbouring scores, and one outside each end."""
+    distinct = np.unique(scores)
+    if len(distinct) > _MOST_THRESHOLDS:
+        distinct = np.unique(np.quantile(distinct, np.linspace(0.0, 1.0, _MOST_THRESHOLDS)))
+    return np.concatenate([[distinct[0] - 1e-9], (distinct[1:] + distinct[:-1]) / 2.0, [distinct[-1] + 1e-9]])

@@ -1,0 +1,223 @@
+"""Results as tables in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..api import Demo
+    from ..device.profile import Profile
+    from ..device.verify import VerifyReport
+    from ..inspection import Inspection, LayerUse
+    from ..pipeline import Built, Factored
+    from ..samples import Sample
+    from ..targets import Target
+    from .compare import ComparisonTable
+
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _table(title: str, columns: Sequence[tuple[str, str]]) -> Table:
+    """A table; each column is its heading and ``l`` or ``r`` for the side its text is set on."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for i, (heading, side) in enumerate(columns):
+        table.add_column(heading, justify="right" if side == "r" else "left", overflow="fold", no_wrap=i == 0)
+    return table
+
+
+def targets(boards: Iterable[Target], samples: Iterable[Sample]) -> None:
+    """The boards and the embedded samples."""
+    console = _console()
+    table = _table(
+        "Targets",
+        [("name", "l"), ("board", "l"), ("runtime", "l"), ("precisions", "l"), ("threads", "r"), ("memory", "r")],
+    )
+    for target in boards:
+        for i, runtime in enumerate(target.runtimes):
+            table.add_row(
+                target.name if i == 0 else "",
+                target.title if i == 0 else "",
+                f"{runtime.name} ≥ {runtime.oldest}, opset {runtime.opset}, IR {runtime.ir_version}",
+                ", ".join(runtime.precisions),
+                str(target.threads),
+                f"{target.memory_mb:,} MB",
+            )
+    console.print(table)
+    table = _table("Samples", [("name", "l"), ("what", "l"), ("metric", "l"), ("needs", "l")])
+    for sample in samples:
+        table.add_row(f"sample:{sample.name}", sample.title, sample.metric, ", ".join(sample.packages) or "–")
+    console.print(table)
+
+
+def inspection(found: Inspection) -> None:
+    """One row a layer: how many directions of its row and column space hold 99.9 % of the variance."""
+    table = _table(
+        f"{found.model}: {found.parameters:,} parameters, {found.macs / 1e6:,.1f} M MACs, {found.samples} samples",
+        [("layer", "l"), ("out×in", "l"), ("row use", "r"), ("column use", "r"), ("spectrum", "l"), ("saves", "r")],
+    )
+    for layer in found.layers:
+        table.add_row(
+            layer.name,
+            layer.shape,
+            _use(layer.row_rank_999, layer.row_size),
+            _use(layer.column_rank_999, layer.column_size),
+            _spectrum(layer),
+            f"{layer.saves_parameters:,}" if layer.saves_parameters else "–",
+        )
+    console = _console()
+    console.print(table)
+    for layer in found.layers:
+        if layer.note and layer.column_rank_999 is None:
+            console.print(f"left alone: {layer.name}: {layer.note}", markup=False)
+    share = found.saves_parameters / found.parameters
+    console.print(
+        "Use: directions that hold 99.9 % of the variance, of all. Spectrum: variance in each eighth of the output's "
+        "directions.\nAt 99.9 % a layer, factoring saves "
+        f"{found.saves_parameters:,} parameters ({share:.0%}). What that costs in quality, build finds out.",
+        markup=False,
+    )
+
+
+def _use(rank: int | None, size: int) -> str:
+    return "–" if rank is None else f"{rank}/{size}"
+
+
+def _spectrum(layer: LayerUse) -> str:
+    """Variance in each eighth of the directions, as bars on a square-root scale so that a tail can be seen."""
+    points = layer.column_spectrum[1::2]
+    shares = [b - a for a, b in zip((0.0, *points), points, strict=False)]
+    return "".join(_BARS[max(1 if s > 1e-6 else 0, round(max(s, 0.0) ** 0.5 * (len(_BARS) - 1)))] for s in shares)
+
+
+def factored(result: Factored) -> None:
+    """The chosen plan, layer by layer, and what was tried."""
+    table = _table(
+        f"{result.model}: plan {result.plan.made_by}",
+        [
+            ("layer", "l"),
+            ("form", "l"),
+            ("rank", "r"),
+            ("variance kept", "r"),
+            ("params", "r"),
+            ("→", "r"),
+            ("note", "l"),
+        ],
+    )
+    for layer in result.plan.layers:
+        table.add_row(
+            layer.name,
+            layer.form,
+            str(layer.rank or "–"),
+            f"{layer.energy:.3%}" if layer.form != "dense" else "–",
+            f"{layer.parameters_before:,}",
+            f"{layer.parameters_after:,}",
+            layer.reason,
+        )
+    console = _console()
+    console.print(table)
+    _trials(console, [t.to_dict() for t in result.trials])
+    console.print(
+        f"{result.parameters_before:,} → {result.parameters_after:,} parameters "
+        f"({result.parameters_after / result.parameters_before:.1%}); written to {result.out}"
+    )
+
+
+def _trials(console: Console, trials: Sequence[dict[str, Any]]) -> None:
+    if not any(t["drop"] is not None for t in trials):
+        return
+    table = _table(
+        "Tried on the selection split (fp32)", [("plan", "l"), ("params", "r"), ("value", "r"), ("drop", "r")]
+    )
+    for trial in trials:
+        table.add_row(trial["made_by"], f"{trial['parameters']:,}", f"{trial['value']:.4f}", f"{trial['drop']:+.2f} pp")
+    console.print(table)
+
+
+def built(bundles: Sequence[Built]) -> None:
+    """Each bundle's arms with size and quality, the stages' errors, and the next command."""
+    console = _console()
+    for one in bundles:
+        manifest = one.manifest
+        state = "unchanged, kept" if one.reused else "built"
+        table = _table(
+            f"{one.path} ({state}); quality is {manifest.metric or 'not judged'}",
+            [("arm", "l"), ("params", "r"), ("file", "r"), ("selection", "r"), ("test", "r"),
+             ("drop, pp [95 %]", "r"), ("flips", "r")],
+        )  # fmt: skip
+        for arm in manifest.arms:
+            selection, test = arm.quality.get("selection"), arm.quality.get("test")
+            table.add_row(
+                arm.name + (" *" if arm.name == manifest.default_arm else ""),
+                f"{arm.parameters / 1e6:.3f} M",
+                f"{arm.size_bytes / 1e6:.2f} MB",
+                f"{selection['value']:.4f}" if selection else "–",
+                f"{test['value']:.4f}" if test else "–",
+                _drop(test),
+                str(test["flips"]) if test and "flips" in test else "–",
+            )
+        console.print(table)
+        for note in manifest.build.get("notes", []):
+            console.print(f"  note: {note}")
+        console.print(f"  next: rowcol-edge profile {one.path}")
+
+
+def _drop(record: dict[str, Any] | None) -> str:
+    if not record or "drop_pp" not in record:
+        return "–"
+    return f"{record['drop_pp']:+.2f} [{record['ci_low_pp']:+.2f}, {record['ci_high_pp']:+.2f}]"
+
+
+def profile(measured: Profile, path: Path) -> None:
+    """The profile as the board prints it."""
+    from ..device.table import profile_table
+
+    console = _console()
+    console.print(profile_table(measured), markup=False, soft_wrap=True)
+    console.print(f"written to {path}", markup=False)
+
+
+def comparison(table: ComparisonTable) -> None:
+    """Dense against factored: a sheet per bundle, its arms side by side, so that it fits a terminal."""
+    console = _console()
+    headings = table.columns()
+    sheets: dict[tuple[str, str], list[tuple[str, ...]]] = {}
+    for cells in table.rows():
+        sheets.setdefault((cells[0], cells[1]), []).append(cells)
+    for (target, bundle), arms in sheets.items():
+        sheet = _table(f"{bundle} for {target}", [("", "l"), *((cells[2], "r") for cells in arms)])
+        for i in range(3, len(headings)):
+            sheet.add_row(headings[i], *(cells[i] for cells in arms))
+        console.print(sheet)
+    for note in table.notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def verified(report: VerifyReport) -> None:
+    """One line an arm."""
+    _console().print(str(report), markup=False, soft_wrap=True)
+
+
+def demo(shown: Demo) -> None:
+    """What was built, what was measured, and one answer."""
+    built([shown.built])
+    from ..device.table import profile_table
+
+    console = _console()
+    console.print(profile_table(shown.profile), markup=False, soft_wrap=True)
+    comparison(shown.table)
+    answer = shown.prediction
+    console.print(
+        f"{shown.image} is {shown.truth}; the packaged model says {answer.get('label')} "
+        f"({answer.get('score', 0.0):.2f}). {shown.seconds:.0f} s in all.",
+        markup=False,
+    )

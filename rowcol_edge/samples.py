@@ -1,0 +1,112 @@
+"""The embedded samples: small trained models with their data, under ``sample_models/NAME/sample.toml``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .device.preprocess import Preprocess
+from .errors import ConfigError, InputError, ModelError
+from .resources import samples_dir
+
+_KEYS = {
+    "title", "description", "factory", "weights", "data", "task", "labels", "positive", "metric",
+    "preprocess", "inputs", "provenance", "requires",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One embedded sample; paths are absolute, ``factory`` is ``FILE.py:function``."""
+
+    name: str
+    title: str
+    description: str
+    factory: str
+    weights: Path
+    data: Path
+    task: str
+    labels: tuple[str, ...]
+    positive: str | None
+    metric: str
+    preprocess: Preprocess
+    packages: tuple[str, ...]
+
+
+def available() -> tuple[str, ...]:
+    return tuple(sorted(p.parent.name for p in samples_dir().glob("*/sample.toml")))
+
+
+def load(name: str) -> Sample:
+    """The sample of that name.
+
+    Raises:
+        ModelError: no such sample; the message names the nearest ones.
+        ConfigError: its ``sample.toml`` has unknown or missing keys.
+    """
+    folder = samples_dir() / name
+    if name not in available():
+        near = difflib.get_close_matches(name, available(), n=2)
+        raise ModelError(
+            f"sample:{name}",
+            expected=f"one of {', '.join(available())}",
+            got="no such sample",
+            hint=f"did you mean sample:{near[0]}?" if near else "",
+        )
+    values = tomllib.loads((folder / "sample.toml").read_text(encoding="utf-8"))
+    unknown = sorted(set(values) - _KEYS)
+    if unknown:
+        raise ConfigError(f"{name}/sample.toml", expected=f"keys out of {sorted(_KEYS)}", got=f"unknown {unknown}")
+    try:
+        return _sample(name, folder, values)
+    except KeyError as e:
+        raise ConfigError(f"{name}/sample.toml", expected=f"a key {e}", got="none") from e
+
+
+def _sample(name: str, folder: Path, values: Mapping[str, Any]) -> Sample:
+    file, _, function = values["factory"].partition(":")
+    return Sample(
+        name=name,
+        title=values["title"],
+        description=values["description"],
+        factory=f"{folder / file}:{function}",
+        weights=folder / values["weights"],
+        data=folder / values["data"],
+        task=values["task"],
+        labels=tuple(values["labels"]),
+        positive=values.get("positive"),
+        metric=values["metric"],
+        preprocess=Preprocess.from_dict(values["preprocess"]),
+        packages=tuple(values.get("requires", {}).get("packages", ())),
+    )
+
+
+def import_file(path: Path, error: type[InputError] = ModelError) -> ModuleType:
+    """Import a Python file by path, once, under a name of its own, without touching ``sys.path``."""
+    path = path.resolve()
+    if not path.is_file():
+        raise error(str(path), expected="a Python file", got="no such file")
+    name = f"rowcol_edge_user_{path.parent.name}_{path.stem}_{abs(hash(str(path))):x}".replace("-", "_")
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise error(str(path), expected="a Python file", got="Python cannot import it")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except InputError:
+        del sys.modules[name]
+        raise
+    except Exception as e:  # the file is the user's code: whatever it raises, the message names the file
+        del sys.modules[name]
+        raise error(str(path), expected="a file that imports", got=f"{type(e).__name__}: {e}") from e
+    return module

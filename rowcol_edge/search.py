@@ -1,0 +1,199 @@
+"""Which plan: from a file, from an energy, from cost limits, or the smallest one whose quality holds.
+
+Quality is judged on the selection split only. The plans that are tried form a ladder, from careful to bold; the search
+bisects it, because a bolder plan is hardly ever better, and says in its trials what it tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from . import evaluation
+from .budgets import Budget, Budgets
+from .errors import BudgetError
+from .evaluation import Judged
+from .factoring import apply, ranks
+from .factoring.plan import FactorPlan
+from .factoring.study import Study
+from .job import Job, Progress
+
+#: an extra operator costs time too, so a layer must save more than the count says before it is worth factoring
+BREAK_EVEN = 0.75
+DEFAULT_ENERGY = 0.999
+_BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8-dynamic": 1.0}
+_GRAPH_BYTES = 60_000  # names, shapes and scales beside the weights, as measured on small exported nets
+
+#: runs a module on the selection split
+JudgeModule = Callable[[nn.Module, str], Judged]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One plan that was tried; ``value`` and ``drop`` are on the selection split, at fp32."""
+
+    made_by: str
+    parameters: int
+    macs: int
+    value: float | None
+    drop: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The plans from careful to bold, up to and including the chosen one (the last), and all trials."""
+
+    plans: tuple[FactorPlan, ...]
+    trials: tuple[Trial, ...]
+
+
+def choose(
+    study: Study,
+    job: Job,
+    multiple: int,
+    precision: str,
+    reference: Judged | None,
+    judge: JudgeModule,
+    progress: Progress,
+) -> Choice:
+    """The plan for this job.
+
+    Raises:
+        PlanError: a plan file that does not fit the model.
+        BudgetError: limits that no plan of the ladder meets; says which and by how much.
+    """
+    options, name = job.options, job.model.name
+    fixed: FactorPlan | None = None
+    if options.plan is not None:
+        fixed = ranks.refresh(FactorPlan.read(options.plan), study.infos, study.spaces)
+    elif options.energy is not None:
+        fixed = ranks.plan_by_energy(study.infos, study.spaces, options.energy, rank_multiple=multiple, model=name)
+    elif job.budgets.get("drop") is None:
+        fixed = _by_cost(study, job.budgets, multiple, precision, name)
+    if fixed is not None:
+        return Choice((fixed,), (trial(study, fixed, None, None),))
+    if reference is None:
+        raise BudgetError("budget drop", expected="labelled selection data", got="none")
+    return _by_quality(study, job, multiple, reference, judge, progress)
+
+
+def check_costs(study: Study, plan: FactorPlan, budgets: Budgets) -> None:
+    """Raises BudgetError where the plan exceeds a parameter or MAC limit."""
+    cost = trial(study, plan, None, None)
+    for kind, dense, got in (("params", study.parameters, cost.parameters), ("macs", study.macs, cost.macs)):
+        budget = budgets.get(kind)
+        if budget and got > budget.absolute(dense):
+            limit = budget.absolute(dense)
+            raise BudgetError(
+                f"budget {budget.text}",
+                expected=f"at most {limit:,.0f} {kind}",
+                got=f"{got:,} ({got / limit:.2f} times the limit)",
+                hint="the smallest plan within the other limits is still too large: allow a larger drop",
+            )
+
+
+def ladder(study: Study, multiple: int, model: str) -> tuple[FactorPlan, ...]:
+    """Distinct plans from careful to bold; the first leaves every layer dense."""
+    plans = [
+        ranks.plan_by_energy(study.infos, study.spaces, 1.0, rank_multiple=multiple, break_even=BREAK_EVEN, model=model)
+    ]
+    for energy in ranks.energy_ladder():
+        plan = ranks.plan_by_energy(
+            study.infos, study.spaces, energy, rank_multiple=multiple, break_even=BREAK_EVEN, model=model
+        )
+        if plan.saved_parameters > plans[-1].saved_parameters:
+            plans.append(plan)
+    return tuple(plans)
+
+
+def _by_quality(
+    study: Study, job: Job, multiple: int, reference: Judged, judge: JudgeModule, progress: Progress
+) -> Choice:
+    budget = job.budgets.get("drop")
+    assert budget is not None  # choose() comes here for no other reason
+    plans = ladder(study, multiple, job.model.name)
+    trials: dict[int, Trial] = {}
+
+    def holds(index: int) -> bool:
+        module = apply.apply(study.folded, plans[index], study.spaces)
+        judged = judge(module, f"try {plans[index].made_by}")
+        lost = evaluation.drop(job, reference, judged)
+        trials[index] = trial(study, plans[index], judged.value, lost)
+        return lost <= budget.limit + 1e-9
+
+    chosen = boldest(holds, len(plans), lambda done, total: progress("search ranks", done, total))
+    check_costs(study, plans[chosen], job.budgets)
+    return Choice(plans[: chosen + 1], tuple(trials[i] for i in sorted(trials)))
+
+
+def boldest(holds: Callable[[int], bool], count: int, progress: Callable[[int, int], None]) -> int:
+    """Largest index below ``count`` that holds, by bisection; index 0 (nothing changed) holds by definition."""
+    low, high = 0, count  # low holds, high does not
+    steps = max(1, (count - 1).bit_length())
+    done = 0
+    while high - low > 1:
+        progress(done, max(steps, done + 1))
+        middle = (low + high) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle
+        done += 1
+    progress(max(steps, done), max(steps, done))
+    return low
+
+
+def _by_cost(study: Study, budgets: Budgets, multiple: int, precision: str, model: str) -> FactorPlan:
+    """The most careful plan within the cost limits; without limits, one that keeps nearly all variance."""
+    limits = {b: _parameter_limit(study, b, precision) for b in budgets.entries if b.kind in ("params", "size")}
+    macs = budgets.get("macs")
+    if macs is not None:
+        return _by_macs(study, macs, list(limits.values()), multiple, model)
+    if not limits:
+        return ranks.plan_by_energy(
+            study.infos, study.spaces, DEFAULT_ENERGY, rank_multiple=multiple, break_even=BREAK_EVEN, model=model
+        )
+    tightest = min(limits, key=lambda budget: limits[budget])
+    try:
+        return ranks.plan_by_parameters(
+            study.infos,
+            study.spaces,
+            model_parameters=study.parameters,
+            count=limits[tightest],
+            rank_multiple=multiple,
+            model=model,
+        )
+    except BudgetError as e:
+        raise BudgetError(f"budget {tightest.text}", expected=e.expected, got=e.got, hint=e.hint) from e
+
+
+def _parameter_limit(study: Study, budget: Budget, precision: str) -> int:
+    if budget.kind == "params":
+        return int(budget.absolute(study.parameters))
+    return max(1, int((budget.limit - _GRAPH_BYTES) / _BYTES_PER_WEIGHT[precision]))
+
+
+def _by_macs(study: Study, budget: Budget, counts: Sequence[int], multiple: int, model: str) -> FactorPlan:
+    plans = ladder(study, multiple, model)
+    trials = [trial(study, plan, None, None) for plan in plans]
+    limit = budget.absolute(study.macs)
+    for plan, tried in zip(plans, trials, strict=True):
+        if tried.macs <= limit and all(tried.parameters <= count for count in counts):
+            return plan
+    raise BudgetError(
+        f"budget {budget.text}",
+        expected=f"at most {limit:,.0f} macs",
+        got=f"{trials[-1].macs:,} macs, {trials[-1].parameters:,} parameters with the boldest plan",
+    )
+
+
+def trial(study: Study, plan: FactorPlan, value: float | None, drop: float | None) -> Trial:
+    """What a plan costs, with the quality it was seen to have."""
+    saved_macs = sum(layer.macs_before - layer.macs_after for layer in plan.layers)
+    return Trial(plan.made_by, study.parameters - plan.saved_parameters, study.macs - saved_macs, value, drop)

@@ -1,0 +1,60 @@
+"""Small models and data for tests, deterministic and quick to build."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class SmallNet(nn.Module):
+    """Convolutions with batch norm, a residual add and a linear head: what an inspection net is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.body = nn.Conv2d(16, 64, 3, stride=2, padding=1)
+        self.more = nn.Conv2d(64, 64, 3, padding=1)
+        self.head = nn.Linear(64, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(self.body(x))
+        x = torch.relu(self.more(x)) + x
+        return self.head(x.mean(dim=(2, 3)))
+
+
+def small_net() -> SmallNet:
+    """The same weights every time; its second class is the brighter half of `frames`."""
+    torch.manual_seed(0)
+    net = SmallNet()
+    frames_, labels = frames(256, seed=99)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(torch.from_numpy(frames_)), torch.from_numpy(labels)).backward()
+        optimizer.step()
+    return net.eval()
+
+
+def frames(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noise with a bright stripe in half of the pictures: (count, 1, 16, 16) float32 and labels."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 2
+    pictures = rng.normal(0, 1, (count, 1, 16, 16))
+    for i in np.flatnonzero(labels):
+        pictures[i, 0, rng.integers(0, 16)] += 1.5
+    return pictures.astype(np.float32), labels.astype(np.int64)
+
+
+def write_splits(folder: Path, count: int = 80) -> dict[str, str]:
+    """calibration, selection and test as .npz files, by option name."""
+    found = {}
+    for seed, name in enumerate(("calib", "select", "test")):
+        pictures, labels = frames(count, seed)
+        np.savez(folder / f"{name}.npz", x=pictures, labels=labels)
+        found[name] = str(folder / f"{name}.npz")
+    return found

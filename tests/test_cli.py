@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from rowcol_edge import cli
+
+from .nets import small_net, write_splits
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.run_command(list(arguments))
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A user's own folder: factory, weights, three splits."""
+    folder = tmp_path_factory.mktemp("user")
+    save_file(small_net().state_dict(), folder / "weights.safetensors")
+    nets = Path(__file__).with_name("nets.py").read_text()
+    (folder / "mine.py").write_text(nets + "\n\ndef build():\n    return SmallNet()\n")
+    return {
+        "model": f"{folder / 'mine.py'}:build",
+        "weights": str(folder / "weights.safetensors"),
+        **write_splits(folder),
+    }
+
+
+@pytest.fixture(scope="module")
+def bundle(model: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out")
+    code = run(
+        "build", model["model"], "--weights", model["weights"], "--calib", model["calib"], "--select", model["select"],
+        "--test", model["test"], "--labels", "plain,striped", "--positive", "striped", "--budget", "drop<=2pp",
+        "--out", str(out),
+    )  # fmt: skip
+    assert code == 0
+    return out / "generic-x86-onnxruntime"
+
+
+def test_targets_lists_boards_and_samples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("targets", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [t["name"] for t in found["targets"]] == ["generic-x86", "raspberry-pi-4", "raspberry-pi-5"]
+    assert found["samples"] == ["elpv-resnet18", "fmnist-vit"]
+    assert run("targets") == 0
+    assert "raspberry-pi-5" in capsys.readouterr().out
+
+
+def test_inspect_shows_every_layer(model: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["inspect", model["model"], "--weights", model["weights"], "--calib", model["calib"]]
+    assert run(*arguments, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [layer["name"] for layer in found["layers"]] == ["stem", "body", "more", "head"]
+    body = found["layers"][1]
+    assert 1 <= body["row_rank_99"] <= 16
+    assert 1 <= body["column_rank_99"] <= body["column_rank_999"] <= 64
+    assert run(*arguments) == 0
+    assert "column" in capsys.readouterr().out
+
+
+def test_factor_writes_three_files(model: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "f"
+    assert run(
+        "factor", model["model"], "--weights", model["weights"], "--calib", model["calib"], "--energy", "0.95",
+        "--out", str(out), "--json",
+    ) == 0  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters_after"] < found["parameters_before"]
+    assert sorted(p.name for p in out.iterdir()) == ["model.pt2", "model.safetensors", "plan.toml"]
+
+
+def test_build_verify_run_and_compare(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("verify", str(bundle), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+    np.save(tmp_path / "frame.npy", np.zeros((1, 16, 16), np.float32))
+    assert run("run", str(bundle), str(tmp_path / "frame.npy"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["predictions"][0]["label"] in ("plain", "striped")
+    assert run("compare", str(bundle), "--markdown") == 0
+    assert "factored@int8" in capsys.readouterr().out
+
+
+def test_profile_is_kept_with_the_bundle_and_compared(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("profile", str(bundle), "--blocks", "6", "--seconds", "10", "--json") == 0
+    captured = capsys.readouterr()
+    measured = json.loads(captured.out)
+    assert set(measured["arms"]) >= {"factored@int8", "dense@int8", "dense@fp32"}
+    assert list((bundle / "profiles").glob("*.json"))
+    assert run("compare", str(bundle), "--json") == 0
+    assert "latency" in capsys.readouterr().out
+
+
+def test_a_config_file_repeats_the_build(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("build", "--config", str(bundle.parent / "rowcol.toml"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["bundles"][0]["reused"] is True
+
+
+def bad(arguments: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.rstrip().splitlines()
+    assert says in captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "says"),
+    [
+        (["--target", "rasberry-pi-4"], 2, "raspberry-pi-4"),
+        (["--runtime", "onnx"], 2, "onnxruntime"),
+        (["--precision", "int7"], 2, "int8"),
+        (["--metric", "f2"], 2, "balanced_accuracy"),
+        (["--budget", "sise<=4MB"], 2, "did you mean size"),
+        (["--weights", "nowhere.safetensors"], 2, "no such file"),
+        (["--calib", "nowhere"], 2, "no such file or folder"),
+        (["--test", "{select}"], 2, "shared sample"),
+        (["--budget", "size<=1KB"], 1, "size<=1KB"),
+        (["--plan", "nowhere.toml"], 2, "nowhere.toml"),
+        (["--config", "nowhere.toml"], 2, "readable rowcol.toml"),
+        (["--colour", "red"], 2, "No such option"),
+    ],
+)
+def test_bad_builds(
+    model: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], code: int, says: str
+) -> None:
+    options = {
+        "--weights": model["weights"],
+        "--calib": model["calib"],
+        "--select": model["select"],
+        "--test": model["test"],
+    }
+    options |= {"--labels": "plain,striped", "--positive": "striped"}
+    options |= dict([[e.format(**model) for e in extra]])
+    arguments = [
+        "build",
+        model["model"],
+        "--out",
+        str(tmp_path / "out"),
+        *(x for pair in options.items() for x in pair),
+    ]
+    bad(arguments, code, says, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_model_name_the_first_key(
+    model: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"stem.weight": torch.zeros(1)}, tmp_path / "w.safetensors")
+    bad(["inspect", model["model"], "--weights", str(tmp_path / "w.safetensors")], 2, "norm.weight", capsys)
+
+
+def test_a_damaged_bundle_is_refused(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    artifact = copy / "arms" / "factored@int8.onnx"
+    artifact.write_bytes(artifact.read_bytes()[:-7])
+    for command in (["verify", str(copy)], ["run", str(copy), "x.png"], ["profile", str(copy)], ["compare", str(copy)]):
+        bad(command, 2, "factored@int8.onnx", capsys)
+
+
+def test_running_on_something_else_is_refused(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    bad(["run", str(bundle), str(tmp_path / "text.png")], 2, "error:", capsys)
+    bad(["run", str(bundle), str(tmp_path / "none.png")], 2, "error:", capsys)
+    bad(["run", str(bundle), str(tmp_path / "none.npy"), "--arm", "factored@int9"], 2, "factored@int8", capsys)
+    Image.new("L", (4, 4)).save(tmp_path / "small.png")
+    bad(["verify", str(tmp_path)], 2, "manifest.json", capsys)
+
+
+def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from rowcol_edge import samples
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(samples, "available", interrupted)
+    assert run("targets", "--json") == 130
+    assert capsys.readouterr().out == ""
+
+
+def test_an_installed_command_answers() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rowcol_edge", "build", "sample:nothing", "--out", "never"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "error: sample:nothing" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from rowcol_edge import models
+from rowcol_edge.errors import ModelError, WeightsError
+
+NET = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.second = nn.Linear(8, 2)
+    def forward(self, pixels, scale):
+        return self.second(torch.relu(self.first(pixels))) * scale
+
+def build():
+    return Net()
+
+def number():
+    return 7
+
+def broken():
+    raise RuntimeError("no such luck")
+"""
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Path:
+    (tmp_path / "net.py").write_text(NET)
+    return tmp_path / "net.py"
+
+
+def state(net: Path) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in models.load(f"{net}:build").module.state_dict().items()}
+
+
+def test_a_file_factory_with_safetensors(net: Path, tmp_path: Path) -> None:
+    wanted = {k: torch.full_like(v, 0.5) for k, v in state(net).items()}
+    save_file(wanted, tmp_path / "w.safetensors")
+    loaded = models.load(f"{net}:build", tmp_path / "w.safetensors")
+    assert loaded.inputs == ("pixels", "scale")
+    assert loaded.name == "net"
+    assert not loaded.module.training
+    assert all(torch.equal(v, wanted[k]) for k, v in loaded.module.state_dict().items())
+
+
+def test_half_precision_storage_is_widened(net: Path, tmp_path: Path) -> None:
+    save_file({k: v.half() for k, v in state(net).items()}, tmp_path / "w.safetensors")
+    assert models.load(f"{net}:build", tmp_path / "w.safetensors").module.first.weight.dtype == torch.float32
+
+
+def test_a_checkpoint_with_a_nested_state_dict(net: Path, tmp_path: Path) -> None:
+    wanted = {k: torch.ones_like(v) for k, v in state(net).items()}
+    torch.save({"epoch": 3, "state_dict": wanted}, tmp_path / "w.pt")
+    assert models.load(f"{net}:build", tmp_path / "w.pt").module.second.bias.tolist() == [1.0, 1.0]
+
+
+def test_a_module_factory(monkeypatch: pytest.MonkeyPatch, net: Path) -> None:
+    monkeypatch.syspath_prepend(net.parent)
+    assert models.load("net:build").inputs == ("pixels", "scale")
+
+
+def test_the_same_weights_have_the_same_digest(net: Path) -> None:
+    module = models.load(f"{net}:build").module
+    before = models.digest(module)
+    assert models.digest(module) == before
+    with torch.no_grad():
+        module.first.bias[0] += 1
+    assert models.digest(module) != before
+
+
+def test_tied_parameters_count_once() -> None:
+    module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    module[1].weight = module[0].weight
+    assert models.count_parameters(module) == 9
+
+
+@pytest.mark.parametrize(
+    ("reference", "says"),
+    [
+        ("sample:elpv-resnet19", "did you mean sample:elpv-resnet18"),
+        ("net", "sample:NAME"),
+        ("nowhere.at.all:build", "importable"),
+        ("{net}:nothing", "a function nothing"),
+        ("{net}:number", "torch.nn.Module"),
+        ("{net}:broken", "no such luck"),
+        ("missing.py:build", "no such file"),
+        ("missing.pt2", "no such file"),
+    ],
+)
+def test_a_reference_that_is_none_is_refused(net: Path, reference: str, says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        models.load(reference.format(net=net))
+
+
+def test_a_file_that_does_not_import_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("def build(:\n")
+    with pytest.raises(ModelError, match="SyntaxError"):
+        models.load(f"{tmp_path / 'bad.py'}:build")
+
+
+def test_weights_that_do_not_fit_name_the_first_keys(net: Path, tmp_path: Path) -> None:
+    fitting = state(net)
+    cases = {
+        "missing first.weight": {k: v for k, v in fitting.items() if k != "first.weight"},
+        "unexpected third.weight": {**fitting, "third.weight": torch.zeros(1)},
+        r"first\.bias.*\(8,\).*\(7,\)": {**fitting, "first.bias": torch.zeros(7)},
+        "strip it": {f"module.{k}": v for k, v in fitting.items()},
+    }
+    for says, tensors in cases.items():
+        save_file(tensors, tmp_path / "w.safetensors")
+        with pytest.raises(WeightsError, match=says):
+            models.load(f"{net}:build", tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(net: Path, tmp_path: Path, value: float) -> None:
+    tensors = state(net)
+    tensors["second.weight"][0, 0] = value
+    save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r"second\.weight"):
+        models.load(f"{net}:build", tmp_path / "w.safetensors")
+
+
+class Boom:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path("pwned").touch, ())
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(
+    net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"first.weight": Boom()}, tmp_path / "evil.pt")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Boom()))
+    for name in ("evil.pt", "plain.pth"):
+        with pytest.raises(WeightsError, match="weights_only"):
+            models.load(f"{net}:build", tmp_path / name)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("w.safetensors", b"junk"), ("w.pt", b""), ("w.npz", b"x"), ("none.pt", None)]
+)
+def test_unreadable_weights_are_refused(net: Path, tmp_path: Path, name: str, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError):
+        models.load(f"{net}:build", tmp_path / name)

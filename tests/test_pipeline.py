@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import rowcol_edge
+from rowcol_edge.device.bundle import Bundle
+from rowcol_edge.errors import BudgetError, BundleError, ConfigError, DataError, SplitError, TargetError
+from rowcol_edge.factoring.plan import FactorPlan
+from rowcol_edge.pipeline import Built
+
+from .nets import frames, small_net, write_splits
+
+
+@pytest.fixture(scope="module")
+def net() -> torch.nn.Module:
+    return small_net()
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_splits(tmp_path_factory.mktemp("splits"))
+
+
+@pytest.fixture(scope="module")
+def built(net: torch.nn.Module, splits: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Built:
+    out = tmp_path_factory.mktemp("out")
+    return rowcol_edge.build(
+        net,
+        out=str(out),
+        budget="drop<=2pp",
+        labels=["plain", "striped"],
+        positive="striped",
+        metric="balanced_accuracy",
+        **splits,
+    )[0]
+
+
+def test_a_bundle_has_the_three_arms_and_verifies(built: Built) -> None:
+    assert [arm.name for arm in built.manifest.arms] == ["factored@int8", "dense@int8", "dense@fp32"]
+    assert built.manifest.default_arm == "factored@int8"
+    assert rowcol_edge.verify(built.path).ok
+
+
+def test_the_factored_arm_is_smaller_and_within_the_budget(built: Built) -> None:
+    factored, dense = built.manifest.arm("factored@int8"), built.manifest.arm("dense@int8")
+    assert factored.parameters < dense.parameters
+    assert factored.size_bytes < dense.size_bytes < built.manifest.arm("dense@fp32").size_bytes
+    assert factored.quality["selection"]["drop_pp"] <= 2.0
+    assert factored.threshold is not None
+    assert set(factored.quality["test"]) >= {"value", "drop_pp", "ci_low_pp", "ci_high_pp", "flips", "flips_bad"}
+
+
+def test_files_are_at_the_targets_opset_and_ir(built: Built) -> None:
+    for arm in built.manifest.arms:
+        model = onnx.load(built.path / arm.artifact)
+        assert model.ir_version <= built.manifest.runtime.ir_version
+        assert {o.domain: o.version for o in model.opset_import}[""] == built.manifest.runtime.opset
+
+
+def test_the_report_names_the_error_of_every_stage(built: Built) -> None:
+    stages = built.manifest.build["stages"]
+    assert [s["stage"] for s in stages["factored@int8"]] == ["factor", "export", "simplify", "compile int8"]
+    assert [s["stage"] for s in stages["dense@fp32"]] == ["fold", "export", "simplify", "compile fp32"]
+    assert all(s["relative_error"] < 1e-3 for s in stages["dense@fp32"])
+
+
+def test_dense_fp32_answers_as_pytorch_does(built: Built, net: torch.nn.Module) -> None:
+    pictures, _ = frames(6, seed=5)
+    with torch.inference_mode():
+        wanted = net(torch.from_numpy(pictures)).numpy()
+    with rowcol_edge.Predictor(str(built.path), arm="dense@fp32") as predictor:
+        got = np.concatenate([next(iter(predictor.run({"x": p[None]}).values())) for p in pictures])
+    assert np.allclose(got, wanted, atol=1e-4)
+
+
+def test_the_same_build_again_is_kept(built: Built, net: torch.nn.Module, splits: dict[str, str]) -> None:
+    again = rowcol_edge.build(
+        net, out=str(built.path.parent), budget="drop<=2pp", labels=["plain", "striped"], positive="striped",
+        metric="balanced_accuracy", **splits,
+    )[0]  # fmt: skip
+    assert again.reused
+    assert again.manifest.created == built.manifest.created
+
+
+def test_a_damaged_bundle_is_built_anew(
+    built: Built, net: torch.nn.Module, splits: dict[str, str], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"out": str(tmp_path), "precision": "fp32", "dense": False, "energy": 0.99, **splits}
+    first = rowcol_edge.build(net, **options)[0]
+    artifact = first.path / first.manifest.arms[0].artifact
+    artifact.write_bytes(artifact.read_bytes()[:-1] + b"\0")
+    with pytest.raises(BundleError):
+        Bundle.open(first.path)
+    second = rowcol_edge.build(net, **options)[0]
+    assert not second.reused
+    assert rowcol_edge.verify(second.path).ok
+    assert [arm.name for arm in second.manifest.arms] == ["factored@fp32"]
+
+
+def test_a_plan_can_be_edited_and_applied_again(net: torch.nn.Module, splits: dict[str, str], tmp_path: Path) -> None:
+    first = rowcol_edge.factor(net, out=str(tmp_path / "one"), energy=0.95, **splits)
+    text = (tmp_path / "one" / "plan.toml").read_text()
+    projected = first.plan.projected[0]
+    assert projected.rank is not None
+    edited = text.replace(f"rank = {projected.rank}\n", "rank = 3\n", 1)
+    (tmp_path / "edited.toml").write_text(edited)
+    second = rowcol_edge.factor(net, plan=str(tmp_path / "edited.toml"), **splits)
+    assert {p.name: p.rank for p in second.plan.projected}[projected.name] == 3
+    assert second.parameters_after < first.parameters_after
+    assert FactorPlan.read(tmp_path / "one" / "plan.toml").digest == first.plan.digest
+
+
+def test_a_factored_pt2_is_recognised_and_left_as_it_is(
+    net: torch.nn.Module, splits: dict[str, str], tmp_path: Path
+) -> None:
+    first = rowcol_edge.factor(net, out=str(tmp_path), energy=0.9, **splits)
+    found = rowcol_edge.inspect(str(tmp_path / "model.pt2"), calib=splits["calib"])
+    notes = [layer.note for layer in found.layers if "already factored" in layer.note]
+    assert len(notes) == 2 * len(first.plan.projected)
+    assert found.parameters == first.parameters_after
+
+
+def test_cost_budgets_choose_without_labels(net: torch.nn.Module, splits: dict[str, str]) -> None:
+    found = rowcol_edge.factor(net, calib=splits["calib"], budget="params<=0.5x")
+    assert found.parameters_after <= 0.5 * found.parameters_before
+
+
+def test_rowcol_toml_repeats_the_build(built: Built) -> None:
+    text = (built.path.parent / "rowcol.toml").read_text()
+    assert 'metric = "balanced_accuracy"' in text
+    assert 'budget = "drop<=2pp"' in text
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"target": "raspbery-pi-4"}, TargetError),
+        ({"runtime": "onxruntime"}, TargetError),
+        ({"precision": "int4"}, ConfigError),
+        ({"metric": "acuracy"}, ConfigError),
+        ({"budget": "drop<0.5"}, ConfigError),
+        ({"budget": "size<=1KB"}, BudgetError),
+        ({"budget": "drop<=2pp,params<=0.001x"}, BudgetError),
+        ({"calib": None}, DataError),
+        ({"calib": "nowhere.npz"}, DataError),
+        ({"positive": "missing"}, ConfigError),
+        ({"labels": ["a", "b", "c"], "positive": None}, DataError),
+        ({"colour": "red"}, ConfigError),
+    ],
+)
+def test_bad_input_writes_nothing(
+    net: torch.nn.Module, splits: dict[str, str], tmp_path: Path, change: dict[str, Any], error: type[Exception]
+) -> None:
+    options = {"out": str(tmp_path / "out"), "labels": ["plain", "striped"], "positive": "striped", **splits, **change}
+    with pytest.raises(error):
+        rowcol_edge.build(net, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_overlapping_splits_are_refused(net: torch.nn.Module, splits: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(SplitError, match="80 shared"):
+        rowcol_edge.build(net, out=str(tmp_path / "out"), **{**splits, "test": splits["select"]})
+
+
+def test_an_input_of_another_shape_is_refused(net: torch.nn.Module, splits: dict[str, str], tmp_path: Path) -> None:
+    np.savez(tmp_path / "wide.npz", x=np.zeros((4, 3, 16, 16), np.float32))
+    with pytest.raises(rowcol_edge.RowcolError, match="x"):
+        rowcol_edge.build(net, out=str(tmp_path / "out"), calib=str(tmp_path / "wide.npz"))
+
+
+class TwoInputs(torch.nn.Module):
+    """A picture and a scale, as a multi-sensor model takes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.picture = torch.nn.Linear(64, 96)
+        self.middle = torch.nn.Linear(96, 96)
+        self.head = torch.nn.Linear(96, 3)
+
+    def forward(self, pixels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.middle(torch.relu(self.picture(pixels)) * scale)))
+
+
+def test_a_model_with_two_inputs_and_a_free_batch(tmp_path: Path) -> None:
+    (tmp_path / "data.py").write_text(
+        "import numpy as np\n"
+        "def batches():\n"
+        "    rng = np.random.default_rng(0)\n"
+        "    basis = rng.normal(size=(6, 64))\n"
+        "    for _ in range(4):\n"
+        "        yield {'scale': np.ones((16, 1), np.float32),\n"
+        "               'pixels': (rng.normal(size=(16, 6)) @ basis).astype(np.float32)}\n"
+    )
+    one = rowcol_edge.build(
+        TwoInputs(), calib=f"{tmp_path / 'data.py'}:batches", contract="embed", precision="fp32", dynamic_batch=True,
+        out=str(tmp_path / "out"),
+    )[0]  # fmt: skip
+    assert [(spec.name, spec.shape) for spec in one.manifest.inputs] == [("pixels", (None, 64)), ("scale", (None, 1))]
+    assert one.manifest.arm("factored@fp32").parameters < one.manifest.arm("dense@fp32").parameters
+    with rowcol_edge.Predictor(str(one.path)) as predictor:
+        feeds = {"pixels": np.ones((5, 64), np.float32), "scale": np.ones((5, 1), np.float32)}
+        assert predictor.run(feeds)["output"].shape == (5, 3)
+
+
+def test_precision_auto_says_what_it_measured(net: torch.nn.Module, splits: dict[str, str], tmp_path: Path) -> None:
+    one = rowcol_edge.build(net, out=str(tmp_path), precision="auto", dense=False, budget="drop<=50pp", **splits)[0]
+    note = one.manifest.build["notes"][0]
+    assert note.startswith(f"precision auto chose {one.manifest.arms[0].precision}")
+    assert json.dumps(one.manifest.build["trials"])

@@ -1,0 +1,155 @@
+"""Write the tables of README.md from the results they show.
+
+python tools/readme_tables.py            # rewrites README.md
+python tools/readme_tables.py --check    # exit code 1 if a table is not that of its result
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rowcol_edge import targets
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "tools" / "results"
+README = ROOT / "README.md"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if a table is stale")
+    text = README.read_text(encoding="utf-8")
+    wanted = rewritten(text)
+    if parser.parse_args().check:
+        return 0 if wanted == text else 1
+    README.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+def rewritten(text: str) -> str:
+    """The README with every table between its markers made anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table:{name} -->)", re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise SystemExit(f"README.md needs exactly one pair of markers table:{name}")
+        text = pattern.sub(lambda found, make=make: f"{found[1]}{make()}\n{found[2]}", text)
+    return text
+
+
+def elpv() -> str:
+    """The three arms: size, quality, time and memory."""
+    result = _result("elpv-generic-x86.json")
+    manifest, profile, machine = result["manifest"], result["profile"], result["machine"]
+    comparisons = {(c["arm"], c["baseline"]): c for c in profile["comparisons"]}
+    rows = []
+    for arm in manifest["arms"]:
+        name, test, measured = arm["name"], arm["quality"]["test"], profile["arms"][arm["name"]]
+        cold, latency, memory = measured["cold"], measured["latency"], measured["memory"]
+        rows.append(
+            [
+                f"`{name}`",
+                f"{arm['parameters'] / 1e6:.2f} M",
+                f"{arm['size_bytes'] / 1e6:.2f} MB",
+                f"{test['value'] * 100:.2f} %",
+                _drop(test),
+                f"{latency['median_ns'] / 1e6:.2f} ms",
+                _ratio(comparisons.get((name, f"dense@{arm['precision']}"))),
+                _ratio(comparisons.get((name, "dense@fp32"))),
+                f"{(cold['import_ns'] + cold['load_ns'] + cold['first_ns']) / 1e6:.0f} ms",
+                f"{memory['peak_bytes'] / 2**20:.0f} MiB" if memory else "–",
+            ]
+        )
+    heads = [
+        "arm", "parameters", "file", f"{manifest['metric'].replace('_', ' ')} (test)",
+        "drop to the original [95 %]; flipped decisions", "latency, median", "ratio to dense, same precision [95 %]",
+        "ratio to dense@fp32 [95 %]", "cold start", "peak memory",
+    ]  # fmt: skip
+    head = (
+        f"`sample:elpv-resnet18` (ResNet-18, 1×224×224, real solar cells) for `{manifest['target']['name']}`, "
+        f"budget {manifest['build']['budget']} on the selection split, no fine-tuning:"
+    )
+    foot = (
+        f"Evidence: **{profile['evidence']}** – {machine['cpu_model']}, {machine['cores_usable']} cores, "
+        f"{profile['threads']} threads, ONNX Runtime {profile['runtime_version']}, batch 1. A ratio below 1 is faster. "
+        f"Null arm (the same file twice): {_ratio(profile['null'])}. Command: `{result['command']}`."
+    )
+    return "\n\n".join([head, _table(heads, rows), foot])
+
+
+def frontier() -> str:
+    """How far factoring goes without fine-tuning, on the selection split."""
+    result = _result("elpv-generic-x86.json")
+    rows = [
+        [
+            row["plan"],
+            f"{row['parameters'] / 1e6:.2f} M ({row['parameters'] / result['frontier'][0]['parameters']:.0%})",
+            f"{row['macs'] / 1e6:,.0f} M",
+            f"{row['value'] * 100:.2f} %",
+            f"{row['drop']:+.2f} pp",
+        ]
+        for row in result["frontier"]
+    ]
+    heads = ["variance kept a layer", "parameters", "MACs", f"{result['manifest']['metric'].replace('_', ' ')}", "drop"]
+    held = [row for row in result["frontier"] if row["drop"] <= 0.5]
+    least = min(held, key=lambda row: row["parameters"])
+    share = least["parameters"] / result["frontier"][0]["parameters"]
+    head = (
+        f"How far it goes at fp32 on the selection split, without fine-tuning: within 0.5 pp down to "
+        f"**{least['parameters'] / 1e6:.2f} M parameters ({share:.0%})** and "
+        f"{least['macs'] / 1e6:,.0f} M of {result['frontier'][0]['macs'] / 1e6:,.0f} M MACs."
+    )
+    details = "<details><summary>Every plan of the ladder</summary>"
+    return "\n\n".join([head, details, _table(heads, rows), "</details>"])
+
+
+def boards() -> str:
+    """The targets, from their TOML files."""
+    found = [targets.load(name) for name in targets.available()]
+    rows = [
+        [
+            f"`{target.name}`",
+            target.title,
+            f"{runtime.name} ≥ {runtime.oldest}, opset {runtime.opset}, IR {runtime.ir_version}",
+            ", ".join(runtime.precisions),
+            str(target.threads),
+        ]
+        for target in found
+        for runtime in target.runtimes
+    ]
+    return _table(["target", "board", "runtime", "precisions", "threads"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"elpv": elpv, "frontier": frontier, "targets": boards}
+
+
+def _result(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return loaded
+
+
+def _drop(test: dict[str, Any]) -> str:
+    interval = f"[{test['ci_low_pp']:+.2f}, {test['ci_high_pp']:+.2f}]"
+    return f"{test['drop_pp']:+.2f} pp {interval}; {test['flips']} of {test['n']}"
+
+
+def _ratio(comparison: dict[str, Any] | None) -> str:
+    if comparison is None or comparison["ratio"] is None:
+        return "–"
+    interval = f"{comparison['ratio']:.2f} [{comparison['ci_low']:.2f}, {comparison['ci_high']:.2f}]"
+    return interval if comparison["verdict"] in ("faster", "slower") else f"{interval}, {comparison['verdict']}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [" | ".join(heads), "|".join("---" if i == 0 else "--:" for i in range(len(heads)))]
+    lines += [" | ".join(row) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
