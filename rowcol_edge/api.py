@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from . import config
+from .config import Options
 from .errors import DataError
 from .job import Progress, silent
 
@@ -19,32 +21,42 @@ if TYPE_CHECKING:
     from .device.profile import Profile
     from .device.verify import VerifyReport
     from .inspection import Inspection
+    from .models import LoadedModel
     from .pipeline import Built, Factored
     from .report.compare import ComparisonTable
 
 _DEMO_PROFILE_SECONDS = 25.0
 
 
-def build(model: str | nn.Module, *, force: bool = False, progress: Progress = silent, **options: Any) -> list[Built]:
+def build(
+    model: str | nn.Module, *, force: bool = False, progress: Progress = silent, **options: Unpack[Options]
+) -> list[Built]:
     """Build one bundle per target.
 
     Args:
-        model: ``sample:NAME``, ``package.module:factory``, ``path/file.py:factory``, a ``.pt2``, or a module.
+        model: ``sample:NAME``, ``package.module:factory``, ``path/file.py:factory``, a ``.pt2``, or a module (which is
+            copied, never changed).
         force: build again even if nothing has changed.
         progress: called with a label, the steps done and the steps in all.
-        options: the fields of `rowcol_edge.config.BuildOptions`: target, runtime, precision, calib, select, test,
-            metric, budget, out, …
+        options: what to build, see `rowcol_edge.config.BuildOptions`.
 
     Raises:
         RowcolError: see `rowcol_edge.errors`; nothing is left half-written.
     """
-    from . import models, pipeline
+    from . import pipeline
 
-    loaded = None
-    if not isinstance(model, str):
-        loaded = models.load(model)
-        model = f"{type(model).__module__}:{type(model).__qualname__}"
-    return pipeline.build(config.make({**options, "model": model}), loaded, force=force, progress=progress)
+    return pipeline.build(*_asked(model, options), force=force, progress=progress)
+
+
+def _asked(model: str | nn.Module, options: Options) -> tuple[config.BuildOptions, LoadedModel | None]:
+    """Checked options, and the model where it came as a module."""
+    if isinstance(model, str):
+        return config.make({**options, "model": model}), None
+    from . import models
+
+    weights = options.get("weights")
+    loaded = models.load(model, None if weights is None else os.fspath(weights))
+    return config.make({**options, "model": f"{type(model).__module__}:{type(model).__qualname__}"}), loaded
 
 
 def build_from(
@@ -59,20 +71,16 @@ def build_from(
     return pipeline.build(made, force=force, progress=progress)
 
 
-def factor(model: str | nn.Module, *, progress: Progress = silent, **options: Any) -> Factored:
+def factor(model: str | nn.Module, *, progress: Progress = silent, **options: Unpack[Options]) -> Factored:
     """Choose ranks and rewrite the model; with ``out`` also write plan.toml, weights and the factored ``.pt2``.
 
     Args:
         options: as for `build`; ``target`` only gives the rank multiple.
     """
-    from . import models, pipeline
+    from . import pipeline
 
-    loaded = None
-    if not isinstance(model, str):
-        loaded = models.load(model)
-        model = f"{type(model).__module__}:{type(model).__qualname__}"
     out = options.pop("out", None)
-    return pipeline.factor(config.make({**options, "model": model}), loaded, out=out, progress=progress)
+    return pipeline.factor(*_asked(model, options), out=None if out is None else Path(out), progress=progress)
 
 
 def inspect(
@@ -168,15 +176,15 @@ def profile_to(
 
 def demo(sample: str, *, target: str, out: str, progress: Progress = silent) -> Demo:
     """The whole line on an embedded sample: build (or keep what is unchanged), profile, compare, run one image."""
-    from . import samples
+    from . import samples, user_code
     from .device.bundle import Bundle
     from .device.predictor import Predictor
 
     started = time.monotonic()
     built = build(f"sample:{sample}", target=target, out=out, progress=progress)[0]
     measured, _ = profile_to(built.path, None, seconds=_DEMO_PROFILE_SECONDS, progress=progress)
-    module = samples.import_file(samples.load(sample).data)
-    picture, truth = next(iter(module.images("test")))
+    images = user_code.resolve(f"{samples.load(sample).data}:images", DataError, "data")
+    picture, truth = next(iter(images("test")))
     with Bundle.open(built.path) as bundle, Predictor(bundle) as predictor:
         prediction = predictor.predict(picture)
         labels = bundle.manifest.labels

@@ -19,7 +19,7 @@ from .datasets import Feeds
 from .errors import ParityError
 from .evaluation import Judged
 from .export import onnx, simplify
-from .export.parity import Outputs, Parity, compare, torch_outputs
+from .export.parity import Outputs, Parity, compare, first_outside, torch_outputs
 from .factoring.plan import FactorPlan
 from .job import Job, Progress
 from .targets import RuntimeSpec, Target
@@ -76,6 +76,7 @@ class Workbench:
         self._sources: dict[tuple[str, int, int], _Source] = {}
         self._real: Feeds = job.calibration.take(_SAMPLES)
         self._dense: Outputs = torch_outputs(job.model.module, [self._real])
+        evaluation.check_contract(job, {name: array[:1] for name, array in self._dense[0].items()})
 
     def arm(
         self, variant: str, module: nn.Module, plan: FactorPlan | None, parameters: int,
@@ -172,7 +173,7 @@ def _exact(what: str, before: Outputs, after: Outputs) -> None:
 
 def _left(name: str, stages: tuple[Parity, ...]) -> tuple[str, ...]:
     """A note naming the first stage that left its tolerance against the dense original, if one did."""
-    outside = next((s for s in stages if not s.ok), None)
+    outside = first_outside(stages)
     if outside is None:
         return ()
     error = f"relative error {outside.relative_error:.3f} against the dense original, tolerance {outside.tolerance:g}"

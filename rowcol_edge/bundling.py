@@ -19,12 +19,13 @@ from .device.runtimes import RuntimeOptions, load_runtime
 from .device.verify import golden_outputs
 from .evaluation import Judged
 from .factoring.plan import FactorPlan
-from .job import Job, tool_versions
+from .job import Job, Progress, silent, tool_versions
 from .search import Choice
 from .targets import RuntimeSpec, Target
 
 _GOLDEN_SAMPLES = 4
 PLAN_NAME = "plan.toml"
+LICENCE_NAME = "LICENSE-weights.md"
 #: what another machine may show against the golden outputs: other kernels round differently, int8 ones also clip
 _TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.15, "int8-dynamic": 0.15}
 
@@ -49,7 +50,7 @@ def key(job: Job, target: Target) -> str:
 
 def write(
     out: Path, job: Job, target: Target, runtime: RuntimeSpec, arms: Sequence[Arm], choice: Choice, original: Quality,
-    *, notes: Sequence[str] = (),
+    *, notes: Sequence[str] = (), progress: Progress = silent,
 ) -> Path:  # fmt: skip
     """Judge the arms on the test split – the only time it is looked at – and write the bundle.
 
@@ -87,13 +88,17 @@ def write(
         positive=None if job.positive is None else job.labels[job.positive],
         metric=job.metric.name if job.metric else None,
         default_arm=arms[0].name,
-        arms=tuple(_entry(arm, job, target, runtime, original) for arm in arms),
+        arms=tuple(_entry(arm, job, target, runtime, original, progress) for arm in arms),
         golden_outputs={arm.name: f"golden/{arm.name}.npz" for arm in arms},
         tool_versions=tool_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         build=_record(job, target, arms, choice, notes),
     )
-    plan = arms[0].plan
+    extra: dict[str, Path | bytes] = {}
+    if arms[0].plan is not None:
+        extra[PLAN_NAME] = arms[0].plan.to_toml().encode()
+    if job.model.sample is not None:  # its weights, and the golden inputs taken from its data, have terms of their own
+        extra[LICENCE_NAME] = job.model.sample.licence
     return package.write_bundle(
         out,
         manifest=manifest,
@@ -102,17 +107,17 @@ def write(
         golden_outputs=golden,
         readme=package.board_readme(manifest),
         zip_too=job.options.zip,
-        extra={PLAN_NAME: plan.to_toml().encode()} if plan else {},
+        extra=extra,
     )
 
 
-def _entry(arm: Arm, job: Job, target: Target, runtime: RuntimeSpec, original: Quality) -> ArmEntry:
+def _entry(arm: Arm, job: Job, target: Target, runtime: RuntimeSpec, original: Quality, progress: Progress) -> ArmEntry:
     quality = {}
     if arm.selection is not None:
         quality["selection"] = evaluation.quality_record(job, arm.selection, original.selection)
         if job.test is not None and original.test is not None:
             with evaluation.opened(arm.artifact.path, runtime.name, target.threads) as run:
-                predictions = evaluation.predict(run, job.test, job)
+                predictions = evaluation.predict(run, job.test, job, progress, f"judge {arm.name} on the test split")
             judged = evaluation.judge(predictions, job, arm.selection.threshold)
             quality["test"] = evaluation.quality_record(job, judged, original.test)
     return ArmEntry(

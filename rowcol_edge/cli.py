@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import MissingDependencyError, RowcolError
+from .errors import InputError, MissingDependencyError, RowcolError
 
 if TYPE_CHECKING:
     from .job import Progress
@@ -29,10 +29,7 @@ app = typer.Typer(
 )
 
 #: which extra brings a package that may be missing
-_EXTRAS = dict.fromkeys(("torch", "onnx", "onnxscript", "safetensors", "tomli_w", "onnxruntime"), "build") | {
-    "PIL": "images",
-    "torchvision": "samples",
-}
+_EXTRAS = dict.fromkeys(("torch", "onnx", "onnxscript", "safetensors", "tomli_w", "onnxruntime", "PIL"), "build")
 
 Model = Annotated[str, typer.Argument(help="sample:NAME, package.module:factory, path/file.py:factory or file.pt2")]
 BundlePath = Annotated[Path, typer.Argument(help="a bundle folder or .zip")]
@@ -192,9 +189,9 @@ def profile(
     bundle: BundlePath,
     arms: Annotated[str | None, typer.Option(help="only these arms, separated by commas")] = None,
     baseline: Annotated[str | None, typer.Option(help="the arm the others are compared with")] = None,
-    blocks: Annotated[int | None, typer.Option(help="fresh processes per arm")] = None,
-    seconds: Annotated[float | None, typer.Option(help="aim to be done in this time")] = None,
-    threads: Annotated[int | None, typer.Option(help="instead of the target's")] = None,
+    blocks: Annotated[int | None, typer.Option(min=1, help="fresh processes per arm")] = None,
+    seconds: Annotated[float | None, typer.Option(min=1, help="aim to be done in this time")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="instead of the target's")] = None,
     out: Annotated[Path | None, typer.Option(help="where the profile goes; BUNDLE/profiles/ by default")] = None,
     json: Json = False,
 ) -> None:
@@ -261,20 +258,20 @@ def run(
     bundle: BundlePath,
     images: Annotated[list[Path], typer.Argument(help="image, .npy or raw frame")],
     arm: Annotated[str | None, typer.Option(help="an arm of the bundle; its default otherwise")] = None,
-    threads: Annotated[int | None, typer.Option(help="instead of the target's")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="instead of the target's")] = None,
     json: Json = False,
 ) -> None:
     """Run the packaged model on images."""
     from .device.bundle import Bundle
+    from .device.main import prediction_text, predictions
     from .device.predictor import Predictor
 
     with Bundle.open(bundle) as opened, Predictor(opened, arm=arm, threads=threads) as predictor:
-        found = [(str(path), predictor.predict(path)) for path in images]
-    if json:
-        _print_json({"predictions": [{"input": path, **p.to_dict()} for path, p in found]})
-        return
-    for path, prediction in found:
-        typer.echo(f"{path}: {prediction}")
+        if json:
+            _print_json(predictions(predictor, images))
+            return
+        for image in images:
+            typer.echo(f"{image}: {prediction_text(predictor.predict(image))}")
 
 
 @app.command()
@@ -310,11 +307,17 @@ def main() -> None:
 
 def run_command(arguments: list[str]) -> None:
     """Run one command; always ends in SystemExit. Usage errors and Ctrl-C are typer's own: 2 and 130."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # package.module:factory means the user's folder, as with python -m
     try:
         app(args=arguments)
     except RowcolError as e:
         _print_error(e)
         sys.exit(e.exit_code)
+    except OSError as e:
+        where = f"{e.filename}: " if e.filename else ""
+        _print_error(InputError(f"{where}{e.strerror or e}", hint="check the path, its rights and the free space"))
+        sys.exit(2)
     except ModuleNotFoundError as e:
         missing = (e.name or "").partition(".")[0]
         if missing not in _EXTRAS:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import tomli_w
 
@@ -18,6 +19,31 @@ from .errors import ConfigError
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8-dynamic", "auto")
 DEFAULT_BUDGET = "drop<=0.5pp"
+_HEADER = "# Repeats this build, from the folder it ran in: rowcol-edge build --config rowcol.toml\n"
+
+
+class Options(TypedDict, total=False):
+    """The fields of `BuildOptions` as the Python functions take them; None means not said."""
+
+    target: str | os.PathLike[str] | Sequence[str] | None
+    out: str | os.PathLike[str] | None
+    weights: str | os.PathLike[str] | None
+    runtime: str | None
+    precision: str | None
+    calib: str | os.PathLike[str] | None
+    select: str | os.PathLike[str] | None
+    test: str | os.PathLike[str] | None
+    metric: str | None
+    budget: str | None
+    energy: float | None
+    plan: str | os.PathLike[str] | None
+    contract: str | None
+    labels: str | Sequence[str] | None
+    positive: str | None
+    preprocess: str | Preprocess | Mapping[str, Any] | None
+    dynamic_batch: bool | None
+    dense: bool | None
+    zip: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +142,12 @@ def make(values: Mapping[str, Any], where: str = "options") -> BuildOptions:
 
 
 def write(options: BuildOptions, path: Path) -> None:
-    """Write the `rowcol.toml` that repeats this build."""
-    path.write_text(
-        "# Repeats this build: rowcol-edge build --config rowcol.toml\n" + tomli_w.dumps(options.to_dict()),
-        encoding="utf-8",
-    )
-
-
-def with_out(options: BuildOptions, out: str) -> BuildOptions:
-    return replace(options, out=out)
+    """Write the `rowcol.toml` that repeats this build, in one step; a file that a person wrote is left alone."""
+    if path.exists() and not path.read_text(encoding="utf-8").startswith(_HEADER):
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(_HEADER + tomli_w.dumps(options.to_dict()), encoding="utf-8")
+    temporary.replace(path)
 
 
 def parse_preprocess(text: str) -> Preprocess:
@@ -164,7 +187,8 @@ def _checked(key: str, value: Any, where: str) -> Any:
     if key == "preprocess":
         return _checked_preprocess(value, where)
     if key in _TUPLES:
-        if isinstance(value, str):
+        if isinstance(value, (str, os.PathLike)):
+            value = os.fspath(value)
             return tuple(v.strip() for v in value.split(",") if v.strip())
         if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
             return tuple(value)
@@ -177,9 +201,9 @@ def _checked(key: str, value: Any, where: str) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise _wrong(key, "a number", value, where)
         return float(value)
-    if not isinstance(value, str):
+    if not isinstance(value, (str, os.PathLike)):
         raise _wrong(key, "text", value, where)
-    return value
+    return os.fspath(value)
 
 
 def _checked_preprocess(value: Any, where: str) -> Preprocess:

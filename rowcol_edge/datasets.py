@@ -7,20 +7,19 @@ pass, large ones are read again, so memory stays bounded by `_CACHE_BYTES` a spl
 from __future__ import annotations
 
 import hashlib
-import importlib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from . import user_code
 from .device.preprocess import Preprocess
 from .errors import ConfigError, DataError, SplitError
-from .samples import Sample, import_file
+from .samples import Sample
 
 Feeds = dict[str, npt.NDArray[Any]]
 Labels = npt.NDArray[np.int64]
@@ -42,6 +41,7 @@ class Split:
         label_names: class names where the source knows them (a folder's subfolders).
         digest: sha256 over every sample and label, in order.
         sample_digests: one digest a sample, for finding samples that two splits share.
+        specs: input name → shape of a sample and dtype.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Split:
     label_names: tuple[str, ...] = ()
     digest: str = ""
     sample_digests: tuple[bytes, ...] = ()
+    specs: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     _cache: list[Feeds] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
@@ -104,15 +105,14 @@ def load(
     if reference is None:
         if sample is None:
             return None
-        module = import_file(sample.data, DataError)
-        return scan(Split(name, f"sample:{sample.name}", _callable_source(getattr(module, name), inputs, sample.name)))
+        return scan(Split(name, f"sample:{sample.name}", _callable_source(f"{sample.data}:{name}", inputs)))
     path = Path(reference)
     if path.is_dir():
         return scan(_folder(path, name, inputs, preprocess, labels))
     if path.suffix == ".npz":
         return scan(Split(name, reference, _npz_source(path, inputs, preprocess)))
     if ":" in reference:
-        return scan(Split(name, reference, _callable_source(_callable(reference), inputs, reference)))
+        return scan(Split(name, reference, _callable_source(reference, inputs)))
     raise DataError(
         f"{name} data {reference!r}",
         expected="a folder of images, an .npz or module:callable",
@@ -127,9 +127,8 @@ def scan(split: Split) -> Split:
     labels: list[Labels] = []
     kept: list[Feeds] | None = []
     kept_bytes = 0
-    shapes: dict[str, tuple[int, ...]] = {}
     for feeds, batch_labels in split.source():
-        count = _check(split, feeds, shapes)
+        count = _check(split, feeds)
         if batch_labels is not None:
             labels.append(_check_labels(split, batch_labels, count))
         for i in range(count):
@@ -169,7 +168,42 @@ def check_disjoint(splits: Sequence[Split]) -> None:
                 )
 
 
-def _check(split: Split, feeds: Feeds, shapes: dict[str, tuple[int, ...]]) -> int:
+def check_alike(splits: Sequence[Split]) -> None:
+    """Raises DataError where two splits hold samples of another shape or type."""
+    first, *others = splits
+    for other in others:
+        for name, spec in other.specs.items():
+            if spec != first.specs[name]:
+                raise DataError(
+                    f"{other.name} data {other.reference}: input {name}",
+                    expected=f"shape {first.specs[name][0]}, {first.specs[name][1]}, as the {first.name} data",
+                    got=f"{spec[0]}, {spec[1]}",
+                )
+
+
+def class_names(references: Sequence[str | None]) -> tuple[str, ...]:
+    """The subfolders that all image folders among the references share, in order; empty where there are none.
+
+    Raises:
+        DataError: the folders have other classes, so that an index would mean another class in each.
+    """
+    found = {r: _classes(Path(r)) for r in references if r is not None and Path(r).is_dir()}
+    labelled = {r: names for r, names in found.items() if names}
+    if len(set(labelled.values())) > 1:
+        raise DataError(
+            "the class folders of the splits",
+            expected="the same in each",
+            got="; ".join(f"{r}: {', '.join(names)}" for r, names in labelled.items()),
+            hint="name the classes in the order of the model's outputs: --labels a,b,c",
+        )
+    return next(iter(labelled.values()), ())
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+
+
+def _check(split: Split, feeds: Feeds) -> int:
     count = _length(feeds)
     for name, array in feeds.items():
         what = f"{split.name} data {split.reference}: input {name}"
@@ -179,8 +213,10 @@ def _check(split: Split, feeds: Feeds, shapes: dict[str, tuple[int, ...]]) -> in
             raise DataError(what, expected="numbers", got=str(array.dtype))
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise DataError(what, expected="finite values", got="NaN or Inf")
-        if shapes.setdefault(name, array.shape[1:]) != array.shape[1:]:
-            raise DataError(what, expected=f"samples of shape {shapes[name]}", got=str(array.shape[1:]))
+        spec = (array.shape[1:], array.dtype.name)
+        if split.specs.setdefault(name, spec) != spec:
+            shape, dtype = split.specs[name]
+            raise DataError(what, expected=f"samples of shape {shape}, {dtype}", got=f"{spec[0]}, {spec[1]}")
     return count
 
 
@@ -219,34 +255,20 @@ def _as_feeds(value: Any, inputs: Sequence[str], what: str) -> Feeds:
 
 
 def _as_array(value: Any) -> npt.NDArray[Any]:
-    array = np.asarray(value)
-    return array.astype(np.float32) if array.dtype == np.float64 else array
+    """Numbers as the model takes them: every float is float32, torch tensors are taken over."""
+    array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
 
 
-def _callable(reference: str) -> Callable[[], Any]:
-    module_name, _, function = reference.rpartition(":")
-    source: ModuleType
-    if module_name.endswith(".py"):
-        source = import_file(Path(module_name), DataError)
-    else:
-        try:
-            source = importlib.import_module(module_name)
-        except ImportError as e:
-            raise DataError(f"data {reference!r}", expected="an importable module:callable", got=str(e)) from e
-    found = getattr(source, function, None)
-    if not callable(found):
-        raise DataError(f"data {reference!r}", expected=f"a callable {function} in {module_name}", got="none there")
-    return found  # type: ignore[no-any-return]  # getattr on a module is untyped by nature
-
-
-def _callable_source(
-    function: Callable[[], Any], inputs: Sequence[str], what: str
-) -> Callable[[], Iterator[tuple[Feeds, Labels | None]]]:
-    """``function()`` yields batches: ``(inputs, labels)`` tuples, or inputs alone (an array or a dict)."""
+def _callable_source(reference: str, inputs: Sequence[str]) -> Callable[[], Iterator[tuple[Feeds, Labels | None]]]:
+    """The callable yields batches: ``(inputs, labels)`` pairs, or inputs alone (an array or a dict)."""
+    function = user_code.resolve(reference, DataError, "data")
+    what = f"data {reference!r}"
 
     def source() -> Iterator[tuple[Feeds, Labels | None]]:
-        for batch in function():
-            if isinstance(batch, tuple) and len(batch) == 2:
+        batches = user_code.call(lambda: iter(function()), DataError, what)
+        while (batch := user_code.call(lambda: next(batches, None), DataError, what)) is not None:
+            if isinstance(batch, (tuple, list)) and len(batch) == 2:
                 labels = None if batch[1] is None else np.asarray(batch[1])
                 yield _as_feeds(batch[0], inputs, what), labels
             else:
@@ -266,8 +288,8 @@ def _npz_source(
             arrays = {inputs[0]: next(iter(arrays.values()))}
         feeds = _as_feeds(arrays, inputs, str(path))
         count = _length(feeds)
-        if labels is not None and len(labels) != count:
-            raise DataError(f"{path}: labels", expected=f"one per sample ({count})", got=str(len(labels)))
+        if labels is not None and labels.shape != (count,):
+            raise DataError(f"{path}: labels", expected=f"one per sample, shape ({count},)", got=str(labels.shape))
         for start in range(0, count, BATCH):
             part = {name: _pixels(a[start : start + BATCH], preprocess) for name, a in feeds.items()}
             yield part, None if labels is None else labels[start : start + BATCH]
@@ -285,7 +307,8 @@ def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
     if not path.is_file():
         raise DataError(str(path), expected="an .npz file", got="no such file")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # opened here: numpy leaves its own file open when the archive is damaged
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
         raise DataError(str(path), expected="an .npz of plain arrays (never pickled)", got=str(e)) from e
@@ -305,7 +328,7 @@ def _folder(
             got="nothing",
             hint='e.g. --preprocess "mode=RGB,size=224x224,mean=0.485/0.456/0.406,std=0.229/0.224/0.225"',
         )
-    classes = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = _classes(path)
     strangers = [c for c in classes if labels and c not in labels]
     if strangers:
         raise DataError(

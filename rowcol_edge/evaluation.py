@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from .datasets import Feeds, Split
 from .device.bundle import split_feeds
+from .device.decode import decode
 from .device.runtimes import RuntimeOptions, load_runtime
-from .errors import DataError
+from .errors import BundleError, ConfigError, DataError
 from .job import Job, Progress, silent
 from .quality import Metric, Predictions, paired_drop
 
@@ -50,15 +51,28 @@ def predict(run: Run, split: Split, job: Job, progress: Progress = silent, label
 def _check_classes(outputs: npt.NDArray[Any], split: Split, job: Job) -> None:
     if outputs.ndim != 2:
         raise DataError("model output", expected="(samples, classes) for contract classify", got=str(outputs.shape))
+    classes = max(outputs.shape[1], 2)  # one logit decides between two
     highest = int(split.labels.max()) if split.labels is not None else 0
-    if highest >= outputs.shape[1]:
+    if highest >= classes:
         raise DataError(
             f"{split.name} labels",
-            expected=f"classes 0 to {outputs.shape[1] - 1} as the model returns",
+            expected=f"classes 0 to {classes - 1} as the model returns",
             got=str(highest),
         )
-    if job.labels and len(job.labels) != outputs.shape[1]:
-        raise DataError("labels", expected=f"{outputs.shape[1]} names, one per model output", got=f"{len(job.labels)}")
+
+
+def check_contract(job: Job, outputs: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Raises ConfigError where the board could not decode what the model returns; ``outputs`` are of one sample."""
+    positive = None if job.positive is None else job.labels[job.positive]
+    try:
+        decode(job.contract, outputs, job.labels, positive, None)
+    except BundleError as e:
+        raise ConfigError(
+            f"contract {job.contract}: {e.what}",
+            expected=e.expected,
+            got=e.got,
+            hint="say what the outputs mean with --contract, and name every class with --labels",
+        ) from e
 
 
 def judge_selection(predictions: Predictions, job: Job, original: Judged | None = None) -> Judged:
@@ -102,9 +116,9 @@ def quality_record(job: Job, judged: Judged, reference: Judged | None) -> dict[s
             "drop_pp": paired.drop,
             "ci_low_pp": paired.low,
             "ci_high_pp": paired.high,
-            "flips": paired.flips,
-            "flips_bad": paired.flips_bad,
         }
+        if paired.flips is not None:
+            record |= {"flips": paired.flips, "flips_bad": paired.flips_bad}
     return record
 
 

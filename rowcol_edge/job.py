@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-from . import datasets, models, quality, targets
+from . import datasets, models, quality, targets, user_code
 from .budgets import Budgets
 from .config import DEFAULT_BUDGET, BuildOptions
 from .datasets import Split
 from .device.preprocess import Preprocess
 from .errors import ConfigError, DataError
+from .factoring.plan import FactorPlan
 from .models import LoadedModel
-from .quality import Metric
+from .quality import Custom, Metric
 from .targets import Target
 
 #: called with a label, the steps done and the steps in all
@@ -54,11 +58,25 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Digest of all that decides the result: model, data, options, targets and tool versions."""
-        splits = [s.digest if s else None for s in (self.calibration, self.selection, self.test)]
-        options = {k: v for k, v in self.options.to_dict().items() if k not in ("out", "target")}
-        text = json.dumps([self.model.digest, splits, options, tool_versions()], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Digest of all that decides the result: model, data, resolved options, plan, metric, tools and this source."""
+        plan = Path(self.options.plan).read_bytes() if self.options.plan else b""
+        metric = user_code.source(self.metric.function) if isinstance(self.metric, Custom) else None
+        parts = [
+            self.model.digest,
+            [s.digest if s else None for s in (self.calibration, self.selection, self.test)],
+            {k: v for k, v in self.options.to_dict().items() if k not in ("out", "target", "plan", "model", "weights")},
+            hashlib.sha256(plan).hexdigest(),
+            self.metric.name if self.metric else None,
+            metric,
+            self.labels,
+            self.positive,
+            self.contract,
+            self.preprocess.to_dict() if self.preprocess else None,
+            str(self.budgets),
+            tool_versions(),
+            _own_source(),
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def prepare(options: BuildOptions, model: LoadedModel | None = None, progress: Progress = silent) -> Job:
@@ -67,32 +85,42 @@ def prepare(options: BuildOptions, model: LoadedModel | None = None, progress: P
     Raises:
         InputError: whatever is wrong with what the user handed over; nothing has been written.
     """
-    chosen = tuple(targets.load(name) for name in options.target)
+    chosen = tuple(targets.load(name) for name in dict.fromkeys(options.target))
     for target in chosen:
         _check_precision(target, options)
+    if options.plan is not None:
+        FactorPlan.read(options.plan)  # refused now rather than after the calibration
     progress("load model", 0, 4)
     model = model or models.load(options.model, options.weights)
     sample = model.sample
     preprocess = options.preprocess or (sample.preprocess if sample else None)
-    labels = options.labels or (sample.labels if sample else ())
-    splits: list[Split | None] = []
-    for i, (name, reference) in enumerate(
-        [("calibration", options.calib), ("selection", options.select), ("test", options.test)]
-    ):
+    references = {"calibration": options.calib, "selection": options.select, "test": options.test}
+    labels = options.labels or (sample.labels if sample else ()) or datasets.class_names(list(references.values()))
+    # a sample brings its own splits only as a set: one of the user's among them could overlap unseen
+    own = sample if not any(references.values()) else None
+    splits: dict[str, Split | None] = {}
+    for i, (name, reference) in enumerate(references.items()):
         progress(f"read {name} data", i + 1, 4)
-        # a sample brings its own splits only as a set: one of the user's among them could overlap unseen
-        own = sample if not (options.calib or options.select or options.test) else None
-        splits.append(datasets.load(reference, name, model.inputs, sample=own, preprocess=preprocess, labels=labels))
-    calibration, selection, test = splits
+        splits[name] = datasets.load(reference, name, model.inputs, sample=own, preprocess=preprocess, labels=labels)
+    progress("check data", 4, 4)
+    calibration, selection, test = splits.values()
     if calibration is None:
         raise DataError(
             "calibration data", expected="some real inputs", got="none", hint="--calib FOLDER, .npz or module:callable"
         )
-    datasets.check_disjoint([s for s in splits if s is not None])
-    labels = labels or next((s.label_names for s in splits if s and s.label_names), ())
-    metric = _metric(options, model, selection)
+    given = [s for s in splits.values() if s is not None]
+    datasets.check_alike(given)
+    datasets.check_disjoint(given)
+    contract = options.contract or (sample.task if sample else "classify")
+    metric = _metric(options, model, selection, contract)
+    if options.test is not None and metric is None:
+        raise DataError(
+            "test data",
+            expected="labelled selection data and a metric besides",
+            got="none",
+            hint="--select P --metric M",
+        )
     positive_name = options.positive or (sample.positive if sample else None)
-    progress("read test data", 4, 4)
     return Job(
         options=options,
         model=model,
@@ -103,7 +131,7 @@ def prepare(options: BuildOptions, model: LoadedModel | None = None, progress: P
         metric=metric,
         labels=labels,
         positive=_positive(positive_name, labels),
-        contract=options.contract or (sample.task if sample else "classify"),
+        contract=contract,
         preprocess=preprocess,
         budgets=_budgets(options, metric),
     )
@@ -119,6 +147,27 @@ def tool_versions() -> dict[str, str]:
     return found
 
 
+@cache
+def _own_source() -> str:
+    """sha256 of this package's own files: between two releases a checkout changes under the same version."""
+    here = Path(__file__).parent
+    sha = hashlib.sha256()
+    for file in sorted(here.rglob("*.py")):
+        sha.update(file.read_bytes())
+    return sha.hexdigest()
+
+
+def check_out(out: Path) -> None:
+    """Raises ConfigError where nothing could be written at ``out``, before any work is done."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"out {out}", expected="a folder", got=f"the file {place}")
+    if not os.access(place, os.W_OK):
+        raise ConfigError(f"out {out}", expected="a folder that can be written", got=f"no right to write in {place}")
+
+
 def _check_precision(target: Target, options: BuildOptions) -> None:
     runtime = target.runtime(options.runtime)
     if options.precision != "auto" and options.precision not in runtime.precisions:
@@ -130,19 +179,29 @@ def _check_precision(target: Target, options: BuildOptions) -> None:
         )
 
 
-def _metric(options: BuildOptions, model: LoadedModel, selection: Split | None) -> Metric | None:
-    name = options.metric or (model.sample.metric if model.sample else None)
+def _metric(options: BuildOptions, model: LoadedModel, selection: Split | None, contract: str) -> Metric | None:
+    """The metric that was named, or the sample's, or accuracy; None without labels or for what has no such metric."""
     labelled = selection is not None and selection.labels is not None
-    if name and not labelled:
+    if options.metric and not labelled:
         raise DataError(
-            f"metric {name}",
+            f"metric {options.metric}",
             expected="labelled selection data",
             got="none",
             hint="--select FOLDER with a subfolder per class",
         )
     if not labelled:
         return None
-    return quality.metric(name or "accuracy")
+    chosen = quality.metric(options.metric or (model.sample.metric if model.sample else "accuracy"))
+    if contract == "classify" or isinstance(chosen, Custom):
+        return chosen
+    if options.metric:
+        raise ConfigError(
+            f"metric {chosen.name}",
+            expected=f"a metric for contract {contract}",
+            got="one for contract classify",
+            hint="hand over your own: --metric module:function, called with (labels, outputs)",
+        )
+    return None
 
 
 def _positive(name: str | None, labels: tuple[str, ...]) -> int | None:

@@ -5,22 +5,26 @@ Weights come from safetensors, or from a checkpoint read with ``weights_only=Tru
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import importlib
 import inspect
 import pickle
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils import _pytree as pytree
 
+from . import user_code
 from .errors import ModelError, WeightsError
 from .lift import lift, load_program
-from .samples import Sample, import_file
+from .samples import Sample
 from .samples import load as load_sample
 
 _SHOWN_KEYS = 3
@@ -57,7 +61,13 @@ def load(reference: str | nn.Module, weights: str | Path | None = None) -> Loade
         WeightsError: weights that do not fit (names the first keys that differ) or are not finite.
     """
     if isinstance(reference, nn.Module):
-        module, name, text, sample = reference, type(reference).__name__, type(reference).__qualname__, None
+        # a copy: the caller's model keeps its mode, its device and its weights
+        module, name, text, sample = (
+            copy.deepcopy(reference),
+            type(reference).__name__,
+            type(reference).__qualname__,
+            None,
+        )
     else:
         text = reference
         module, name, sample = _resolve(reference)
@@ -66,53 +76,66 @@ def load(reference: str | nn.Module, weights: str | Path | None = None) -> Loade
     if weights is not None:
         load_weights(module, Path(weights))
     check_finite(module)
-    was_training, module = module.training, module.eval()
-    if isinstance(reference, nn.Module) and was_training:
-        reference.eval()
+    module = module.cpu().float().eval()  # stored in half or double precision, it is worked on in single
     return LoadedModel(text, name, module, input_names(module), digest(module), sample)
 
 
 def _resolve(reference: str) -> tuple[nn.Module, str, Sample | None]:
     if reference.startswith("sample:"):
         sample = load_sample(reference.removeprefix("sample:"))
-        file, _, function = sample.factory.rpartition(":")
-        return _call(getattr(import_file(Path(file)), function), reference), sample.name, sample
+        return _made(sample.factory, reference), sample.name, sample
     if reference.endswith(".pt2"):
-        return lift(load_program(Path(reference))), Path(reference).stem, None
+        return _program(Path(reference)), Path(reference).stem, None
     module_name, separator, function = reference.rpartition(":")
-    if not separator or not module_name or not function:
+    if not separator:
         raise ModelError(
             f"model {reference!r}",
             expected="sample:NAME, package.module:factory, path/file.py:factory or a saved .pt2",
-            got="no factory" if not separator else "an empty part",
+            got="no factory",
         )
-    if module_name.endswith(".py"):
-        source = import_file(Path(module_name))
-    else:
-        try:
-            source = importlib.import_module(module_name)
-        except ImportError as e:
-            raise ModelError(
-                f"model {reference!r}",
-                expected="an importable module",
-                got=str(e),
-                hint="a file is named with its ending: path/to/file.py:factory",
-            ) from e
-    factory = getattr(source, function, None)
-    if factory is None:
-        raise ModelError(f"model {reference!r}", expected=f"a function {function} in {module_name}", got="none there")
-    return _call(factory, reference), function if function not in ("build", "model") else _stem(module_name), None
+    return _made(reference, reference), function if function not in ("build", "model") else _stem(module_name), None
+
+
+def _program(path: Path) -> nn.Module:
+    program = load_program(path)
+    sizes = [node.meta["val"].shape[0] for node in _inputs(program) if node.meta["val"].dim()]
+    fixed = {size for size in sizes if isinstance(size, int)}
+    if not fixed:
+        return lift(program)
+    if fixed != {1}:
+        raise ModelError(
+            str(path),
+            expected="a program with a free batch, or one for single samples",
+            got=f"a batch fixed at {', '.join(str(size) for size in sorted(fixed))}",
+            hint='export it with dynamic_shapes={"x": {0: torch.export.Dim("batch")}}',
+        )
+    return OneByOne(lift(program))
+
+
+def _inputs(program: torch.export.ExportedProgram) -> list[torch.fx.Node]:
+    names = set(program.graph_signature.user_inputs)
+    return [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+
+
+class OneByOne(nn.Module):
+    """A saved program that takes single samples, given batches of any size."""
+
+    def __init__(self, program: nn.Module) -> None:
+        super().__init__()
+        self.program = program
+        self.input_names = input_names(program)
+
+    def forward(self, *arrays: torch.Tensor) -> Any:
+        results = [self.program(*(a[i : i + 1] for a in arrays)) for i in range(len(arrays[0]))]
+        return pytree.tree_map(lambda *parts: torch.cat(parts), *results)
 
 
 def _stem(module_name: str) -> str:
     return Path(module_name).stem if module_name.endswith(".py") else module_name.rpartition(".")[2]
 
 
-def _call(factory: Callable[[], object], reference: str) -> nn.Module:
-    try:
-        module = factory() if not isinstance(factory, nn.Module) else factory
-    except Exception as e:  # the factory is the user's code: whatever it raises, the message names it
-        raise ModelError(f"model {reference!r}", expected="a factory that runs", got=f"{type(e).__name__}: {e}") from e
+def _made(factory: str, reference: str) -> nn.Module:
+    module = user_code.call(user_code.resolve(factory, ModelError, "model"), ModelError, f"model {reference!r}")
     if not isinstance(module, nn.Module):
         raise ModelError(f"model {reference!r}", expected="a torch.nn.Module", got=type(module).__name__)
     return module
@@ -155,7 +178,9 @@ def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
     if path.suffix not in _CHECKPOINTS:
         raise WeightsError(str(path), expected=f".safetensors or one of {_CHECKPOINTS}", got=path.suffix or "no ending")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on pickle protocols of files that it then refuses
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as e:
         raise WeightsError(
             str(path),
@@ -200,6 +225,8 @@ def check_finite(module: nn.Module) -> None:
 
 def input_names(module: nn.Module) -> tuple[str, ...]:
     """Names of forward's arguments that have no default; ``input`` where they cannot be told."""
+    if isinstance(module, OneByOne):
+        return module.input_names
     parameters = inspect.signature(module.forward).parameters.values()
     names = tuple(
         p.name for p in parameters
@@ -209,16 +236,15 @@ def input_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def digest(module: nn.Module) -> str:
-    """sha256 over the module's printed structure and every tensor of its state."""
+    """sha256 over what the module computes: its structure, the source of its own classes, every tensor of its state."""
     sha = hashlib.sha256(repr(module).encode())
+    for kind in sorted({type(m) for m in module.modules()}, key=lambda k: f"{k.__module__}.{k.__qualname__}"):
+        if not kind.__module__.startswith("torch."):
+            sha.update(user_code.source(kind).encode())
+    if isinstance(module, torch.fx.GraphModule):
+        sha.update(module.code.encode())
     for key, value in sorted(module.state_dict().items()):
         sha.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
-        sha.update(
-            value.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
-        )
+        if value.numel():
+            sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Number of unique parameter values (a tied matrix counts once)."""
-    return sum(p.numel() for p in module.parameters())

@@ -7,6 +7,7 @@ dense original ─────────────────────�
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,27 @@ from torch import nn
 
 from . import bundling, config, evaluation, search
 from .arms import Arm, Workbench
+from .budgets import Budget
 from .config import BuildOptions
 from .device import measure
 from .device.bundle import Bundle
 from .device.manifest import MANIFEST_NAME, Manifest
-from .errors import BudgetError, BundleError, ConfigError, RowcolError, StageError
+from .device.profile import Comparison, Profile
+from .device.stats import FASTER
+from .errors import BudgetError, BundleError, ConfigError, ModelError, RowcolError, StageError
 from .evaluation import Judged
 from .export.onnx import program
 from .export.parity import torch_run
 from .factoring.apply import apply
 from .factoring.plan import FactorPlan
 from .factoring.study import Study, study
-from .job import Job, Progress, prepare, silent
+from .job import Job, Progress, check_out, prepare, silent
 from .models import LoadedModel
 from .search import Choice, Trial
 from .targets import RuntimeSpec, Target
 
 _AUTO_BLOCKS = 6
+_FITTINGS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +92,9 @@ def build(
         InputError: bad input; nothing is written.
         BudgetError: a budget that cannot be met; nothing is written.
     """
-    job = prepare(options, model, progress)
     out = Path(options.out)
-    if out.exists() and not out.is_dir():
-        raise BundleError(str(out), expected="a folder", got="a file")
+    check_out(out)
+    job = prepare(options, model, progress)
     found: dict[str, Built] = {}
     for target in job.targets:
         kept = None if force else _unchanged(bundling.path(out, target, options.runtime), bundling.key(job, target))
@@ -100,28 +104,37 @@ def build(
     if missing:
         with tempfile.TemporaryDirectory(prefix="rowcol-build-") as work:
             line = _Line(job, Path(work), progress)
-            for target in missing:
-                found[target.name] = line.bundle(target, out)
-        config.write(options, out / "rowcol.toml")
+            # all arms of all targets first: a budget that one target misses leaves nothing written
+            for ready in [line.ready(target) for target in missing]:
+                found[ready.target.name] = line.write(ready, out)
+    if model is None:
+        config.write(options, out / "rowcol.toml")  # a module that was handed over cannot be named in a file
     return [found[target.name] for target in job.targets]
 
 
 def factor(
-    options: BuildOptions, model: LoadedModel | None = None, *, out: str | None = None, progress: Progress = silent
+    options: BuildOptions, model: LoadedModel | None = None, *, out: Path | None = None, progress: Progress = silent
 ) -> Factored:
-    """Choose a plan and apply it; with ``out`` write ``plan.toml``, ``model.safetensors`` and ``model.pt2`` there."""
+    """Choose a plan and apply it; with ``out`` write ``plan.toml``, ``model.safetensors`` and ``model.pt2`` there.
+
+    Raises:
+        InputError, BudgetError: as for `build`; nothing is written.
+    """
+    if out is not None:
+        check_out(out)
     job = prepare(options, model, progress)
-    folder = None if out is None else Path(out)
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise ConfigError("out", expected="a folder", got=f"the file {folder}")
+    if job.budgets.get("size"):
+        raise ConfigError(
+            "budget size", expected="a budget that factoring decides", got="bytes", hint="build judges it"
+        )
     known = study(job.model.module, job.calibration, progress=progress)
     chooser = _Chooser(job, known, progress)
     choice = chooser.choice(job.targets[0].rank_multiple, "fp32")
     plan = choice.plans[-1]
     search.check_costs(known, plan, job.budgets)
     module = apply(known.folded, plan, known.spaces) if plan.projected else known.folded
-    if folder is not None:
-        _write_factored(folder, module, plan, job)
+    if out is not None:
+        _write_factored(out, module, plan, job)
     return Factored(
         job.model.reference,
         module,
@@ -129,7 +142,7 @@ def factor(
         choice.trials,
         known.parameters,
         known.parameters - plan.saved_parameters,
-        folder,
+        out,
     )
 
 
@@ -143,6 +156,17 @@ def _unchanged(path: Path, key: str) -> Built | None:
     except BundleError:
         return None  # damaged or of an older schema: build it anew
     return Built(path, manifest, reused=True) if manifest.build.get("key") == key else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A target's arms, all checked, the default one first."""
+
+    target: Target
+    runtime: RuntimeSpec
+    arms: tuple[Arm, ...]
+    choice: Choice
+    notes: tuple[str, ...]
 
 
 class _Chooser:
@@ -189,8 +213,8 @@ class _Line:
         self.bench = Workbench(job, self.chooser.reference, work, progress)
         self._test: Judged | None = None
 
-    def bundle(self, target: Target, out: Path) -> Built:
-        """Make every arm for a target, check the budgets, write the bundle."""
+    def ready(self, target: Target) -> _Ready:
+        """Every arm for a target, within the budgets, ready to be written."""
         job = self.job
         runtime = target.runtime(job.options.runtime)
         precision = job.options.precision
@@ -201,13 +225,21 @@ class _Line:
         arms = [factored]
         if job.options.dense:
             arms += [self._arm("dense", None, target, runtime, p) for p in dict.fromkeys((precision, "fp32"))]
-        path = bundling.path(out, target, runtime.name)
-        bundling.write(path, job, target, runtime, arms, choice, self._original(), notes=notes)
+        return _Ready(target, runtime, tuple(arms), choice, notes)
+
+    def write(self, ready: _Ready, out: Path) -> Built:
+        """The bundle, and the only look at the test split."""
+        path = bundling.path(out, ready.target, ready.runtime.name)
+        bundling.write(
+            path, self.job, ready.target, ready.runtime, ready.arms, ready.choice, self._original(),
+            notes=ready.notes, progress=self.progress,
+        )  # fmt: skip
         with Bundle.open(path) as bundle:
             return Built(path, bundle.manifest, reused=False)
 
     def _fastest(self, target: Target, runtime: RuntimeSpec) -> tuple[str, tuple[str, ...]]:
-        """The fastest measured precision whose factored arm keeps the budgets, and what was measured."""
+        """The precision of the factored arm that keeps the budgets: the smallest file, unless another one is
+        measurably faster; and what was measured."""
         arms: list[Arm] = []
         choice: Choice | None = None
         missed: list[RowcolError] = []
@@ -220,18 +252,20 @@ class _Line:
             arms.append(arm)
         if choice is None:
             raise missed[0]
+        smallest = min(arms, key=lambda arm: arm.artifact.size_bytes)
         with tempfile.TemporaryDirectory(prefix="rowcol-auto-") as folder:
             path = Path(folder) / "candidates"
             bundling.write(
                 path, self.job, target, runtime, arms, choice, bundling.Quality(self.chooser.reference, None)
             )
             with Bundle.open(path) as bundle:
-                measured = measure.profile(bundle, blocks=_AUTO_BLOCKS, progress=self.progress)
-        medians = {arm.name: measured.arms[arm.name].latency.median_ns for arm in arms}
-        best = min(arms, key=lambda arm: medians[arm.name])
-        figures = ", ".join(f"{name} {ns / 1e6:.2f} ms" for name, ns in medians.items())
-        said = [f"precision auto chose {best.precision}: {figures} (median, evidence {measured.evidence})"]
-        said += [f"precision auto left out: {e.what}, {e.got}" for e in missed]
+                measured = measure.profile(bundle, baseline=smallest.name, blocks=_AUTO_BLOCKS, progress=self.progress)
+        ratios = {c.arm: c for c in measured.comparisons if c.baseline == smallest.name}
+        faster = [arm for arm in arms if arm.name in ratios and ratios[arm.name].verdict == FASTER]
+        best = min(faster, key=lambda arm: ratios[arm.name].ratio or 1.0, default=smallest)
+        figures = ", ".join(_figure(arm, measured, ratios) for arm in arms)
+        said = [f"precision auto chose {best.precision}: {figures}; evidence {measured.evidence}"]
+        said += [f"precision auto left out: {e.what}: {e.got}" for e in missed]
         return best.precision, tuple(said)
 
     def _arm(self, variant: str, plan: FactorPlan | None, target: Target, runtime: RuntimeSpec, precision: str) -> Arm:
@@ -253,11 +287,30 @@ class _Line:
                 break
             tried.append((lost, choice.plans[index].made_by))
             if index == 0:
-                raise _missed(limit.text, limit.limit, precision, target, min(tried))
+                raise _missed(self.job, limit, precision, target, min(tried))
             index, stride = max(0, index - stride), stride + 1
-        search.check_costs(self.study, choice.plans[index], self.job.budgets)
+        plan = choice.plans[index]
+        if limit is None:
+            arm, plan = self._fitted(arm, plan, target, runtime)
+        search.check_costs(self.study, plan, self.job.budgets)
         _check_size(self.job, arm, target)
-        return arm, replace(choice, plans=choice.plans[: index + 1])
+        return arm, replace(choice, plans=(*choice.plans[:index], plan))
+
+    def _fitted(self, arm: Arm, plan: FactorPlan, target: Target, runtime: RuntimeSpec) -> tuple[Arm, FactorPlan]:
+        """Smaller plans until the file is within its limit: what the graph weighs is known only once it is compiled."""
+        size, options = self.job.budgets.get("size"), self.job.options
+        if size is None or options.plan is not None or options.energy is not None:
+            return arm, plan
+        for _ in range(_FITTINGS):
+            excess = arm.artifact.size_bytes - size.limit
+            if excess <= 0:
+                break
+            try:
+                plan = search.smaller(self.study, plan, excess, arm.precision)
+            except BudgetError:
+                break  # _check_size says by how much the smallest file misses the limit
+            arm = self._arm("factored", plan, target, runtime, arm.precision)
+        return arm, plan
 
     def _drop(self, arm: Arm) -> float | None:
         if arm.selection is None or self.chooser.reference is None:
@@ -275,12 +328,23 @@ class _Line:
         return bundling.Quality(reference, self._test)
 
 
-def _missed(text: str, limit: float, precision: str, target: Target, best: tuple[float, str]) -> BudgetError:
+def _figure(arm: Arm, measured: Profile, ratios: Mapping[str, Comparison]) -> str:
+    text = f"{arm.name} {measured.arms[arm.name].latency.median_ns / 1e6:.2f} ms"
+    found = ratios.get(arm.name)
+    if found is None or found.ratio is None:
+        return text
+    return f"{text} ({found.ratio:.2f} [{found.ci_low:.2f}, {found.ci_high:.2f}] of {found.baseline}, {found.verdict})"
+
+
+def _missed(job: Job, budget: Budget, precision: str, target: Target, best: tuple[float, str]) -> BudgetError:
+    given = job.options.plan is not None or job.options.energy is not None
     return BudgetError(
-        f"budget {text} at {precision} on {target.name}",
-        expected=f"a drop of at most {limit:g} on the selection split",
-        got=f"{best[0]:.2f} at best ({best[1]})",
-        hint="even the unfactored model misses it at this precision: allow a larger drop or another precision",
+        f"budget {budget.text} at {precision} on {target.name}",
+        expected=f"a drop of at most {budget.limit:g} pp on the selection split",
+        got=f"{best[0]:.2f} pp at best ({best[1]})",
+        hint="leave out --plan and --energy to have a plan searched"
+        if given
+        else "even the unfactored model misses it at this precision: allow a larger drop or another precision",
     )
 
 
@@ -295,6 +359,14 @@ def _check_size(job: Job, arm: Arm, target: Target) -> None:
         )
 
 
+def _program(module: nn.Module, job: Job) -> torch.export.ExportedProgram:
+    """With a free batch where the model allows it, for single samples elsewhere; both can be handed to build again."""
+    try:
+        return program(module, job.calibration.example(), dynamic_batch=True)
+    except ModelError:
+        return program(module, job.calibration.example())
+
+
 def _write_factored(folder: Path, module: nn.Module, plan: FactorPlan, job: Job) -> None:
     """The three files, each replaced in one step."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -303,6 +375,6 @@ def _write_factored(folder: Path, module: nn.Module, plan: FactorPlan, job: Job)
         plan.write(work / "plan.toml")
         state = {name: value.detach().clone().contiguous() for name, value in module.state_dict().items()}
         save_file(state, work / "model.safetensors")
-        torch.export.save(program(module, job.calibration.example()), work / "model.pt2")
+        torch.export.save(_program(module, job), work / "model.pt2")
         for file in sorted(work.iterdir()):
             file.replace(folder / file.name)

@@ -1,9 +1,9 @@
 """How good a model is, judged the way an inspection line is judged.
 
 A `Metric` turns labels and raw outputs into one number. Where one class is the *positive* one (the defect), the
-original's decision threshold is tuned on the selection split; an arm's is the one with which it decides as often for
-the positive class as the original does there. Tuning each arm by itself would follow the noise of a few hundred samples
-and flip decisions that the arm did not change. Thresholds stand in the manifest; the test split changes none of them.
+original's decision threshold is tuned on the selection split, and an arm's near the point where it decides as often for
+the positive class as the original does there: tuned freely it would follow the noise of a few hundred samples and flip
+decisions that the arm did not change. Thresholds stand in the manifest; the test split changes none of them.
 
 Differences between an arm and the dense original are paired (the same samples), so their interval is that of a paired
 difference: Newcombe's hybrid score interval (method 10) where the metric counts decisions, a stratified paired
@@ -16,16 +16,17 @@ measures", Statistics in Medicine 27 (2008), for adding up the classes of a bala
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .device.decode import probabilities
+from . import user_code
+from .device.decode import decide, probabilities
 from .errors import ConfigError, DataError
 
 Floats = npt.NDArray[np.float64]
@@ -33,6 +34,7 @@ Ints = npt.NDArray[np.int64]
 
 _Z95 = 1.959963984540054
 _RESAMPLES = 2000
+_NEARBY = 0.02  # of the samples: how far an arm may go from the original's number of positive decisions
 _MOST_THRESHOLDS = 2000  # finer steps than this cannot be told apart on a selection split
 
 
@@ -61,7 +63,7 @@ class Predictions:
             raise ConfigError(
                 "metric", expected="a positive class", got="none was named", hint="name it: --positive defective"
             )
-        return np.asarray(probabilities(np.asarray(self.outputs), (), None)[:, self.positive], np.float64)
+        return np.asarray(probabilities(np.asarray(self.outputs), self.positive)[:, self.positive], np.float64)
 
     @property
     def truth(self) -> npt.NDArray[np.bool_]:
@@ -69,14 +71,12 @@ class Predictions:
         return np.asarray(self.labels == self.positive)
 
     def decisions(self, threshold: float | None) -> Ints:
-        """Predicted class of each sample; with a threshold, 1 for positive and 0 for anything else."""
-        if threshold is None:
-            return np.asarray(self.outputs.argmax(axis=1), np.int64)
-        return (self.scores >= threshold).astype(np.int64)
+        """The class each sample is given, by the rule that the board decides with."""
+        shares = probabilities(np.asarray(self.outputs), self.positive)
+        return np.asarray(decide(shares, self.positive, threshold), np.int64)
 
     def correct(self, threshold: float | None) -> npt.NDArray[np.bool_]:
-        truth = self.labels if threshold is None else self.truth.astype(np.int64)
-        return np.asarray(self.decisions(threshold) == truth)
+        return np.asarray(self.decisions(threshold) == self.labels)
 
     def take(self, index: Ints) -> Predictions:
         return Predictions(self.outputs[index], self.labels[index], self.positive)
@@ -87,8 +87,6 @@ class Metric:
 
     name = "metric"
     higher_is_better = True
-    #: 100 where the value is a fraction, so that a drop is in percentage points; 1 for a user's own scale
-    points = 100.0
 
     def value(self, predictions: Predictions, threshold: float | None) -> float:
         raise TypeError(f"{type(self).__name__} must define value()")
@@ -104,19 +102,23 @@ class Metric:
         return float(candidates[best[len(best) // 2]])  # the middle of the plateau is the most robust choice
 
     def transfer(self, reference: Predictions, threshold: float | None, selection: Predictions) -> float | None:
-        """An arm's threshold: as many samples of the selection split above it as the original has above its own."""
+        """An arm's threshold on the selection split: the best one among those that call about as many samples positive
+        as the original does (`_NEARBY` of all more or fewer), the nearest to that number where several are best."""
         if threshold is None:
             return None
-        count = int((reference.scores >= threshold).sum())
         scores = np.sort(selection.scores)[::-1]
-        if count in (0, len(scores)):
-            return float(scores[0] + 1e-9 if count == 0 else scores[-1] - 1e-9)
-        return float((scores[count - 1] + scores[count]) / 2.0)
+        edges = np.concatenate([[scores[0] + 1e-9], (scores[:-1] + scores[1:]) / 2.0, [scores[-1] - 1e-9]])
+        count = int((reference.scores >= threshold).sum())
+        reach = math.ceil(_NEARBY * len(scores))
+        near = sorted(range(max(0, count - reach), min(len(scores), count + reach) + 1), key=lambda c: abs(c - count))
+        sign = 1.0 if self.higher_is_better else -1.0
+        best = max(near, key=lambda c: sign * self.value(selection, float(edges[c])))  # max keeps the first of equals
+        return float(edges[best])
 
     def drop(self, reference: float, value: float) -> float:
-        """How much worse ``value`` is than ``reference``; positive is worse (in percentage points for fractions)."""
+        """How much worse ``value`` is than ``reference``; positive is worse (percentage points)."""
         change = reference - value if self.higher_is_better else value - reference
-        return change * self.points
+        return change * 100.0
 
     def interval(self, reference: Predictions, other: Predictions, thresholds: Thresholds) -> tuple[float, float]:
         """95 % interval of the paired drop, by a bootstrap that resamples within classes."""
@@ -155,11 +157,11 @@ class BalancedAccuracy(Metric):
 
     def value(self, predictions: Predictions, threshold: float | None) -> float:
         correct = predictions.correct(threshold)
-        return float(np.mean([correct[group].mean() for group in self._groups(predictions, threshold)]))
+        return float(np.mean([correct[group].mean() for group in self._groups(predictions)]))
 
     def interval(self, reference: Predictions, other: Predictions, thresholds: Thresholds) -> tuple[float, float]:
         before, after = reference.correct(thresholds[0]), other.correct(thresholds[1])
-        groups = self._groups(reference, thresholds[0])
+        groups = self._groups(reference)
         below = above = total = 0.0
         for group in groups:
             difference = float(before[group].mean() - after[group].mean())
@@ -170,9 +172,8 @@ class BalancedAccuracy(Metric):
         return (total - math.sqrt(below)) * 100.0, (total + math.sqrt(above)) * 100.0
 
     @staticmethod
-    def _groups(predictions: Predictions, threshold: float | None) -> list[Ints]:
-        classes = predictions.labels if threshold is None else predictions.truth.astype(np.int64)
-        return [np.flatnonzero(classes == c) for c in np.unique(classes)]
+    def _groups(predictions: Predictions) -> list[Ints]:
+        return [np.flatnonzero(predictions.labels == c) for c in np.unique(predictions.labels)]
 
 
 class Auroc(Metric):
@@ -229,18 +230,21 @@ class Escape(Metric):
 
 
 class Custom(Metric):
-    """``module:function``, called as ``function(labels, outputs) -> float``, higher is better, on its own scale."""
+    """``function(labels, outputs) -> float``: a score from 0 to 1, higher is better, so that a drop is in points."""
 
-    points = 1.0
-
-    def __init__(self, reference: str, function: Callable[[Ints, npt.NDArray[np.floating]], float]) -> None:
+    def __init__(self, reference: str, function: Callable[..., Any]) -> None:
         self.name = reference
-        self._function = function
+        self.function = function
 
     def value(self, predictions: Predictions, threshold: float | None) -> float:
-        value = float(self._function(predictions.labels, predictions.outputs))
-        if not math.isfinite(value):
-            raise DataError(f"metric {self.name}", expected="a finite number", got=str(value))
+        what = f"metric {self.name}"
+        value = user_code.call(self.function, ConfigError, what, predictions.labels, predictions.outputs)
+        try:
+            value = float(value)
+        except (TypeError, ValueError) as e:
+            raise ConfigError(what, expected="a number", got=type(value).__name__) from e
+        if not 0.0 <= value <= 1.0:
+            raise ConfigError(what, expected="a score from 0 to 1, higher is better", got=str(value))
         return value
 
     def tune(self, selection: Predictions) -> float | None:
@@ -266,21 +270,10 @@ def metric(name: str) -> Metric:
             raise ConfigError("metric", expected="an overkill from 0 % to below 100 %", got=name)
         return Escape(overkill)
     if ":" in name:
-        return _custom(name)
+        return Custom(name, user_code.resolve(name, ConfigError, "metric"))
     raise ConfigError(
         "metric", expected=f"{', '.join(built_in)}, escape@overkill=1% or module:function", got=repr(name)
     )
-
-
-def _custom(reference: str) -> Custom:
-    module, _, attribute = reference.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise ConfigError(f"metric {reference}", expected="an importable module:function", got=str(e)) from e
-    if not callable(function):
-        raise ConfigError(f"metric {reference}", expected="a function", got=type(function).__name__)
-    return Custom(reference, function)
 
 
 def paired_interval(
@@ -311,13 +304,13 @@ def paired_interval(
 
 @dataclass(frozen=True, slots=True)
 class PairedDrop:
-    """How much worse an arm is than the dense original on the same samples (percentage points for fractions)."""
+    """How much worse an arm is than the dense original on the same samples (percentage points)."""
 
     drop: float
     low: float
     high: float
-    flips: int
-    flips_bad: int
+    flips: int | None
+    flips_bad: int | None
 
 
 def paired_drop(metric: Metric, reference: Predictions, other: Predictions, thresholds: Thresholds) -> PairedDrop:
@@ -325,7 +318,7 @@ def paired_drop(metric: Metric, reference: Predictions, other: Predictions, thre
     drop = metric.drop(metric.value(reference, thresholds[0]), metric.value(other, thresholds[1]))
     low, high = metric.interval(reference, other, thresholds)
     if reference.outputs.ndim != 2:
-        return PairedDrop(drop, low, high, 0, 0)
+        return PairedDrop(drop, low, high, None, None)  # nothing is decided here
     flipped = reference.decisions(thresholds[0]) != other.decisions(thresholds[1])
     spoiled = reference.correct(thresholds[0]) & ~other.correct(thresholds[1])
     return PairedDrop(drop, low, high, int(flipped.sum()), int(spoiled.sum()))

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
-import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from .device.preprocess import Preprocess
-from .errors import ConfigError, InputError, ModelError
+from .errors import ConfigError, ModelError
 from .resources import samples_dir
 
 _KEYS = {
@@ -38,6 +35,7 @@ class Sample:
     metric: str
     preprocess: Preprocess
     packages: tuple[str, ...]
+    licence: Path
 
 
 def available() -> tuple[str, ...]:
@@ -85,28 +83,5 @@ def _sample(name: str, folder: Path, values: Mapping[str, Any]) -> Sample:
         metric=values["metric"],
         preprocess=Preprocess.from_dict(values["preprocess"]),
         packages=tuple(values.get("requires", {}).get("packages", ())),
+        licence=folder / "LICENSE-weights.md",
     )
-
-
-def import_file(path: Path, error: type[InputError] = ModelError) -> ModuleType:
-    """Import a Python file by path, once, under a name of its own, without touching ``sys.path``."""
-    path = path.resolve()
-    if not path.is_file():
-        raise error(str(path), expected="a Python file", got="no such file")
-    name = f"rowcol_edge_user_{path.parent.name}_{path.stem}_{abs(hash(str(path))):x}".replace("-", "_")
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise error(str(path), expected="a Python file", got="Python cannot import it")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except InputError:
-        del sys.modules[name]
-        raise
-    except Exception as e:  # the file is the user's code: whatever it raises, the message names the file
-        del sys.modules[name]
-        raise error(str(path), expected="a file that imports", got=f"{type(e).__name__}: {e}") from e
-    return module

@@ -25,7 +25,6 @@ from .job import Job, Progress
 BREAK_EVEN = 0.75
 DEFAULT_ENERGY = 0.999
 _BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8-dynamic": 1.0}
-_GRAPH_BYTES = 60_000  # names, shapes and scales beside the weights, as measured on small exported nets
 
 #: runs a module on the selection split
 JudgeModule = Callable[[nn.Module, str], Judged]
@@ -77,10 +76,40 @@ def choose(
     elif job.budgets.get("drop") is None:
         fixed = _by_cost(study, job.budgets, multiple, precision, name)
     if fixed is not None:
-        return Choice((fixed,), (trial(study, fixed, None, None),))
+        return Choice((fixed,), (_judged(study, job, fixed, reference, judge),))
     if reference is None:
         raise BudgetError("budget drop", expected="labelled selection data", got="none")
     return _by_quality(study, job, multiple, reference, judge, progress)
+
+
+def _judged(study: Study, job: Job, plan: FactorPlan, reference: Judged | None, judge: JudgeModule) -> Trial:
+    """A plan that was not searched, judged where quality can be; BudgetError if it misses the drop."""
+    if reference is None:
+        return trial(study, plan, None, None)
+    judged = judge(apply.apply(study.folded, plan, study.spaces), "judge the plan")
+    lost = evaluation.drop(job, reference, judged)
+    budget = job.budgets.get("drop")
+    if budget is not None and lost > budget.limit + 1e-9:
+        raise BudgetError(
+            f"budget {budget.text}",
+            expected=f"a drop of at most {budget.limit:g} pp on the selection split",
+            got=f"{lost:.2f} pp with this plan ({plan.made_by}), at fp32",
+            hint="leave out --plan and --energy to have a plan searched that keeps the drop",
+        )
+    return trial(study, plan, judged.value, lost)
+
+
+def smaller(study: Study, plan: FactorPlan, excess_bytes: float, precision: str) -> FactorPlan:
+    """A plan whose compiled file is smaller by ``excess_bytes``; BudgetError where ranks cannot go that low."""
+    count = study.parameters - plan.saved_parameters - int(1.05 * excess_bytes / _BYTES_PER_WEIGHT[precision]) - 1
+    return ranks.plan_by_parameters(
+        study.infos,
+        study.spaces,
+        model_parameters=study.parameters,
+        count=max(1, count),
+        rank_multiple=plan.rank_multiple,
+        model=plan.model,
+    )
 
 
 def check_costs(study: Study, plan: FactorPlan, budgets: Budgets) -> None:
@@ -176,7 +205,7 @@ def _by_cost(study: Study, budgets: Budgets, multiple: int, precision: str, mode
 def _parameter_limit(study: Study, budget: Budget, precision: str) -> int:
     if budget.kind == "params":
         return int(budget.absolute(study.parameters))
-    return max(1, int((budget.limit - _GRAPH_BYTES) / _BYTES_PER_WEIGHT[precision]))
+    return max(1, int(budget.limit / _BYTES_PER_WEIGHT[precision]))
 
 
 def _by_macs(study: Study, budget: Budget, counts: Sequence[int], multiple: int, model: str) -> FactorPlan:

@@ -86,7 +86,7 @@ def test_build_verify_run_and_compare(bundle: Path, tmp_path: Path, capsys: pyte
     assert json.loads(capsys.readouterr().out)["ok"] is True
     np.save(tmp_path / "frame.npy", np.zeros((1, 16, 16), np.float32))
     assert run("run", str(bundle), str(tmp_path / "frame.npy"), "--json") == 0
-    assert json.loads(capsys.readouterr().out)["predictions"][0]["label"] in ("plain", "striped")
+    assert json.loads(capsys.readouterr().out)["results"][0]["prediction"]["label"] in ("plain", "striped")
     assert run("compare", str(bundle), "--markdown") == 0
     assert "factored@int8" in capsys.readouterr().out
 

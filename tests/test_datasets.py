@@ -165,3 +165,37 @@ def test_the_digest_follows_the_content(tmp_path: Path) -> None:
     np.savez(tmp_path / "b.npz", x=np.zeros((2, 2), np.float32), labels=np.array([1, 1]))
     assert loaded(str(tmp_path / "a.npz")).digest == loaded(str(tmp_path / "a.npz")).digest
     assert loaded(str(tmp_path / "a.npz")).digest != loaded(str(tmp_path / "b.npz")).digest
+
+
+def test_splits_of_other_shapes_or_classes_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((2, 4), np.float32))
+    np.savez(tmp_path / "b.npz", x=np.zeros((2, 5), np.float32))
+    first, second = loaded(str(tmp_path / "a.npz"), "calibration"), loaded(str(tmp_path / "b.npz"), "test")
+    with pytest.raises(DataError, match="as the calibration data"):
+        datasets.check_alike([first, second])
+    images(tmp_path / "one", {"a": 1, "b": 1, "c": 1})
+    images(tmp_path / "two", {"a": 1, "c": 1})
+    with pytest.raises(DataError, match="--labels"):
+        datasets.class_names([str(tmp_path / "one"), None, str(tmp_path / "two")])
+    assert datasets.class_names([str(tmp_path / "one"), "x.npz"]) == ("a", "b", "c")
+
+
+def test_batches_of_a_data_loader_and_half_precision_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "loader.py").write_text(
+        "import torch\n"
+        "def batches():\n"
+        "    return torch.utils.data.DataLoader("
+        "torch.utils.data.TensorDataset(torch.zeros(4, 3).half().requires_grad_(), torch.arange(4)), batch_size=2)\n"
+        "def broken():\n"
+        "    yield [1]\n"
+        "    raise OSError('camera gone')\n"
+        "def nothing():\n"
+        "    return 7\n"
+    )
+    split = loaded(f"{tmp_path / 'loader.py'}:batches")
+    assert split.labels is not None
+    assert split.labels.tolist() == [0, 1, 2, 3]
+    assert next(split.batches())["x"].dtype == np.float32
+    for name in ("broken", "nothing"):
+        with pytest.raises(DataError):
+            datasets.load(f"{tmp_path / 'loader.py'}:{name}", "test", ("x",))

@@ -79,10 +79,27 @@ def test_the_same_weights_have_the_same_digest(net: Path) -> None:
     assert models.digest(module) != before
 
 
-def test_tied_parameters_count_once() -> None:
-    module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
-    module[1].weight = module[0].weight
-    assert models.count_parameters(module) == 9
+def test_the_callers_module_is_copied() -> None:
+    module = nn.Linear(3, 2).half().train()
+    loaded = models.load(module)
+    assert loaded.module is not module
+    assert module.training
+    assert module.weight.dtype == torch.float16
+    assert loaded.module.weight.dtype == torch.float32
+
+
+def test_another_forward_is_another_digest(tmp_path: Path) -> None:
+    digests = []
+    for i, forward in enumerate(("return self.first(x)", "return -self.first(x)")):
+        path = tmp_path / f"net{i}.py"
+        path.write_text(
+            "import torch\nclass Net(torch.nn.Module):\n"
+            "    def __init__(self):\n        super().__init__()\n        torch.manual_seed(0)\n"
+            f"        self.first = torch.nn.Linear(4, 2)\n    def forward(self, x):\n        {forward}\n"
+            "def build():\n    return Net()\n"
+        )
+        digests.append(models.load(f"{path}:build").digest)
+    assert digests[0] != digests[1]
 
 
 @pytest.mark.parametrize(
@@ -91,11 +108,13 @@ def test_tied_parameters_count_once() -> None:
         ("sample:elpv-resnet19", "did you mean sample:elpv-resnet18"),
         ("net", "sample:NAME"),
         ("nowhere.at.all:build", "importable"),
-        ("{net}:nothing", "a function nothing"),
+        ("{net}:nothing", "a callable nothing"),
         ("{net}:number", "torch.nn.Module"),
+        (".a:b", "model"),
+        ("{net}:", "empty part"),
         ("{net}:broken", "no such luck"),
         ("missing.py:build", "no such file"),
-        ("missing.pt2", "no such file"),
+        ("missing.pt2", "(?i)no such file"),
     ],
 )
 def test_a_reference_that_is_none_is_refused(net: Path, reference: str, says: str) -> None:

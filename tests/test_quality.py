@@ -70,8 +70,15 @@ def test_an_arm_decides_as_often_for_the_positive_class_as_the_original() -> Non
     transferred = chosen.transfer(original, threshold, arm)
     assert (original.decisions(threshold) == arm.decisions(transferred)).all()
     assert chosen.transfer(original, None, arm) is None
-    for extreme in (-1.0, 2.0):
-        assert (original.decisions(extreme) == arm.decisions(chosen.transfer(original, extreme, arm))).all()
+
+
+def test_an_arm_is_tuned_no_further_than_nearby() -> None:
+    truth = [0] * 50 + [1] * 50
+    original = binary([0.2] * 50 + [0.8] * 50, truth)
+    rng = np.random.default_rng(4)
+    noise = binary(list(rng.random(100)), truth)  # an arm that knows nothing: its best threshold could be anywhere
+    transferred = metric("balanced_accuracy").transfer(original, 0.5, noise)
+    assert abs(int((noise.scores >= transferred).sum()) - 50) <= 2
 
 
 def test_escape_keeps_its_own_bound_on_every_arm() -> None:
@@ -97,12 +104,32 @@ def test_a_metric_that_is_none_is_refused(name: str) -> None:
 
 
 def test_custom_metric_is_called_with_labels_and_outputs() -> None:
-    custom = quality.Custom("here:f", lambda labels, outputs: float((outputs.argmax(1) == labels).sum()))
-    assert custom.value(Predictions(np.eye(3), np.array([0, 1, 0])), None) == 2.0
-    with pytest.raises(DataError, match="finite"):
-        quality.Custom("here:nan", lambda labels, outputs: float("nan")).value(
-            Predictions(np.eye(2), np.arange(2)), None
-        )
+    custom = quality.Custom("here:f", lambda labels, outputs: float((outputs.argmax(1) == labels).mean()))
+    assert custom.value(Predictions(np.eye(3), np.array([0, 1, 0])), None) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 2.0, -0.1, "good", None])
+def test_a_custom_metric_that_is_no_score_is_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match="metric here:f"):
+        quality.Custom("here:f", lambda labels, outputs: value).value(Predictions(np.eye(2), np.arange(2)), None)
+
+
+def test_a_custom_metric_that_raises_is_named() -> None:
+    with pytest.raises(ConfigError, match="ZeroDivisionError"):
+        quality.Custom("here:f", lambda labels, outputs: 1 / 0).value(Predictions(np.eye(2), np.arange(2)), None)
+
+
+def test_one_logit_decides_between_two_classes() -> None:
+    predictions = Predictions(np.array([[-2.0], [3.0], [0.5]]), np.array([0, 1, 0]), positive=1)
+    assert predictions.decisions(None).tolist() == [0, 1, 1]
+    assert predictions.decisions(0.7).tolist() == [0, 1, 0]
+
+
+def test_a_threshold_among_many_classes_decides_as_the_board_does() -> None:
+    logits = np.log(np.array([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]]))
+    predictions = Predictions(logits, np.array([1, 0]), positive=2)
+    assert predictions.decisions(0.4).tolist() == [1, 0]
+    assert predictions.decisions(0.3 - 1e-9).tolist() == [2, 2]
 
 
 def test_newcombe_interval_agrees_with_a_calculation_by_hand() -> None:

@@ -92,25 +92,30 @@ def decode(
     return _DECODERS[contract](array, tuple(labels), positive, threshold)
 
 
-def probabilities(logits: np.ndarray, labels: Sequence[str], positive: str | None) -> np.ndarray:
-    """Logits (N, C, …) → probabilities (N, C, …) float64 by softmax; C = 1 is one logit of two labels → C = 2."""
+def probabilities(logits: np.ndarray, positive: int | None) -> np.ndarray:
+    """Logits (N, C, …) → probabilities (N, C, …) float64 by softmax; C = 1 is one logit for the positive of two labels
+    (the second, unless ``positive`` is 0) → C = 2."""
     logits = logits.astype(np.float64)
     if logits.shape[1] == 1:
         # a pair of logits (0, z) has the softmax (1 - sigmoid(z), sigmoid(z))
         pair = (np.zeros_like(logits), logits)
-        logits = np.concatenate(pair[::-1] if labels and positive == labels[0] else pair, axis=1)
+        logits = np.concatenate(pair[::-1] if positive == 0 else pair, axis=1)
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
 
 
-def decide(probability: np.ndarray, labels: Sequence[str], positive: str | None, threshold: float | None) -> np.ndarray:
+def decide(probability: np.ndarray, positive: int | None, threshold: float | None) -> np.ndarray:
     """Probabilities (N, C, …) → label indices (N, …), by the rule in the module's docstring."""
     if positive is None or threshold is None:
         return np.asarray(probability.argmax(axis=1))
-    index = labels.index(positive)
     others = probability.copy()
-    others[:, index] = -1.0
-    return np.where(probability[:, index] >= threshold, index, others.argmax(axis=1))
+    others[:, positive] = -1.0
+    return np.where(probability[:, positive] >= threshold, positive, others.argmax(axis=1))
+
+
+def index_of(positive: str | None, labels: Sequence[str]) -> int | None:
+    """Place of the positive label; None where there is none."""
+    return labels.index(positive) if positive is not None and positive in labels else None
 
 
 def _names(count: int, labels: tuple[str, ...], what: str) -> tuple[str, ...]:
@@ -126,8 +131,9 @@ def _classify(array: np.ndarray, labels: tuple[str, ...], positive: str | None, 
     if array.ndim != 2 or array.shape[0] != 1 or not array.shape[1]:
         raise _shape("classify", "logits (1, classes)", array)
     names = _names(array.shape[1], labels, "classify output")
-    probability = probabilities(array, names, positive)
-    index = int(decide(probability, names, positive, threshold)[0])
+    place = index_of(positive, names)
+    probability = probabilities(array, place)
+    index = int(decide(probability, place, threshold)[0])
     scores = dict(zip(names, probability[0].tolist(), strict=True))
     return Prediction("classify", label=names[index], score=scores[names[index]], scores=scores)
 
@@ -139,7 +145,8 @@ def _segment(array: np.ndarray, labels: tuple[str, ...], positive: str | None, t
     if threshold is None and array.shape[1] > 1:
         indices = array[0].argmax(axis=0)  # softmax keeps the order, so it can be left out
     else:
-        indices = decide(probabilities(array, names, positive), names, positive, threshold)[0]
+        place = index_of(positive, names)
+        indices = decide(probabilities(array, place), place, threshold)[0]
     shares = np.bincount(indices.ravel(), minlength=len(names)) / indices.size
     small = indices.astype(np.uint8 if len(names) <= 256 else np.int32)
     return Prediction("segment", scores=dict(zip(names, shares.tolist(), strict=True)), map=small)

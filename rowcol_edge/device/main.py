@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from .bundle import Bundle
     from .decode import Prediction
+    from .predictor import Predictor
     from .profile import Profile
     from .verify import VerifyReport
 
@@ -156,21 +157,26 @@ def _run(options: argparse.Namespace) -> int:
         Bundle.open(options.bundle) as bundle,
         Predictor(bundle, arm=options.arm, threads=options.threads) as predictor,
     ):
-        results = []
-        for image in options.images:
-            prediction = predictor.predict(image)
-            if options.json:
-                results.append({"source": image, "prediction": prediction.to_dict()})
-            else:
-                print(f"{image}: {_prediction_text(prediction)}", flush=True)
         if options.json:
-            _print_json(
-                {"bundle": bundle.manifest.name, "digest": bundle.digest, "arm": predictor.arm.name, "results": results}
-            )
+            _print_json(predictions(predictor, options.images))
+            return 0
+        for image in options.images:
+            print(f"{image}: {prediction_text(predictor.predict(image))}", flush=True)
     return 0
 
 
-def _prediction_text(prediction: Prediction) -> str:
+def predictions(predictor: Predictor, images: Sequence[str | Path]) -> dict[str, Any]:
+    """Answers for files, as ``run --json`` prints them."""
+    return {
+        "bundle": predictor.bundle.manifest.name,
+        "digest": predictor.bundle.digest,
+        "arm": predictor.arm.name,
+        "results": [{"source": str(image), "prediction": predictor.predict(image).to_dict()} for image in images],
+    }
+
+
+def prediction_text(prediction: Prediction) -> str:
+    """An answer in one line, as ``run`` prints it."""
     if prediction.contract == "classify":
         return f"{prediction.label} ({prediction.score:.4f})"
     if prediction.contract == "segment":

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import BundleError, VerifyError
 from .bundle import Arrays, Bundle, split_feeds
-from .decode import decide, probabilities
+from .decode import decide, index_of, probabilities
 from .manifest import ArmEntry, TensorSpec
 from .predictor import open_arm
 from .runtimes import Session, load_runtime
@@ -146,10 +146,8 @@ def _labels_same(bundle: Bundle, arm: ArmEntry, outputs: Arrays, golden: Arrays)
         raise BundleError(
             "manifest.labels", expected=f"{max(size, 2)} (the classes of output {name!r})", got=f"{len(labels)}"
         )
-    both = [
-        decide(probabilities(a[name], labels, manifest.positive), labels, manifest.positive, arm.threshold)
-        for a in (outputs, golden)
-    ]
+    place = index_of(manifest.positive, labels)
+    both = [decide(probabilities(a[name], place), place, arm.threshold) for a in (outputs, golden)]
     return int(np.sum(both[0] == both[1]))
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ..calling import bind, evaluating
+from ..calling import bind, evaluating, feed
 from ..errors import DataError
 from .capture import name_outputs
 
@@ -60,8 +60,7 @@ def torch_run(model: nn.Module) -> Callable[[Batch], dict[str, npt.NDArray[Any]]
     """The model as a function of named arrays, in eval mode and without gradients."""
 
     def run(batch: Batch) -> dict[str, npt.NDArray[Any]]:
-        # A copy: arrays may be read-only (memory mapped), which torch warns about.
-        args, kwargs = bind(model, {name: torch.from_numpy(np.array(array)) for name, array in batch.items()})
+        args, kwargs = bind(model, feed(model, batch))
         with evaluating(model), torch.no_grad():
             return {name: value.detach().cpu().numpy() for name, value in name_outputs(model(*args, **kwargs)).items()}
 

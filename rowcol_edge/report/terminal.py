@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def _console() -> Console:
 
 def _table(title: str, columns: Sequence[tuple[str, str]]) -> Table:
     """A table; each column is its heading and ``l`` or ``r`` for the side its text is set on."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
     for i, (heading, side) in enumerate(columns):
         table.add_column(heading, justify="right" if side == "r" else "left", overflow="fold", no_wrap=i == 0)
     return table
@@ -79,7 +80,7 @@ def inspection(found: Inspection) -> None:
     for layer in found.layers:
         if layer.note and layer.column_rank_999 is None:
             console.print(f"left alone: {layer.name}: {layer.note}", markup=False)
-    share = found.saves_parameters / found.parameters
+    share = found.saves_parameters / max(1, found.parameters)
     console.print(
         "Use: directions that hold 99.9 % of the variance, of all. Spectrum: variance in each eighth of the output's "
         "directions.\nAt 99.9 % a layer, factoring saves "
@@ -128,7 +129,8 @@ def factored(result: Factored) -> None:
     _trials(console, [t.to_dict() for t in result.trials])
     console.print(
         f"{result.parameters_before:,} → {result.parameters_after:,} parameters "
-        f"({result.parameters_after / result.parameters_before:.1%}); written to {result.out}"
+        f"({result.parameters_after / max(1, result.parameters_before):.1%}); written to {result.out}",
+        markup=False,
     )
 
 
@@ -167,8 +169,8 @@ def built(bundles: Sequence[Built]) -> None:
             )
         console.print(table)
         for note in manifest.build.get("notes", []):
-            console.print(f"  note: {note}")
-        console.print(f"  next: rowcol-edge profile {one.path}")
+            console.print(f"  note: {note}", markup=False)
+        console.print(f"  next: rowcol-edge profile {one.path}", markup=False)
 
 
 def _drop(record: dict[str, Any] | None) -> str:

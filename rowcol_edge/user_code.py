@@ -1,0 +1,97 @@
+"""The user's own Python: factories, data callables and metrics, named by reference and never trusted to behave."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .errors import InputError, MissingDependencyError, RowcolError
+
+
+def resolve(reference: str, error: type[InputError], what: str) -> Callable[..., Any]:
+    """The callable behind ``package.module:name`` or ``path/to/file.py:name``.
+
+    Raises:
+        error: nothing of that name, or the module does not import; says why.
+        MissingDependencyError: the module imports a package that is not installed.
+    """
+    module_name, separator, name = reference.rpartition(":")
+    if not separator or not module_name or not name:
+        raise error(
+            f"{what} {reference!r}", expected="package.module:name or path/to/file.py:name", got="an empty part"
+        )
+    if module_name.endswith(".py"):
+        module = import_file(Path(module_name), error)
+    else:
+        module = _import(module_name, reference, error, what)
+    found = getattr(module, name, None)
+    if not callable(found):
+        got = "none there" if found is None else type(found).__name__
+        raise error(f"{what} {reference!r}", expected=f"a callable {name} in {module_name}", got=got)
+    return found  # type: ignore[no-any-return]  # an attribute of a module is untyped by nature
+
+
+def call(function: Callable[..., Any], error: type[InputError], what: str, *arguments: Any) -> Any:
+    """``function(*arguments)``; whatever it raises becomes an ``error`` that names it."""
+    try:
+        return function(*arguments)
+    except RowcolError:
+        raise
+    except Exception as e:  # boundary: the user's code may raise anything
+        raise error(what, expected="code that runs", got=f"{type(e).__name__}: {e}") from e
+
+
+def import_file(path: Path, error: type[InputError]) -> ModuleType:
+    """Import a Python file by path, once, under a name of its own, without touching ``sys.path``."""
+    path = path.resolve()
+    if not path.is_file():
+        raise error(str(path), expected="a Python file", got="no such file")
+    name = f"rowcol_edge_user_{path.parent.name}_{path.stem}_{abs(hash(str(path))):x}".replace("-", "_")
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise error(str(path), expected="a Python file", got="Python cannot import it")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as e:
+        del sys.modules[name]
+        raise _import_error(e, str(path), error) from e
+    return module
+
+
+def _import(name: str, reference: str, error: type[InputError], what: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name is not None and (name == e.name or name.startswith(f"{e.name}.")):
+            hint = "a file is named with its ending: path/to/file.py:name"
+            raise error(f"{what} {reference!r}", expected="an importable module", got=str(e), hint=hint) from e
+        raise _import_error(e, f"{what} {reference!r}", error) from e
+    except BaseException as e:
+        raise _import_error(e, f"{what} {reference!r}", error) from e
+
+
+def _import_error(e: BaseException, what: str, error: type[InputError]) -> BaseException:
+    """What an import that failed becomes; Ctrl-C and our own errors stay what they are."""
+    if isinstance(e, ModuleNotFoundError) and e.name:
+        return MissingDependencyError(what, package=e.name.partition(".")[0])
+    if isinstance(e, RowcolError) or not isinstance(e, Exception):
+        return e
+    return error(what, expected="a file that imports", got=f"{type(e).__name__}: {e}")
+
+
+def source(thing: Any) -> str:
+    """The source text of a class or function, its qualified name where there is none to be had."""
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', repr(thing))}"
