@@ -125,7 +125,48 @@ def boards() -> str:
     return _table(["target", "board", "runtime", "precisions", "threads"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"elpv": elpv, "frontier": frontier, "targets": boards}
+def samples() -> str:
+    """How good the shipped models are, beside the bar they are held to."""
+    elpv_, fmnist = _result("elpv-resnet18.json"), _result("fmnist-vit.json")
+    rows = [
+        [
+            what,
+            *(f"{elpv_[key][split][figure]:.4f}" for split in ("selection", "test") for figure in ("accuracy", "auc")),
+        ]
+        for what, key in (
+            ("logistic probe on frozen EfficientNet-Lite0 features (the bar)", "probe"),
+            ("fine-tuned EfficientNet-Lite0 (the teacher)", "teacher"),
+            ("`sample:elpv-resnet18`, threshold 0.5", "student"),
+        )
+    ]
+    heads = ["ELPV", "accuracy, selection", "AUC, selection", "accuracy, test", "AUC, test"]
+    line = (
+        f"`sample:fmnist-vit`: accuracy {fmnist['test_all_accuracy']:.4f} on all 10,000 test images of Fashion-MNIST, "
+    )
+    return _table(heads, rows) + f"\n\n{line}{fmnist['test_accuracy']:.4f} on the 400 that are committed."
+
+
+def profiler() -> str:
+    """What the simulation says of the profiler's intervals."""
+    found = _result("profiler-simulation.json")
+    scenarios = found["scenarios"]
+    coverage = min(scenarios, key=lambda s: s["coverage"])
+    alarms = max(scenarios, key=lambda s: s["null_false_alarms"])
+    return (
+        f"Profiler, simulated in {len(scenarios)} scenarios of {scenarios[0]['repetitions']:,} sessions with "
+        f"{found['rounds']} rounds each: the nominal 95 % interval covers at least {coverage['coverage']:.1%} "
+        f"({coverage['scenario']}), the null arm alarms falsely in at most {alarms['null_false_alarms']:.1%} "
+        f"({alarms['scenario']})."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "elpv": elpv,
+    "frontier": frontier,
+    "targets": boards,
+    "samples": samples,
+    "profiler": profiler,
+}
 
 
 def _result(name: str) -> dict[str, Any]:
