@@ -247,9 +247,9 @@ def verify(bundle: BundlePath, json: Json = False) -> None:
     if json:
         _print_json(report.to_dict())
     else:
-        from .report import terminal
+        from .device.main import verify_text
 
-        terminal.verified(report)
+        typer.echo(verify_text(report))
     report.raise_if_failed()
 
 

@@ -84,6 +84,8 @@ def test_factor_writes_three_files(model: dict[str, str], tmp_path: Path, capsys
 def test_build_verify_run_and_compare(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", str(bundle), "--json") == 0
     assert json.loads(capsys.readouterr().out)["ok"] is True
+    assert run("verify", str(bundle)) == 0
+    assert "ok     factored@int8" in capsys.readouterr().out
     np.save(tmp_path / "frame.npy", np.zeros((1, 16, 16), np.float32))
     assert run("run", str(bundle), str(tmp_path / "frame.npy"), "--json") == 0
     assert json.loads(capsys.readouterr().out)["results"][0]["prediction"]["label"] in ("plain", "striped")

@@ -135,18 +135,21 @@ def _verify(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(report.to_dict())
     else:
-        _print_verify(report)
+        print(verify_text(report))
     report.raise_if_failed()
     return 0
 
 
-def _print_verify(report: VerifyReport) -> None:
-    print(f"{report.bundle}: {report.files} files match the manifest; {report.runtime} {report.runtime_version}")
+def verify_text(report: VerifyReport) -> str:
+    """A line for the bundle and one an arm, as ``verify`` prints them."""
+    lines = [f"{report.bundle}: {report.files} files match the manifest; {report.runtime} {report.runtime_version}"]
     width = max(len(arm.name) for arm in report.arms)
     for arm in report.arms:
         error = arm.reason if arm.relative_error is None else f"relative error {arm.relative_error:.2e}"
         labels = "" if arm.labels_same is None else f", {arm.labels_same} of {arm.samples} labels the same"
-        print(f"  {'ok    ' if arm.ok else 'FAILED'} {arm.name:{width}}  {error} (tolerance {arm.tolerance:g}){labels}")
+        state = "ok    " if arm.ok else "FAILED"
+        lines.append(f"  {state} {arm.name:{width}}  {error} (tolerance {arm.tolerance:g}){labels}")
+    return "\n".join(lines)
 
 
 def _run(options: argparse.Namespace) -> int:

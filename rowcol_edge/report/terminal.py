@@ -14,7 +14,6 @@ from rich.table import Table
 if TYPE_CHECKING:
     from ..api import Demo
     from ..device.profile import Profile
-    from ..device.verify import VerifyReport
     from ..inspection import Inspection, LayerUse
     from ..pipeline import Built, Factored
     from ..samples import Sample
@@ -202,11 +201,6 @@ def comparison(table: ComparisonTable) -> None:
         console.print(sheet)
     for note in table.notes:
         console.print(f"note: {note}", markup=False)
-
-
-def verified(report: VerifyReport) -> None:
-    """One line an arm."""
-    _console().print(str(report), markup=False, soft_wrap=True)
 
 
 def demo(shown: Demo) -> None:
