@@ -471,6 +471,9 @@ def main() -> None:
         "--threads", type=int, default=0, help="CPU threads (default: torch's choice; 1 on a busy machine)"
     )
     parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument(
+        "--rounds", type=int, default=len(Settings.rounds), help="how many rounds to train (default: %(default)s)"
+    )
     options = parser.parse_args()
     if options.make_splits:
         write_json(SAMPLE / "splits.json", make_splits(load_module(SAMPLE / "data.py")))
@@ -478,7 +481,7 @@ def main() -> None:
     keep_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
-    settings = Settings(seed=options.seed)
+    settings = Settings(seed=options.seed, rounds=Settings.rounds[: options.rounds])
     if options.smoke:
         trial = options.cache / "smoke"
         run(smoke(settings), trial, trial / WEIGHTS.name, trial / RESULT.name)
