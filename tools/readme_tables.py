@@ -160,12 +160,23 @@ def profiler() -> str:
     )
 
 
+def device() -> str:
+    """What the device side costs by itself."""
+    found = _result("device.json")
+    extra = [arm["extra_at_10_ms"] for arm in found["runner"].values()]
+    return (
+        f"Device side on {found['machine']['cpu_model']}: start-up {found['start']['own_ms']:.0f} ms over the runtime's "
+        f"import; preprocessing, checks and decoding add {min(extra):.1%} to {max(extra):.1%} to a bare call of 10 ms."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "elpv": elpv,
     "frontier": frontier,
     "targets": boards,
     "samples": samples,
     "profiler": profiler,
+    "device": device,
 }
 
 
