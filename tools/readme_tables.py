@@ -166,7 +166,8 @@ def device() -> str:
     extra = [arm["extra_at_10_ms"] for arm in found["runner"].values()]
     return (
         f"Device side on {found['machine']['cpu_model']}: start-up {found['start']['own_ms']:.0f} ms over the "
-        f"runtime's import; preprocessing, checks and decoding add {min(extra):.1%} to {max(extra):.1%} to a bare call of 10 ms."
+        f"runtime's import; preprocessing, checks and decoding add {min(extra):.1%} to {max(extra):.1%} "
+        "to a bare call of 10 ms."
     )
 
 
