@@ -160,6 +160,11 @@ class TestElpv:
         assert float((guess == labels).mean()) > 0.75
         assert 0 < guess.sum() < len(guess)
 
+    def test_the_student_is_no_worse_than_the_probe(self) -> None:
+        got = result("elpv-resnet18")
+        for figure in ("accuracy", "auc"):
+            assert got["student"]["test"][figure] >= got["probe"]["test"][figure]
+
 
 class TestFashionMnist:
     def test_committed_splits_are_disjoint_and_balanced(self) -> None:

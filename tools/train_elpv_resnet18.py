@@ -35,6 +35,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from rowcol_edge.errors import ModelError
+from rowcol_edge.user_code import import_file
 from train_common import (
     ROOT,
     Checkpoint,
@@ -44,7 +46,6 @@ from train_common import (
     decay_groups,
     keep_memory,
     load_half,
-    load_module,
     machine,
     rates,
     save_half,
@@ -76,7 +77,7 @@ class Round:
 
 
 FIRST = Round(((160, 5), (224, 2)), 5e-4, 0.01, 0.98, ((128, 24), (224, 8), (160, 20), (224, 8)), 1.5e-3)
-SECOND = Round(((224, 12),), 3e-4, 0.1, 0.99, ((224, 14),), 6e-4)
+SECOND = Round(((224, 12),), 3e-4, 0.1, 0.99, ((160, 44), (224, 16)), 1e-3)
 
 
 @dataclass(frozen=True)
@@ -417,8 +418,8 @@ def cached(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def run(settings: Settings, cache: Path, weights: Path, report: Path) -> None:
-    data = load_module(SAMPLE / "data.py")
-    build = load_module(SAMPLE / "model.py").build
+    data = import_file(SAMPLE / "data.py", ModelError)
+    build = import_file(SAMPLE / "model.py", ModelError).build
     recipe = data.preprocess()
     splits = {name: read(data, name) for name in ("train", "selection", "test")}
     bar = cached(cache / "probe.json", lambda: probe(recipe, splits))
@@ -476,7 +477,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.make_splits:
-        write_json(SAMPLE / "splits.json", make_splits(load_module(SAMPLE / "data.py")))
+        write_json(SAMPLE / "splits.json", make_splits(import_file(SAMPLE / "data.py", ModelError)))
         return
     keep_memory()
     if options.threads:

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rowcol_edge.errors import ModelError
+from rowcol_edge.user_code import import_file
 from train_common import (
     ROOT,
     Checkpoint,
@@ -33,7 +35,6 @@ from train_common import (
     decay_groups,
     keep_memory,
     load_half,
-    load_module,
     machine,
     rates,
     save_half,
@@ -155,8 +156,8 @@ def train(settings: Settings, data: Any, build: Any, cache: Path) -> tuple[dict[
 
 
 def run(settings: Settings, cache: Path) -> None:
-    data = load_module(SAMPLE / "data.py")
-    build = load_module(SAMPLE / "model.py").build
+    data = import_file(SAMPLE / "data.py", ModelError)
+    build = import_file(SAMPLE / "model.py", ModelError).build
     state, about = train(settings, data, build, cache)
     save_half(WEIGHTS, state)
     model = load_half(build(), WEIGHTS)
@@ -197,7 +198,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=Settings.seed)
     options = parser.parse_args()
     if options.make_images:
-        make_images(load_module(SAMPLE / "data.py"))
+        make_images(import_file(SAMPLE / "data.py", ModelError))
         return
     keep_memory()
     if options.threads:
