@@ -62,7 +62,18 @@ class Split:
         if self._cache is not None:
             yield from self._cache
             return
+        place = 0
         for feeds, _ in self.source():
+            count = _length(feeds)
+            # labels were collected in the first pass: they belong to these samples only as long as the order stays
+            if count and (place >= len(self) or _digest(feeds, 0) != self.sample_digests[place]):
+                raise DataError(
+                    f"{self.name} data {self.reference}",
+                    expected="the same samples in the same order each time they are read",
+                    got=f"another sample at place {place}",
+                    hint="do not shuffle in it, and seed what is random",
+                )
+            place += count
             yield feeds
 
     def take(self, count: int) -> Feeds:
@@ -132,11 +143,8 @@ def scan(split: Split) -> Split:
         if batch_labels is not None:
             labels.append(_check_labels(split, batch_labels, count))
         for i in range(count):
-            one = hashlib.sha256()
-            for array in feeds.values():
-                one.update(np.ascontiguousarray(array[i]).tobytes())
-            digests.append(one.digest())
-            total.update(one.digest())
+            digests.append(_digest(feeds, i))
+            total.update(digests[-1])
         kept_bytes += sum(a.nbytes for a in feeds.values())
         kept = kept if kept is not None and kept_bytes <= _CACHE_BYTES else None
         if kept is not None:
@@ -152,6 +160,14 @@ def scan(split: Split) -> Split:
         total.update(split.labels.tobytes())
     split.digest, split.sample_digests, split._cache = total.hexdigest(), tuple(digests), kept
     return split
+
+
+def _digest(feeds: Feeds, i: int) -> bytes:
+    """Of one sample of a batch."""
+    one = hashlib.sha256()
+    for array in feeds.values():
+        one.update(np.ascontiguousarray(array[i]).tobytes())
+    return one.digest()
 
 
 def check_disjoint(splits: Sequence[Split]) -> None:
@@ -334,13 +350,23 @@ def _folder(
         raise DataError(
             f"{name} data {path}", expected=f"subfolders among the labels {list(labels)}", got=f"{strangers}"
         )
+    loose = _images(path.iterdir())
+    if classes and loose:
+        raise DataError(
+            f"{name} data {path}",
+            expected="every image in the subfolder of its class",
+            got=f"{len(loose)} beside the subfolders, {loose[0].name} for one",
+        )
+    members = {c: _images((path / c).rglob("*")) for c in classes}
+    if empty := [c for c, found in members.items() if not found]:
+        raise DataError(
+            f"{name} data {path}",
+            expected="images in every class",
+            got=f"none in {', '.join(empty)}",
+            hint="remove an empty folder and name all classes: --labels a,b,c",
+        )
     order = list(labels) if labels else classes
-    files = [
-        (file, order.index(c) if c else -1)
-        for c in (classes or [""])
-        for file in sorted((path / c).iterdir())
-        if file.suffix.lower() in _IMAGES
-    ]
+    files = [(file, order.index(c)) for c in classes for file in members[c]] or [(file, -1) for file in loose]
 
     def source() -> Iterator[tuple[Feeds, Labels | None]]:
         for start in range(0, len(files), BATCH):
@@ -349,3 +375,7 @@ def _folder(
             yield feeds, np.array([c for _, c in part]) if classes else None
 
     return Split(name, str(path), source, label_names=tuple(order))
+
+
+def _images(paths: Iterable[Path]) -> list[Path]:
+    return sorted(p for p in paths if p.suffix.lower() in _IMAGES and not p.name.startswith("."))

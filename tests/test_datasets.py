@@ -55,6 +55,21 @@ def test_a_subfolder_that_is_no_label_is_refused(tmp_path: Path) -> None:
         datasets.load(str(images(tmp_path, {"ugly": 1})), "test", ("x",), preprocess=GREY, labels=("good", "bad"))
 
 
+def test_a_class_takes_the_images_of_folders_below_it(tmp_path: Path) -> None:
+    images(tmp_path, {"bad/line1": 2, "bad/line2": 1, "good": 2})
+    split = loaded(str(tmp_path), preprocess=GREY)
+    assert split.labels is not None
+    assert split.labels.tolist() == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("classes", "says"), [({"good": 1, "": 2}, "2 beside the subfolders"), ({"good": 1, "bad": 0}, "none in bad")]
+)
+def test_images_that_would_be_left_out_are_refused(tmp_path: Path, classes: dict[str, int], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        datasets.load(str(images(tmp_path, classes)), "selection", ("x",), preprocess=GREY)
+
+
 def test_an_empty_folder_and_a_missing_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least one sample"):
         datasets.load(str(tmp_path), "calibration", ("x",), preprocess=GREY)
@@ -148,6 +163,22 @@ def test_a_large_split_is_read_again_instead_of_kept(tmp_path: Path, monkeypatch
     split = loaded(str(tmp_path / "d.npz"))
     assert split._cache is None
     assert sum(len(b["x"]) for b in split.batches()) == sum(len(b["x"]) for b in split.batches()) == 40
+
+
+def test_a_source_that_shuffles_is_found_out_when_it_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "_CACHE_BYTES", 10)
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\n"
+        "passes = []\n"
+        "def batches():\n"
+        "    passes.append(1)\n"
+        "    yield np.random.default_rng(len(passes)).normal(size=(4, 3)), np.arange(4)\n"
+    )
+    split = loaded(f"{tmp_path / 'mine.py'}:batches")
+    with pytest.raises(DataError, match="the same samples in the same order"):
+        list(split.batches())
 
 
 def test_splits_that_share_a_sample_are_refused(tmp_path: Path) -> None:
