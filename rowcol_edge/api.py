@@ -125,15 +125,15 @@ def compare(bundles: Sequence[Bundle | str | Path]) -> ComparisonTable:
     return make([b if isinstance(b, Bundle) else Bundle.open(b) for b in bundles])
 
 
-def verify(bundle: Bundle | str | Path) -> VerifyReport:
+def verify(bundle: Bundle | str | Path, *, progress: Progress = silent) -> VerifyReport:
     """Check every digest and run the golden inputs through every arm."""
     from .device.bundle import Bundle
     from .device.verify import verify as check
 
     if isinstance(bundle, Bundle):
-        return check(bundle)
-    with Bundle.open(bundle) as opened:
-        return check(opened)
+        return check(bundle, progress=progress)
+    with Bundle.open(bundle, check=False) as opened:  # verify checks it itself
+        return check(opened, progress=progress)
 
 
 @dataclass(frozen=True, slots=True)

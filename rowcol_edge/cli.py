@@ -243,7 +243,8 @@ def verify(bundle: BundlePath, json: Json = False) -> None:
     """Check digests and run the golden inputs through every arm."""
     from . import api
 
-    report = api.verify(bundle)
+    with _progress() as progress:
+        report = api.verify(bundle, progress=progress)
     if json:
         _print_json(report.to_dict())
     else:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .decode import Prediction
     from .predictor import Predictor
     from .profile import Profile
+    from .session import Progress
     from .verify import VerifyReport
 
 _INTERRUPTED = 130
@@ -130,8 +131,9 @@ def _verify(options: argparse.Namespace) -> int:
     from .bundle import Bundle
     from .verify import verify
 
+    progress = _progress(True) if sys.stderr.isatty() else None  # too short to be worth lines in a log
     with Bundle.open(options.bundle, check=False) as bundle:  # verify checks it itself
-        report = verify(bundle, threads=options.threads)
+        report = verify(bundle, threads=options.threads, progress=progress)
     if options.json:
         _print_json(report.to_dict())
     else:
@@ -255,13 +257,24 @@ def write_profile(measured: Profile, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _progress(interactive: bool) -> Any:
-    """A line on stderr for each step: rewritten in place at a terminal, every tenth one in a log."""
+def _progress(interactive: bool) -> Progress:
+    """A line on stderr with the time left: rewritten in place at a terminal, every tenth step in a log."""
+    import time
+
+    begun: dict[str, tuple[int, float]] = {}
 
     def show(what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        first, start = begun.setdefault(what, (done, now))
+        left = f", {(now - start) / (done - first) * (total - done):.0f} s left" if first < done < total else ""
         if interactive:
-            print(f"\r\x1b[K{what} {done}/{total}", end="\n" if done >= total else "", file=sys.stderr, flush=True)
+            print(
+                f"\r\x1b[K{what} {done}/{total}{left}" if done < total else "\r\x1b[K",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
         elif done >= total or done % max(1, total // 10) == 0:
-            print(f"{what} {done}/{total}", file=sys.stderr, flush=True)
+            print(f"{what} {done}/{total}{left}", file=sys.stderr, flush=True)
 
     return show

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
@@ -65,23 +65,37 @@ class VerifyReport:
                 )
 
 
-def verify(bundle: Bundle, *, arms: Sequence[str] | None = None, threads: int | None = None) -> VerifyReport:
+def verify(
+    bundle: Bundle,
+    *,
+    arms: Sequence[str] | None = None,
+    threads: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> VerifyReport:
     """Check every file, then run the golden inputs through each arm (or those named).
+
+    ``progress`` is called with a label, the steps done and the steps in all.
 
     IntegrityError: a file that changed. BundleError: an arm that does not open here. An arm that runs but computes
     something else is in the report with ``ok`` False.
     """
+    names = [arm.name for arm in bundle.manifest.arms] if arms is None else arms
+    progress = progress or (lambda *_: None)
+    progress("verify", 0, 1 + len(names))
     bundle.check()
     runtime = load_runtime(bundle.manifest.runtime.name)
-    names = [arm.name for arm in bundle.manifest.arms] if arms is None else arms
-    reports = tuple(_verify_arm(bundle, bundle.arm(name), threads) for name in names)
+    reports = []
+    for done, name in enumerate(names, start=1):
+        progress("verify", done, 1 + len(names))
+        reports.append(_verify_arm(bundle, bundle.arm(name), threads))
+    progress("verify", 1 + len(names), 1 + len(names))
     return VerifyReport(
         bundle=bundle.manifest.name,
         digest=bundle.digest,
         runtime=runtime.name,
         runtime_version=runtime.version(),
         files=len(bundle.manifest.files),
-        arms=reports,
+        arms=tuple(reports),
     )
 
 
