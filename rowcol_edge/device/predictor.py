@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from ..errors import BundleError, DataError
 from .bundle import Bundle
-from .decode import Prediction, decode
+from .decode import Prediction, decoder
 from .manifest import ArmEntry, TensorSpec
 from .preprocess import Preprocess
 from .runtimes import Runtime, RuntimeOptions, Session, load_runtime
@@ -37,12 +38,12 @@ class Predictor:
             manifest = self.bundle.manifest
             self.arm = self.bundle.arm(arm)
             self.preprocess = None if manifest.preprocess is None else Preprocess.from_dict(manifest.preprocess)
+            self._decode = decoder(manifest.contract, manifest.labels, manifest.positive, self.arm.threshold)
             self._session = open_arm(self.bundle, self.arm, threads=threads)
         except BaseException:
             if self._owned:
                 self.bundle.close()
             raise
-        self._decode = (manifest.contract, manifest.labels, manifest.positive, self.arm.threshold)
 
     def predict(self, source: Any) -> Prediction:
         """Answer for one sample.
@@ -52,19 +53,20 @@ class Predictor:
         dict of feeds.
         A model with several inputs takes feeds only. DataError: a source that does not fit.
         """
-        return self.decode(self._session.run(self.feeds(source)))
+        return self._decode(self._session.run(self.feeds(source)))
 
     def feeds(self, source: Any) -> Mapping[str, np.ndarray]:
         """What :meth:`predict` gives to the model for a source."""
-        if isinstance(source, Mapping):
-            return source
-        if isinstance(source, (str, Path)) and Path(source).suffix == ".npz":
-            return _npz_feeds(Path(source))
-        spec = self._only_input()
+        if not isinstance(source, np.ndarray):
+            if isinstance(source, Mapping):
+                return source
+            if isinstance(source, (str, Path)) and Path(source).suffix == ".npz":
+                return _npz_feeds(Path(source))
+        spec = self._only_input
         tensor = self._tensor(source, spec)
         if tensor.ndim == len(spec.shape) - 1:
             tensor = tensor[None]
-        return {spec.name: tensor.astype(spec.dtype, copy=False)}
+        return {spec.name: tensor if tensor.dtype is self._only_dtype else tensor.astype(self._only_dtype)}
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The raw outputs for feeds, any batch that the model takes."""
@@ -72,8 +74,7 @@ class Predictor:
 
     def decode(self, outputs: Mapping[str, np.ndarray]) -> Prediction:
         """Raw outputs of one sample → the answer."""
-        contract, labels, positive, threshold = self._decode
-        return decode(contract, outputs, labels, positive, threshold)
+        return self._decode(outputs)
 
     def close(self) -> None:
         self._session.close()
@@ -88,6 +89,7 @@ class Predictor:
     ) -> None:
         self.close()
 
+    @cached_property
     def _only_input(self) -> TensorSpec:
         if len(self._session.inputs) != 1:
             names = ", ".join(spec.name for spec in self._session.inputs)
@@ -101,6 +103,10 @@ class Predictor:
                 "predict", expected="a model that takes one sample", got=f"a fixed batch of {spec.shape[0]}", hint=hint
             )
         return spec
+
+    @cached_property
+    def _only_dtype(self) -> np.dtype[Any]:
+        return np.dtype(self._only_input.dtype)
 
     def _tensor(self, source: Any, spec: TensorSpec) -> np.ndarray:
         if isinstance(source, np.ndarray):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,16 @@ class Preprocess:
     def shape(self) -> tuple[int, int, int]:
         return (self.channels, self.height, self.width)
 
+    @cached_property
+    def _frame_shape(self) -> tuple[int, int, int]:
+        return (self.height, self.width, self.channels)
+
+    @cached_property
+    def _steps(self) -> tuple[np.ndarray, np.ndarray]:
+        """(factor, offset), each (C, 1, 1) float32: pixel * factor + offset is the formula above."""
+        std = np.array(self.std)[:, None, None]
+        return (self.scale / std).astype(np.float32), (-np.array(self.mean)[:, None, None] / std).astype(np.float32)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
         known = {k: values[k] for k in cls.__dataclass_fields__ if k in values}
@@ -97,27 +108,25 @@ class Preprocess:
 
     def pixels(self, frame: np.ndarray) -> np.ndarray:
         """uint8 frame, (H, W) or (H, W, C), already of the right size → (C, H, W) float32."""
-        if frame.dtype != np.uint8:
-            raise DataError("camera frame", expected="uint8 pixels", got=str(frame.dtype))
         if frame.ndim == 2:
             frame = frame[:, :, None]
-        expected = (self.height, self.width, self.channels)
-        if frame.shape != expected:
-            raise DataError("camera frame", expected=f"height × width × channels = {expected}", got=str(frame.shape))
-        tensor = np.empty(self.shape, np.float32)
-        # a plane at a time: the same arithmetic as on the whole frame, without its temporaries and its transposed copy
-        for channel, plane in enumerate(tensor):
-            np.multiply(frame[:, :, channel], np.float32(self.scale), out=plane, dtype=np.float32)
-            plane -= np.float32(self.mean[channel])
-            plane /= np.float32(self.std[channel])
+        if frame.shape != self._frame_shape or frame.dtype != np.uint8:
+            raise DataError(
+                "camera frame",
+                expected=f"uint8 pixels, height × width × channels = {self._frame_shape}",
+                got=f"{frame.dtype} {frame.shape}",
+            )
+        factor, offset = self._steps
+        tensor = frame.transpose(2, 0, 1).astype(np.float32, order="C")
+        tensor *= factor  # in place, a step at a time: several times faster than one expression
+        tensor += offset
         return tensor
 
     def frame(self, frame: np.ndarray) -> np.ndarray:
         """uint8 frame, (H, W) or (H, W, C), of any size → (C, H, W) float32. Only another size or mode needs Pillow."""
-        fitting = frame.shape == (self.height, self.width, self.channels)
-        if fitting or frame.dtype != np.uint8 or frame.ndim not in (2, 3):
+        if frame.shape == self._frame_shape or frame.dtype != np.uint8 or frame.ndim not in (2, 3):
             return self.pixels(frame)
-        if frame.ndim == 2 and self.channels == 1 and frame.shape == (self.height, self.width):
+        if frame.ndim == 2 and (*frame.shape, 1) == self._frame_shape:
             return self.pixels(frame)
         if frame.ndim == 3 and frame.shape[2] == 1:
             frame = frame[:, :, 0]

@@ -6,7 +6,7 @@ from math import exp
 import numpy as np
 import pytest
 
-from rowcol_edge.device.decode import Prediction, decode
+from rowcol_edge.device.decode import Prediction, decide, decode, index_of, probabilities
 from rowcol_edge.errors import BundleError, DataError
 
 LABELS = ("good", "defective")
@@ -167,3 +167,18 @@ def test_every_answer_is_json() -> None:
     for answer in answers:
         assert isinstance(answer, Prediction)
         assert json.loads(json.dumps(answer.to_dict(), allow_nan=False))["contract"] == answer.contract
+
+
+@pytest.mark.parametrize("threshold", [None, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("positive", [None, "0", "1"])
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_one_sample_is_decided_as_many_are(width: int, positive: str | None, threshold: float | None) -> None:
+    logits = np.random.default_rng(width).normal(size=(50, width), scale=3).astype(np.float32)
+    names = [str(i) for i in range(max(width, 2))]
+    place = index_of(positive, names)
+    shares = probabilities(logits, place)
+    chosen = decide(shares, place, threshold)
+    for row, share, index in zip(logits, shares, chosen, strict=True):
+        answer = decode("classify", one(row[None]), names, positive, threshold)
+        assert answer.label == names[index]
+        assert list(answer.scores.values()) == pytest.approx(share.tolist(), rel=1e-12)

@@ -64,24 +64,23 @@ class Runtime(Protocol):
 class FeedCheck:
     """Do feeds fit the inputs? Built once a session: a call on good feeds costs a microsecond an input."""
 
-    __slots__ = ("_free", "_known", "_specs")
+    __slots__ = ("_known", "_specs")
 
     def __init__(self, specs: tuple[TensorSpec, ...]) -> None:
         self._specs = specs
         self._known = [(spec.name, np.dtype(spec.dtype), spec.shape) for spec in specs]
-        self._free = [None in spec.shape for spec in specs]
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> None:
         """DataError names the input that is missing, unexpected or of another dtype or shape."""
         if len(feeds) != len(self._known):
             raise self._names(feeds)
-        for (name, dtype, shape), free in zip(self._known, self._free, strict=True):
+        for name, dtype, shape in self._known:
             array = feeds.get(name)
             if array is None:
                 raise self._names(feeds)
             if not isinstance(array, np.ndarray):
                 raise DataError(f"input {name!r}", expected="a numpy array", got=type(array).__name__)
-            if array.dtype != dtype or not (array.shape == shape if not free else fits(array.shape, shape)):
+            if array.dtype != dtype or not (array.shape == shape or fits(array.shape, shape)):
                 raise DataError(
                     f"input {name!r}",
                     expected=f"{dtype} {shape_text(shape)}",
