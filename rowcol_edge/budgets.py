@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 
-from .errors import ConfigError
+from .errors import ConfigError, did_you_mean
 
 _UNITS: dict[str, dict[str, float]] = {
     "drop": {"pp": 1.0, "": 1.0},
@@ -64,12 +63,11 @@ def _entry(text: str) -> Budget:
         raise ConfigError("budget", expected="e.g. drop<=0.5pp, size<=4MB or params<=0.5x", got=repr(text.strip()))
     kind, number, unit = found[1], float(found[2]), found[3].lower()
     if kind not in _UNITS:
-        near = difflib.get_close_matches(kind, _UNITS, n=1)
         raise ConfigError(
             "budget",
             expected=f"one of {sorted(_UNITS)}",
             got=repr(kind),
-            hint=f"did you mean {near[0]}?" if near else "",
+            hint=did_you_mean(kind, _UNITS),
         )
     if unit not in _UNITS[kind]:
         raise ConfigError(f"budget {kind}", expected=f"a unit out of {sorted(_UNITS[kind])}", got=repr(found[3]))

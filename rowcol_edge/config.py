@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ import tomli_w
 from .budgets import Budgets
 from .device.manifest import CONTRACTS
 from .device.preprocess import Preprocess
-from .errors import ConfigError
+from .errors import ConfigError, did_you_mean
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8-dynamic", "auto")
 DEFAULT_BUDGET = "drop<=0.5pp"
@@ -131,8 +130,7 @@ def make(values: Mapping[str, Any], where: str = "options") -> BuildOptions:
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            hint = did_you_mean(key, known) or f"known keys: {', '.join(known)}"
             raise ConfigError(f"{where}: key {key!r}", expected="a known key", got="an unknown one", hint=hint)
         if value is not None:
             checked[key] = _checked(key, value, where)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import zipfile
 from pathlib import Path
 
@@ -30,24 +29,12 @@ sys.exit(main())
 '''
 
 
-def write_device_archive(out: Path) -> None:
-    """Write the archive to ``out``, executable; the same sources give the same bytes.
+def device_archive_bytes() -> bytes:
+    """The archive's content; the same sources give the same bytes.
 
     It holds ``rowcol_edge.errors`` and ``rowcol_edge.device``, under an ``__init__`` of its own because the real one is
     the build side's.
     """
-    data = device_archive_bytes()
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.chmod(0o755)
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def device_archive_bytes() -> bytes:
-    """The archive's content."""
     sources = {"__main__.py": _MAIN, "rowcol_edge/__init__.py": _INIT}
     for path in [_PACKAGE / "errors.py", *(_PACKAGE / "device").rglob("*.py")]:
         sources[f"rowcol_edge/{path.relative_to(_PACKAGE).as_posix()}"] = path.read_text(encoding="utf-8")

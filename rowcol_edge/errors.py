@@ -25,6 +25,8 @@ Each says what is wrong, what was expected, what was got, and a hint for the nex
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class RowcolError(Exception):
     """``what: expected …, got …`` plus a hint; the command line prints it without a traceback."""
@@ -140,3 +142,11 @@ class NotComparableError(RowcolError):
 
 class MeasurementError(RowcolError):
     """The profiler could not take the measurement."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint with the one or two known names that are nearest to one that is not known; empty if none is near."""
+    from difflib import get_close_matches  # only a mistake pays for this import
+
+    near = get_close_matches(name, list(known), n=2)
+    return f"did you mean {' or '.join(near)}?" if near else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .device.preprocess import Preprocess
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, ModelError, did_you_mean
 from .resources import samples_dir
 
 _KEYS = {
@@ -51,12 +50,11 @@ def load(name: str) -> Sample:
     """
     folder = samples_dir() / name
     if name not in available():
-        near = difflib.get_close_matches(name, available(), n=2)
         raise ModelError(
             f"sample:{name}",
             expected=f"one of {', '.join(available())}",
             got="no such sample",
-            hint=f"did you mean sample:{near[0]}?" if near else "",
+            hint=did_you_mean(f"sample:{name}", [f"sample:{known}" for known in available()]),
         )
     values = tomllib.loads((folder / "sample.toml").read_text(encoding="utf-8"))
     unknown = sorted(set(values) - _KEYS)

@@ -6,7 +6,6 @@ strict: an unknown key, a missing one or a value of another type is a TargetErro
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rowcol_edge.errors import TargetError
+from rowcol_edge.errors import TargetError, did_you_mean
 from rowcol_edge.resources import targets_dir
 
 SCHEMA = 1
@@ -85,7 +84,7 @@ class Target:
             f"runtime of target {self.name}",
             expected=f"one of {', '.join(known)}",
             got=repr(name),
-            hint=_nearest(name, known),
+            hint=did_you_mean(name, known),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,7 +108,7 @@ def load(name: str) -> Target:
     else:
         known = available()
         if name not in known:
-            hint = _nearest(name, known) or "the path of your own .toml file is accepted too"
+            hint = did_you_mean(name, known) or "the path of your own .toml file is accepted too"
             raise TargetError("unknown target", expected=f"one of {', '.join(known)}", got=repr(name), hint=hint)
         path = targets_dir() / f"{name}.toml"
     return parse(_read(path), name=path.stem, source=str(path))
@@ -211,7 +210,7 @@ class _Table:
         values = self._listed(key, f"a list {one}, not empty", lambda v: isinstance(v, str) and bool(v.strip()))
         for value in values:
             if allowed and value not in allowed:
-                raise self._wrong(key, f"a list {one}", value, _nearest(value, allowed))
+                raise self._wrong(key, f"a list {one}", value, did_you_mean(value, allowed))
         if len(set(values)) != len(values):
             raise self._wrong(key, "each value once", values)
         return tuple(values)
@@ -239,7 +238,7 @@ def _check_keys(values: Mapping[str, Any], known: Mapping[str, bool], where: str
     """Refuse keys that are not in ``known`` and the absence of those that ``known`` marks as required."""
     for key in values:
         if key not in known:
-            hint = _nearest(key, known) or f"known keys: {', '.join(known)}"
+            hint = did_you_mean(key, known) or f"known keys: {', '.join(known)}"
             raise TargetError(where, expected="known keys only", got=f"unknown key {key!r}", hint=hint)
     missing = [key for key, required in known.items() if required and key not in values]
     if missing:
@@ -256,11 +255,6 @@ def _read(path: Path) -> dict[str, Any]:
         raise TargetError(str(path), expected="a readable target file", got=reason) from e
     except tomllib.TOMLDecodeError as e:
         raise TargetError(str(path), expected="valid TOML", got=str(e)) from e
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def _jsonable(value: Any) -> Any:

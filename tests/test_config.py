@@ -32,7 +32,7 @@ def test_preprocess_on_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('model = "m"\nprecison = "int8"', "did you mean 'precision'"),
+        ('model = "m"\nprecison = "int8"', r"did you mean precision\?"),
         ('model = "m"\nprecision = "int7"', "fp32"),
         ('model = "m"\ndense = "no"', "true or false"),
         ('model = "m"\nenergy = "high"', "a number"),

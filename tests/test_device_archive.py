@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from rowcol_edge.device.manifest import ArmEntry, Manifest, RuntimeEntry, Tensor
 from rowcol_edge.device.preprocess import Preprocess
 from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
 from rowcol_edge.device.verify import golden_outputs
-from rowcol_edge.device_archive import write_device_archive
+from rowcol_edge.device_archive import device_archive_bytes
 from rowcol_edge.package import board_readme, write_bundle
 
 INPUT = TensorSpec("image", (1, 1, 4, 4), "float32")
@@ -82,27 +83,27 @@ def board(bare_python: Callable[..., Path], bundle: Path) -> Board:
     return run
 
 
-def test_the_archive_holds_the_device_side_and_nothing_else(tmp_path: Path) -> None:
-    write_device_archive(tmp_path / "a.pyz")
+def test_the_archive_holds_the_device_side_and_nothing_else() -> None:
     package = Path(rowcol_edge.__file__).parent
     device = {f"rowcol_edge/{path.relative_to(package).as_posix()}" for path in (package / "device").rglob("*.py")}
-    with zipfile.ZipFile(tmp_path / "a.pyz") as archive:
+    content = device_archive_bytes()
+    assert content.startswith(b"#!/usr/bin/env python3\n")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
         assert set(archive.namelist()) == device | {"__main__.py", "rowcol_edge/__init__.py", "rowcol_edge/errors.py"}
         for name in archive.namelist():
             ast.parse(archive.read(name), feature_version=(3, 10))
         assert archive.read("rowcol_edge/errors.py") == (package / "errors.py").read_bytes()
-    assert (tmp_path / "a.pyz").read_bytes().startswith(b"#!/usr/bin/env python3\n")
-    assert (tmp_path / "a.pyz").stat().st_mode & 0o111
 
 
-def test_the_same_sources_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_device_archive(tmp_path / "a.pyz")
+def test_the_same_sources_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = device_archive_bytes()
     monkeypatch.setattr("time.time", lambda: 2e9)
     monkeypatch.setattr("time.localtime", lambda *_: (2033, 5, 18, 3, 33, 20, 2, 138, 0))
-    (tmp_path / "b.pyz").write_text("an older one")
-    write_device_archive(tmp_path / "b.pyz")
-    assert (tmp_path / "a.pyz").read_bytes() == (tmp_path / "b.pyz").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pyz", "b.pyz"]
+    assert device_archive_bytes() == before
+
+
+def test_the_bundles_archive_is_executable(bundle: Path) -> None:
+    assert (bundle / "rowcol-edge-device.pyz").stat().st_mode & 0o111
 
 
 def test_verify_on_a_bare_board(board: Board, bundle: Path) -> None:

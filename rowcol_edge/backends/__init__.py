@@ -6,11 +6,10 @@ onnxruntime  ONNX       fp32, fp16, int8, int8-dynamic
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ..errors import TargetError
+from ..errors import TargetError, did_you_mean
 
 if TYPE_CHECKING:
     from .base import Backend
@@ -29,12 +28,11 @@ def load_backend(name: str) -> Backend:
         MissingDependencyError: its packages are not installed.
     """
     if name not in BACKENDS:
-        near = difflib.get_close_matches(name, BACKENDS, n=1)
         raise TargetError(
             "backend",
             expected=f"one of {', '.join(sorted(BACKENDS))}",
             got=repr(name),
-            hint=f"did you mean {near[0]}?" if near else "",
+            hint=did_you_mean(name, BACKENDS),
         )
     backend: Backend = import_module(BACKENDS[name]).BACKEND
     return backend

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 from ..targets import PRECISIONS
 
 if TYPE_CHECKING:
@@ -57,12 +56,11 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
-            near = difflib.get_close_matches(self.precision, PRECISIONS, n=1)
             raise ConfigError(
                 "precision",
                 expected=f"one of {', '.join(PRECISIONS)}",
                 got=repr(self.precision),
-                hint=f"did you mean {near[0]}?" if near else "",
+                hint=did_you_mean(self.precision, PRECISIONS),
             )
 
     @classmethod

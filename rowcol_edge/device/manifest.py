@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from ..errors import BundleError, DataError
+from ..errors import BundleError, DataError, did_you_mean
 from .fields import Fields, describe, parse_json
 
 SCHEMA = 1
@@ -118,15 +118,12 @@ class Manifest:
         for arm in self.arms:
             if arm.name == wanted:
                 return arm
-        from difflib import get_close_matches
-
         names = [arm.name for arm in self.arms]
-        near = get_close_matches(wanted, names, n=1)
         raise BundleError(
             "arm",
             expected=f"one of {', '.join(names)}",
             got=repr(wanted),
-            hint=f"did you mean {near[0]}?" if near else "",
+            hint=did_you_mean(wanted, names),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -46,11 +46,6 @@ class LayerSpaces:
         """The output does not vary: its variance is rounding noise beside its size."""
         return self.variance <= 1e-12 * float(self.mean @ self.mean)
 
-    @property
-    def used_rank(self) -> int:
-        """Directions that hold 99 % of the output variance."""
-        return utilised_rank(self.eigenvalues)
-
 
 def utilised_rank(eigenvalues: Array, energy: float = 0.99) -> int:
     """Fewest leading eigenvalues whose sum is at least ``energy`` of the total; 0 for a zero spectrum."""

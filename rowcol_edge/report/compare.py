@@ -140,19 +140,6 @@ def best_profile(bundle: Bundle) -> tuple[Profile | None, list[str]]:
     return matching[-1], notes
 
 
-def ratio_between(a: Profile, arm: str, b: Profile, baseline: str) -> Comparison:
-    """The measured ratio of an arm to a baseline; NotComparableError unless both ran in the same session."""
-    if a is b or a == b:
-        return a.comparison(arm, baseline)
-    differing = "; ".join(differences(a, b))
-    raise NotComparableError(
-        f"{arm} of {a.bundle} ({a.created}) against {baseline} of {b.bundle} ({b.created})",
-        expected="two arms of one session",
-        got=f"two sessions that differ in {differing}" if differing else "two sessions, with anything in between",
-        hint="build both as arms of one bundle and profile that",
-    )
-
-
 def _check_arms(bundle: Bundle) -> None:
     names = ", ".join(arm.name for arm in bundle.manifest.arms)
     for variant in ("dense", "factored"):

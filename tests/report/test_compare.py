@@ -9,7 +9,7 @@ import pytest
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.profile import Profile
 from rowcol_edge.errors import BundleError, NotComparableError
-from rowcol_edge.report.compare import best_profile, compare, ratio_between
+from rowcol_edge.report.compare import best_profile, compare
 
 from ..profiles import ENVIRONMENT, FakeBundle, make_manifest, make_profile
 
@@ -140,12 +140,3 @@ def test_different_metrics_are_not_comparable(tmp_path: Path) -> None:
 def test_no_bundles() -> None:
     with pytest.raises(BundleError, match="at least one bundle"):
         compare([])
-
-
-def test_two_sessions_are_never_divided_by_each_other() -> None:
-    a = make_profile()
-    assert ratio_between(a, "factored@int8", a, "dense@int8").verdict == "faster"
-    with pytest.raises(NotComparableError, match="two sessions, with anything in between"):
-        ratio_between(a, "factored@int8", make_profile(created="2026-02-01T00:00:00Z"), "dense@int8")
-    with pytest.raises(NotComparableError, match="two sessions that differ in threads: 2 and 4"):
-        ratio_between(a, "factored@int8", make_profile(threads=4), "dense@int8")

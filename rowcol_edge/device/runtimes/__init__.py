@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ...errors import BundleError
+from ...errors import BundleError, did_you_mean
 from .base import Runtime, RuntimeOptions, Session
 
 RUNTIMES: dict[str, str] = {"onnxruntime": "rowcol_edge.device.runtimes.onnxruntime"}
@@ -16,14 +16,11 @@ __all__ = ["RUNTIMES", "Runtime", "RuntimeOptions", "Session", "load_runtime"]
 def load_runtime(name: str) -> Runtime:
     """Import a runtime. BundleError: no such name. MissingDependencyError: its package is not installed."""
     if name not in RUNTIMES:
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, RUNTIMES, n=1)
         raise BundleError(
             "runtime",
             expected=f"one of {', '.join(sorted(RUNTIMES))}",
             got=repr(name),
-            hint=f"did you mean {near[0]}?" if near else "",
+            hint=did_you_mean(name, RUNTIMES),
         )
     runtime: Runtime = import_module(RUNTIMES[name]).RUNTIME
     return runtime
