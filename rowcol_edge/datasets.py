@@ -197,6 +197,20 @@ def check_alike(splits: Sequence[Split]) -> None:
                 )
 
 
+def check_preprocess(split: Split, preprocess: Preprocess) -> None:
+    """Raises DataError where the board would make other tensors of a picture than the model was calibrated with."""
+    if len(split.specs) != 1:
+        return
+    ((name, (shape, dtype)),) = split.specs.items()
+    if shape != preprocess.shape and dtype != "uint8":  # a model of uint8 frames takes them as they come
+        raise DataError(
+            f"{split.name} data {split.reference}: input {name}",
+            expected=f"samples of shape {preprocess.shape}, which the preprocess makes of a picture",
+            got=str(shape),
+            hint='say how pictures become such samples: --preprocess "mode=L,size=HEIGHTxWIDTH,…"',
+        )
+
+
 def class_names(references: Sequence[str | None]) -> tuple[str, ...]:
     """The subfolders that all image folders among the references share, in order; empty where there are none.
 

@@ -111,6 +111,8 @@ def prepare(options: BuildOptions, model: LoadedModel | None = None, progress: P
     given = [s for s in splits.values() if s is not None]
     datasets.check_alike(given)
     datasets.check_disjoint(given)
+    if preprocess is not None:
+        datasets.check_preprocess(calibration, preprocess)
     contract = options.contract or (sample.task if sample else "classify")
     metric = _metric(options, model, selection, contract)
     if options.test is not None and metric is None:

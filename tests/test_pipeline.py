@@ -257,6 +257,14 @@ def test_an_input_of_another_shape_is_refused(net: torch.nn.Module, splits: dict
     assert not (tmp_path / "out").exists()
 
 
+def test_samples_that_the_preprocess_does_not_make_are_refused(
+    net: torch.nn.Module, splits: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"calibration data .*samples of shape \(1, 8, 8\), which the preprocess makes"):
+        rowcol_edge.build(net, out=str(tmp_path / "out"), preprocess="mode=L,size=8x8", **splits)
+    assert not (tmp_path / "out").exists()
+
+
 class TwoInputs(torch.nn.Module):
     """A picture and a scale, as a multi-sensor model takes them."""
 
