@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,17 @@ from torch import nn
 from rowcol_edge.errors import DataError, ModelError
 
 Arguments = tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """torch's warnings about its own deprecated parts are dropped; what a model prints goes to stderr.
+
+    stdout belongs to the command line's ``--json``.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def bind(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Arguments:

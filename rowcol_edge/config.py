@@ -90,6 +90,8 @@ class BuildOptions:
             raise ConfigError("contract", expected=f"one of {', '.join(CONTRACTS)}", got=repr(self.contract))
         if self.energy is not None and not 0.0 < self.energy <= 1.0:
             raise ConfigError("energy", expected="a share of variance in (0, 1]", got=str(self.energy))
+        if len(set(self.labels)) != len(self.labels):
+            raise ConfigError("labels", expected="names that differ", got=", ".join(self.labels))
         if self.positive is not None and self.labels and self.positive not in self.labels:
             raise ConfigError("positive", expected=f"one of the labels {list(self.labels)}", got=repr(self.positive))
         if not self.target:
@@ -141,7 +143,7 @@ def make(values: Mapping[str, Any], where: str = "options") -> BuildOptions:
 
 def write(options: BuildOptions, path: Path) -> None:
     """Write the `rowcol.toml` that repeats this build, in one step; a file that a person wrote is left alone."""
-    if path.exists() and not path.read_text(encoding="utf-8").startswith(_HEADER):
+    if path.exists() and not (path.is_file() and path.read_bytes().startswith(_HEADER.encode())):
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(_HEADER + tomli_w.dumps(options.to_dict()), encoding="utf-8")

@@ -7,7 +7,6 @@ pass, large ones are read again, so memory stays bounded by `_CACHE_BYTES` a spl
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import user_code
+from .device.npz import read_npz
 from .device.preprocess import Preprocess
 from .errors import ConfigError, DataError, SplitError
 from .samples import Sample
@@ -311,7 +311,7 @@ def _npz_source(
     path: Path, inputs: Sequence[str], preprocess: Preprocess | None
 ) -> Callable[[], Iterator[tuple[Feeds, Labels | None]]]:
     def source() -> Iterator[tuple[Feeds, Labels | None]]:
-        arrays = _read_npz(path)
+        arrays = read_npz(path, DataError)
         key = next((k for k in _LABEL_KEYS if k in arrays and k not in inputs), None)
         labels = arrays.pop(key) if key else None
         if len(inputs) == 1 and len(arrays) == 1:
@@ -331,17 +331,6 @@ def _pixels(array: npt.NDArray[Any], preprocess: Preprocess | None) -> npt.NDArr
     if array.dtype != np.uint8 or preprocess is None:
         return array
     return np.stack([preprocess.pixels(frame) for frame in array])
-
-
-def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
-    if not path.is_file():
-        raise DataError(str(path), expected="an .npz file", got="no such file")
-    try:
-        # opened here: numpy leaves its own file open when the archive is damaged
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
-        raise DataError(str(path), expected="an .npz of plain arrays (never pickled)", got=str(e)) from e
 
 
 def _folder(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -164,6 +163,10 @@ def load_weights(module: nn.Module, path: Path) -> None:
             raise WeightsError(
                 f"{path}: {key}", expected=f"shape {tuple(value.shape)}", got=f"{tuple(state[key].shape)}"
             )
+        given = state[key].dtype
+        # another width of float is a way to store weights; another kind of number is another file
+        if given != value.dtype and not (given.is_floating_point and value.is_floating_point()):
+            raise WeightsError(f"{path}: {key}", expected=_dtype(value.dtype), got=_dtype(given))
     module.load_state_dict(state, strict=True)
 
 
@@ -181,7 +184,7 @@ def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on pickle protocols of files that it then refuses
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as e:
+    except Exception as e:  # boundary: a broken file can lead the unpickler anywhere
         raise WeightsError(
             str(path),
             expected="a checkpoint of plain tensors (read with weights_only=True)",
@@ -195,6 +198,10 @@ def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
     if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
         raise WeightsError(str(path), expected="a dict of tensors", got=type(loaded).__name__)
     return loaded
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _first(keys: list[str]) -> str:

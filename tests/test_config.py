@@ -65,3 +65,19 @@ def test_bad_preprocess_text_is_refused(text: str) -> None:
 def test_preprocess_values_that_do_not_fit_are_refused() -> None:
     with pytest.raises(DataError, match="mean"):
         config.parse_preprocess("mode=L,size=8x8,mean=0.1/0.2/0.3,std=1")
+
+
+def test_labels_that_repeat_are_refused() -> None:
+    with pytest.raises(ConfigError, match="labels: expected names that differ"):
+        config.make({"model": "m", "labels": ["a", "a"]})
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe not ours", None])
+def test_what_a_person_put_in_the_place_of_the_file_is_left_alone(tmp_path: Path, content: bytes | None) -> None:
+    place = tmp_path / "rowcol.toml"
+    if content is None:
+        place.mkdir()
+    else:
+        place.write_bytes(content)
+    config.write(config.make({"model": "m"}), place)
+    assert place.is_dir() if content is None else place.read_bytes() == content

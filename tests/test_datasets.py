@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from PIL import Image
 
 from rowcol_edge import datasets
 from rowcol_edge.datasets import Split
+from rowcol_edge.device.npz import read_npz
 from rowcol_edge.device.preprocess import Preprocess
-from rowcol_edge.errors import ConfigError, DataError, SplitError
+from rowcol_edge.errors import BundleError, ConfigError, DataError, SplitError
 
 GREY = Preprocess("L", 8, 8, mean=(0.5,), std=(0.5,))
 
@@ -108,6 +110,31 @@ def test_npz_of_camera_frames_goes_through_the_preprocess(tmp_path: Path) -> Non
 def test_a_pickled_npz_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=np.array([{"a": 1}], dtype=object))
     with pytest.raises(DataError, match="never pickled"):
+        datasets.load(str(tmp_path / "d.npz"), "test", ("x",))
+
+
+def damaged(path: Path) -> Path:
+    """A compressed archive whose content was changed."""
+    np.savez_compressed(path, x=np.random.default_rng(0).normal(size=(8, 30)).astype(np.float32))
+    content = bytearray(path.read_bytes())
+    for i in range(200, 260):
+        content[i] ^= 0x5A
+    path.write_bytes(content)
+    return path
+
+
+def test_a_changed_npz_is_refused_on_both_sides(tmp_path: Path) -> None:
+    path = damaged(tmp_path / "d.npz")
+    for error in (DataError, BundleError):
+        with pytest.raises(error, match=r"d\.npz"):
+            read_npz(path, error)
+
+
+def test_an_npz_with_other_content_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.zeros((2, 3), np.float32))
+    with zipfile.ZipFile(tmp_path / "d.npz", "a") as archive:
+        archive.writestr("labels", b"good, bad")
+    with pytest.raises(DataError, match="labels: expected an array"):
         datasets.load(str(tmp_path / "d.npz"), "test", ("x",))
 
 

@@ -169,10 +169,27 @@ def test_a_checkpoint_that_would_run_code_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("w.safetensors", b"junk"), ("w.pt", b""), ("w.npz", b"x"), ("none.pt", None)]
+    ("name", "content"),
+    [
+        ("w.safetensors", b"junk"),
+        ("w.pt", b""),
+        ("w.pt", b"hello world, no weights"),
+        ("w.pt", b"\x80\x02."),
+        ("w.npz", b"x"),
+        ("none.pt", None),
+    ],
 )
 def test_unreadable_weights_are_refused(net: Path, tmp_path: Path, name: str, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(WeightsError):
         models.load(f"{net}:build", tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_of_another_kind_of_number_are_refused(net: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    state = models.load(f"{net}:build").module.state_dict()
+    key = next(iter(state))
+    torch.save({**state, key: state[key].to(dtype)}, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match=f"{key}: expected float32, got {str(dtype).removeprefix('torch.')}"):
+        models.load(f"{net}:build", tmp_path / "w.pt")

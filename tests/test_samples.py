@@ -160,6 +160,13 @@ class TestElpv:
         assert float((guess == labels).mean()) > 0.75
         assert 0 < guess.sum() < len(guess)
 
+    def test_the_shipped_weights_are_as_good_as_their_record(self) -> None:
+        model, hits, total = trained("elpv-resnet18"), 0, 0
+        for inputs, labels in module("elpv-resnet18", "data").test():
+            hits, total = hits + int((guesses(model, inputs) == labels).sum()), total + len(labels)
+        # two images may fall the other way on another processor
+        assert hits / total == pytest.approx(result("elpv-resnet18")["student"]["test"]["accuracy"], abs=2.1 / total)
+
     def test_the_student_is_no_worse_than_the_probe(self) -> None:
         got = result("elpv-resnet18")
         for figure in ("accuracy", "auc"):

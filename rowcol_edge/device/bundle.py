@@ -8,13 +8,13 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
 from ..errors import BundleError, IntegrityError
 from .digests import sha256_bytes, sha256_file
 from .manifest import MANIFEST_NAME, PROFILES_FOLDER, ArmEntry, Manifest, TensorSpec
+from .npz import read_npz
 
 Arrays = dict[str, np.ndarray]
 
@@ -192,17 +192,7 @@ def _changed(source: Path, path: str, expected: str, got: str) -> IntegrityError
 
 
 def _load_npz(path: Path, specs: tuple[TensorSpec, ...]) -> Arrays:
-    from zipfile import BadZipFile
-    from zlib import error as ZlibError
-
-    try:
-        loaded: Any = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            raise BundleError(str(path), expected="an .npz archive", got="a single array")
-        with loaded:
-            arrays: Arrays = {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, KeyError, BadZipFile, ZlibError) as e:
-        raise BundleError(str(path), expected="an .npz archive without pickled objects", got=str(e)) from e
+    arrays = read_npz(path, BundleError)
     if sorted(arrays) != sorted(spec.name for spec in specs):
         expected = ", ".join(sorted(spec.name for spec in specs))
         raise BundleError(str(path), expected=f"arrays named {expected}", got=", ".join(sorted(arrays)) or "none")

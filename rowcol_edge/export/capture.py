@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..calling import bind, evaluating, places_of
+from ..calling import bind, evaluating, places_of, quiet
 from ..errors import DataError, ModelError, RowcolError, UnsupportedOpError
 
 
@@ -36,7 +33,7 @@ def program(
         # torch.export takes a size of 1 for a constant, so it has to see at least two samples.
         tensors = {n: t.repeat(2, *[1] * (t.dim() - 1)) if t.dim() and len(t) == 1 else t for n, t in tensors.items()}
     args, kwargs = bind(model, tensors)
-    with evaluating(model), torch.no_grad(), _quiet():
+    with evaluating(model), torch.no_grad(), quiet():
         try:
             return torch.export.export(
                 model, args, kwargs, dynamic_shapes=_free_batch(tensors) if dynamic_batch else None, strict=False
@@ -89,17 +86,6 @@ def name_outputs(value: Any, kind: type = torch.Tensor) -> dict[str, Any]:
             hint="wrap the model in a module that returns only the tensors the device needs",
         )
     return named
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch's warnings about its own deprecated parts are dropped; what a model prints goes to stderr.
-
-    stdout belongs to the command line's ``--json``.
-    """
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _tensors(example: Mapping[str, npt.NDArray[Any]]) -> dict[str, torch.Tensor]:

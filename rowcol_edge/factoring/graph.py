@@ -13,7 +13,7 @@ from torch.export.graph_signature import ExportGraphSignature
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from rowcol_edge.calling import bind, evaluating, watching
+from rowcol_edge.calling import bind, evaluating, quiet, watching
 from rowcol_edge.errors import ModelError, RowcolError, UnsupportedOpError
 
 _aten = torch.ops.aten
@@ -106,7 +106,7 @@ def trace(model: nn.Module, example: Mapping[str, torch.Tensor]) -> LayerGraph:
 def _export(
     model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
 ) -> torch.export.ExportedProgram:
-    with watching(model) as calls:
+    with watching(model) as calls, quiet():
         try:
             return torch.export.export(model, args, kwargs, strict=False)
         except Exception as error:  # boundary: torch.export documents no closed set of errors
