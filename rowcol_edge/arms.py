@@ -16,6 +16,7 @@ from . import evaluation
 from .backends import load_backend
 from .backends.base import Artifact, QuantSpec
 from .datasets import Feeds
+from .device.runtimes import RuntimeOptions
 from .errors import ParityError
 from .evaluation import Judged
 from .export import onnx, simplify
@@ -92,24 +93,24 @@ class Workbench:
         name = f"{variant}@{precision}"
         source = self._source(variant, module, plan, runtime)
         self._progress(f"compile {name}", 0, 1)
-        artifact = load_backend(runtime.name).compile(
+        backend = load_backend(runtime.name)
+        artifact = backend.compile(
             source.path,
             runtime,
             QuantSpec.for_target(precision, target),
             self._job.calibration.batches,
-            self._file(name),
+            self._file(name, backend.suffix),
         )
         self._progress(f"compile {name}", 1, 1)
-        with evaluation.opened(artifact.path, runtime.name, target.threads) as run:
+        with evaluation.opened(artifact.path, runtime.name, runtime_options(target, runtime)) as run:
             outputs = [run(self._real)]
             stage = compare(f"compile {precision}", self._dense, outputs, _LOSSY)
             if precision == "fp32":
                 _exact(f"{name}: compile", source.outputs, outputs)
             selection = self._judged(run, name)
         stages = (*source.stages, stage)
-        return Arm(
-            variant, precision, artifact, stages, parameters, plan, selection, source.notes + _left(name, stages)
-        )
+        notes = (*source.notes, *(f"{name}: {note}" for note in artifact.notes), *_left(name, stages))
+        return Arm(variant, precision, artifact, stages, parameters, plan, selection, notes)
 
     def _source(self, variant: str, module: nn.Module, plan: FactorPlan | None, runtime: RuntimeSpec) -> _Source:
         key = (plan.digest if plan else variant, runtime.opset, runtime.ir_version)
@@ -131,20 +132,21 @@ class Workbench:
             ir_version=runtime.ir_version,
             dynamic_batch=self._job.options.dynamic_batch,
         )
-        exported = self._outputs(raw, runtime)
+        exported = self._outputs(raw)
         _exact(f"{variant}: export", rewritten, exported)
         stages.append(compare("export", self._dense, exported, _LOSSY if factored else _EXACT))
         self._progress(f"export {variant}", 1, 2)
         simplified = simplify.simplify(raw, self._file(variant))
-        outputs = self._outputs(simplified.path, runtime)
+        outputs = self._outputs(simplified.path)
         _exact(f"{variant}: simplify", exported, outputs)
         stages.append(compare("simplify", self._dense, outputs, _LOSSY if factored else _EXACT))
         self._progress(f"export {variant}", 2, 2)
         notes = () if simplified.applied else (f"{variant}: not simplified: {simplified.reason}",)
         return _Source(simplified.path, outputs, tuple(stages), notes)
 
-    def _outputs(self, path: Path, runtime: RuntimeSpec) -> Outputs:
-        with evaluation.opened(path, runtime.name, 0) as run:
+    def _outputs(self, path: Path) -> Outputs:
+        """Of an ONNX file on the way, which onnxruntime runs whatever the target's runtime is."""
+        with evaluation.opened(path, "onnxruntime", RuntimeOptions()) as run:
             return [run(self._real)]
 
     def _judged(self, run: evaluation.Run, name: str) -> Judged | None:
@@ -154,9 +156,14 @@ class Workbench:
         predictions = evaluation.predict(run, job.selection, job, self._progress, f"judge {name}")
         return evaluation.judge_selection(predictions, job, self._original)
 
-    def _file(self, stem: str) -> Path:
+    def _file(self, stem: str, suffix: str = ".onnx") -> Path:
         """A path in the work folder that no other stage has."""
-        return self._work / f"{len(list(self._work.iterdir())):03d}-{stem}.onnx"
+        return self._work / f"{len(list(self._work.iterdir())):03d}-{stem}{suffix}"
+
+
+def runtime_options(target: Target, runtime: RuntimeSpec) -> RuntimeOptions:
+    """How the build opens an artifact: on this machine's CPU, as the target asks for otherwise."""
+    return RuntimeOptions(threads=target.threads, properties=runtime.properties)
 
 
 def _exact(what: str, before: Outputs, after: Outputs) -> None:

@@ -131,15 +131,17 @@ def _exit_codes() -> str:
 
 def _troubleshooting(manifest: Manifest) -> str:
     runtime = manifest.runtime
+    onnx = runtime.name == "onnxruntime"  # other runtimes open files of their own
+    versions = f" (opset {runtime.opset}, IR version {runtime.ir_version})" if onnx else ""
     return (
         "## When something fails\n\n"
-        f"- *{runtime.name} is too old*: the oldest version that opens these files is **{runtime.oldest}** "
-        f"(opset {runtime.opset}, IR version {runtime.ir_version}). Run the install line above again.\n"
+        f"- *{runtime.name} is too old*: the oldest version that opens these files is **{runtime.oldest}**"
+        f"{versions}. Run the install line above again.\n"
         "- *a digest or size does not match*: the copy is incomplete or a file was edited. Copy the bundle again; keep "
         "your own files out of this folder (`profiles/` is the one exception).\n"
         "- *verify reports FAILED for one arm*: this board computes that precision differently. Use another arm "
         "(`run . IMAGE --arm NAME`) and report the numbers that `verify . --json` prints.\n"
-        "- *an execution provider is not available*: the bundle asks for "
+        f"- *{'an execution provider' if onnx else 'a device'} is not available*: the bundle asks for "
         f"{_list(runtime.providers) or 'the CPU'}; install the {runtime.name} build that has it.\n"
         "- *a .zip does not unpack*: `/tmp` may be small; unzip it where there is space and open the folder."
     )

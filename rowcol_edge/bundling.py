@@ -13,9 +13,9 @@ from typing import Any
 import numpy.typing as npt
 
 from . import evaluation, package
-from .arms import Arm
+from .arms import Arm, runtime_options
 from .device.manifest import ArmEntry, Manifest, RuntimeEntry, TensorSpec
-from .device.runtimes import RuntimeOptions, load_runtime
+from .device.runtimes import load_runtime
 from .device.verify import golden_outputs
 from .evaluation import Judged
 from .factoring.plan import FactorPlan
@@ -63,7 +63,7 @@ def write(
     golden: dict[str, dict[str, npt.NDArray[Any]]] = {}
     specs: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] | None = None
     for arm in arms:
-        options = RuntimeOptions(threads=target.threads)
+        options = runtime_options(target, runtime)
         with load_runtime(runtime.name).open(arm.artifact.path, options) as session:
             specs = (session.inputs, session.outputs)
             golden[arm.name] = golden_outputs(session, session.inputs, inputs)
@@ -79,6 +79,7 @@ def write(
             threads=target.threads,
             install=runtime.install,
             providers=runtime.providers,
+            properties=runtime.properties,
         ),
         inputs=specs[0],
         outputs=specs[1],
@@ -94,7 +95,9 @@ def write(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         build=_record(job, target, arms, choice, notes),
     )
-    extra: dict[str, Path | bytes] = {}
+    extra: dict[str, Path | bytes] = {
+        f"arms/{arm.name}{companion.suffix}": companion for arm in arms for companion in arm.artifact.companions
+    }
     if arms[0].plan is not None:
         extra[PLAN_NAME] = arms[0].plan.to_toml().encode()
     if job.model.sample is not None:  # its weights, and the golden inputs taken from its data, have terms of their own
@@ -116,7 +119,7 @@ def _entry(arm: Arm, job: Job, target: Target, runtime: RuntimeSpec, original: Q
     if arm.selection is not None:
         quality["selection"] = evaluation.quality_record(job, arm.selection, original.selection)
         if job.test is not None and original.test is not None:
-            with evaluation.opened(arm.artifact.path, runtime.name, target.threads) as run:
+            with evaluation.opened(arm.artifact.path, runtime.name, runtime_options(target, runtime)) as run:
                 predictions = evaluation.predict(run, job.test, job, progress, f"judge {arm.name} on the test split")
             judged = evaluation.judge(predictions, job, arm.selection.threshold)
             quality["test"] = evaluation.quality_record(job, judged, original.test)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json as json_module
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,7 +139,9 @@ def build(
     ] = None,
     out: Out = None,
     weights: Weights = None,
-    runtime: Annotated[str | None, typer.Option(help="a runtime that the target lists: onnxruntime")] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="a runtime that the target lists: onnxruntime or openvino")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16, int8, int8-dynamic or auto")] = None,
     calib: Calib = None,
     select: Select = None,
@@ -343,8 +345,11 @@ def _print_json(value: Any) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """A progress line with elapsed time and ETA on stderr; plain lines where that is no terminal."""
+    """A progress line with elapsed time and ETA on stderr; plain lines where that is no terminal.
+
+    What the user's own code prints meanwhile goes to stderr too: stdout belongs to the results.
+    """
     from .report.progress import reporter
 
-    with reporter() as report:
+    with redirect_stdout(sys.stderr), reporter() as report:
         yield report

@@ -123,9 +123,9 @@ def quality_record(job: Job, judged: Judged, reference: Judged | None) -> dict[s
 
 
 @contextmanager
-def opened(artifact: Path, runtime: str, threads: int) -> Iterator[Run]:
+def opened(artifact: Path, runtime: str, options: RuntimeOptions) -> Iterator[Run]:
     """The artifact as the device opens it, taking batches of any size: they are cut to the batch the model has."""
-    with load_runtime(runtime).open(artifact, RuntimeOptions(threads=threads)) as session:
+    with load_runtime(runtime).open(artifact, options) as session:
 
         def run(feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
             free = all(spec.shape and spec.shape[0] is None for spec in session.inputs)

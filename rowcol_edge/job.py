@@ -25,7 +25,7 @@ from .targets import Target
 #: called with a label, the steps done and the steps in all
 Progress = Callable[[str, int, int], None]
 
-TOOLS = ("rowcol-edge", "torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "numpy")
+TOOLS = ("rowcol-edge", "torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino", "nncf", "numpy")
 
 
 def silent(label: str, done: int, total: int) -> None:

@@ -123,7 +123,7 @@ def _parts(
 def _check_sizes(manifest: Manifest, parts: Mapping[str, Path | bytes]) -> None:
     """An arm's size is what its files weigh: the artifact, and external weights that are named after it."""
     for arm in manifest.arms:
-        files = [path for path in parts if path == arm.artifact or path.startswith(f"{arm.artifact}.")]
+        files = [path for path in parts if arm.owns(path)]
         size_bytes = sum(_size_bytes(parts[path]) for path in files)
         if size_bytes != arm.size_bytes:
             raise BundleError(

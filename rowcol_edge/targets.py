@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,14 @@ class RuntimeSpec:
     ir_version: int
     """Highest ONNX IR version that the oldest runtime reads."""
     providers: tuple[str, ...]
-    """Execution providers, in the order they are tried."""
+    """onnxruntime: execution providers, in the order they are tried. openvino: the device."""
     precisions: tuple[str, ...]
     install: str
     """Shell lines that install the runtime on the board."""
     why: str
     """Where these values come from, for people."""
+    properties: dict[str, str] = field(default_factory=dict)
+    """Settings in the runtime's own words, such as the precision openvino calculates in; may be left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ class Target:
     name: str
     title: str
     match: dict[str, str]
-    """How to know the board: ``machine`` as ``uname -m`` says it, ``device_tree_model`` a part of its own name."""
+    """How to know the board: ``machine`` as ``uname -m`` says it, ``device_tree_model`` a part of its own name,
+    ``cpu_model`` a regular expression found in the processor's name."""
     python: str
     """Oldest Python a bundle meets there."""
     runtimes: tuple[RuntimeSpec, ...]
@@ -130,7 +133,11 @@ def parse(values: Mapping[str, Any], *, name: str, source: str) -> Target:
             hint="this version of rowcol-edge is another one",
         )
     match = table.strings_by_key("match")
-    _check_keys(match, {"machine": True, "device_tree_model": False}, f"{source}: match")
+    _check_keys(match, {"machine": True, "device_tree_model": False, "cpu_model": False}, f"{source}: match")
+    try:
+        re.compile(match.get("cpu_model", ""))
+    except re.error as e:
+        raise TargetError(f"{source}: match.cpu_model", expected="a regular expression", got=str(e)) from e
     return Target(
         name=name,
         title=table.prose("title"),
@@ -152,7 +159,7 @@ def _runtimes(tables: list[Mapping[str, Any]], source: str) -> tuple[RuntimeSpec
     specs: list[RuntimeSpec] = []
     for position, values in enumerate(tables):
         table = _Table(values, f"{source}: runtimes[{position}]")
-        table.keys(dict.fromkeys(RuntimeSpec.__dataclass_fields__, True))
+        table.keys({key: key != "properties" for key in RuntimeSpec.__dataclass_fields__})
         spec = RuntimeSpec(
             name=table.text("name"),
             oldest=table.text("oldest", _VERSION, "a version such as 1.17.0"),
@@ -160,6 +167,7 @@ def _runtimes(tables: list[Mapping[str, Any]], source: str) -> tuple[RuntimeSpec
             ir_version=table.whole("ir_version"),
             providers=table.texts("providers"),
             precisions=table.texts("precisions", PRECISIONS),
+            properties=table.strings_by_key("properties") if "properties" in values else {},
             install=table.text("install"),
             why=table.prose("why"),
         )

@@ -25,20 +25,33 @@ class SystemNeed:
 
 
 @functools.cache
-def another_python() -> Path | None:
-    """A Python of 3.10 or newer, of another minor version than this one, that can make environments."""
+def another_python(newest: tuple[int, int] = (3, 99)) -> Path | None:
+    """A Python of 3.10 to `newest`, of another minor version than this one, that can make environments."""
     code = "import ensurepip, sys; print(*sys.version_info[:2])"
     for name in ("/usr/bin/python3", *(f"python3.{minor}" for minor in range(10, 20))):
         if (program := shutil.which(name)) is None:
             continue
         told = subprocess.run([program, "-c", code], capture_output=True, text=True, check=False)
         version = tuple(map(int, told.stdout.split()))
-        if told.returncode == 0 and version >= (3, 10) and version != sys.version_info[:2]:
+        if told.returncode == 0 and (3, 10) <= version <= newest and version != sys.version_info[:2]:
             return Path(program)
     return None
 
 
+@functools.cache
+def older_python() -> Path | None:
+    """A Python for which the oldest runtimes have wheels: 3.12 or older."""
+    if sys.version_info < (3, 13):
+        return Path(sys.executable)
+    return another_python(newest=(3, 12))
+
+
 SYSTEM_NEEDS = {
+    "python-3.12": SystemNeed(
+        lambda: older_python() is not None,
+        "a Python between 3.10 and 3.12 with its venv module, such as python3.12 on the PATH: the oldest runtimes "
+        "have no wheels for a newer one",
+    ),
     "another-python": SystemNeed(
         lambda: another_python() is not None,
         "a second Python, 3.10 or newer, with its venv module: on Debian and Ubuntu apt-get install python3-venv",
@@ -84,6 +97,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def other_python() -> Path:
     """See another_python(); for tests marked `system("another-python")`."""
     found = another_python()
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="session")
+def old_python() -> Path:
+    """See older_python(); for tests marked `system("python-3.12")`."""
+    found = older_python()
     assert found is not None
     return found
 

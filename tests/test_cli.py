@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rowcol_edge import cli
+from rowcol_edge import cli, targets
 
 from .nets import small_net, write_splits
 
@@ -52,7 +52,7 @@ def bundle(model: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> P
 def test_targets_lists_boards_and_samples(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("targets", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert [t["name"] for t in found["targets"]] == ["generic-x86", "raspberry-pi-4", "raspberry-pi-5"]
+    assert [t["name"] for t in found["targets"]] == list(targets.available())
     assert found["samples"] == ["elpv-resnet18", "fmnist-vit"]
     assert run("targets") == 0
     assert "raspberry-pi-5" in capsys.readouterr().out
@@ -100,7 +100,33 @@ def test_profile_is_kept_with_the_bundle_and_compared(bundle: Path, capsys: pyte
     assert set(measured["arms"]) >= {"factored@int8", "dense@int8", "dense@fp32"}
     assert list((bundle / "profiles").glob("*.json"))
     assert run("compare", str(bundle), "--json") == 0
-    assert "latency" in capsys.readouterr().out
+    rows = json.loads(capsys.readouterr().out)["arms"]
+    assert len(rows) == 3
+    assert all(row["latency_ns"] > 0 for row in rows)
+
+
+def test_a_bundle_without_dense_arms_is_not_comparable(
+    model: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(
+        "build", model["model"], "--weights", model["weights"], "--calib", model["calib"], "--energy", "0.95",
+        "--precision", "fp32", "--no-dense", "--out", str(tmp_path),
+    ) == 0  # fmt: skip
+    assert run("compare", str(tmp_path / "generic-x86-onnxruntime")) == 3
+    assert "expected: a dense arm" in capsys.readouterr().err
+
+
+def test_stdout_holds_the_document_alone_whatever_the_users_code_prints(
+    model: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(model["model"].rpartition(":")[0]).read_text()
+    loud = source.replace("return SmallNet()", "print('MADE'); return SmallNet()")
+    (tmp_path / "loud.py").write_text(f"{loud}\nprint('IMPORT')\n")
+    assert run("inspect", f"{tmp_path / 'loud.py'}:build", "--calib", model["calib"], "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["layers"]
+    assert "IMPORT" in captured.err
+    assert "MADE" in captured.err
 
 
 def test_a_config_file_repeats_the_build(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A bundle opens, reproduces its outputs and predicts with the oldest onnxruntime its target promises.
+"""A bundle opens, reproduces its outputs and predicts with the oldest runtime its target promises.
 
 And with the newest one on another Python, where there is one. The environments have that runtime, numpy and Pillow,
 nothing else: this also proves that the device side needs no more.
@@ -25,7 +25,7 @@ from rowcol_edge.targets import RuntimeSpec
 
 from .nets import small_net, write_splits
 
-RUNTIME = "onnxruntime"
+OTHER_PRECISIONS = {"onnxruntime": ("int8-dynamic", "fp16"), "openvino": ("fp16",)}
 
 
 class Dense(nn.Module):
@@ -41,54 +41,71 @@ class Dense(nn.Module):
         return logits
 
 
-def promises() -> dict[tuple[str, int, int], str]:
-    """One target for each different promise (oldest version, opset, IR version)."""
-    made: dict[tuple[str, int, int], str] = {}
+def promises() -> list[tuple[str, str]]:
+    """A (target, runtime) for each different promise: runtime, oldest version, opset, IR version."""
+    made: dict[tuple[str, str, int, int], tuple[str, str]] = {}
     for name in targets.available():
-        spec = targets.load(name).runtime(RUNTIME)
-        made.setdefault((spec.oldest, spec.opset, spec.ir_version), name)
-    return made
+        for spec in targets.load(name).runtimes:
+            made.setdefault((spec.name, spec.oldest, spec.opset, spec.ir_version), (name, spec.name))
+    return sorted(made.values())
 
 
-@pytest.fixture(scope="module", params=sorted(promises().values()))
-def target(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(scope="module", params=promises(), ids="-".join)
+def promise(request: pytest.FixtureRequest) -> tuple[str, str]:
+    target, runtime = request.param
+    return target, runtime
 
 
 @pytest.fixture(scope="module")
-def spec(target: str) -> RuntimeSpec:
-    return targets.load(target).runtime(RUNTIME)
+def spec(promise: tuple[str, str]) -> RuntimeSpec:
+    target, runtime = promise
+    return targets.load(target).runtime(runtime)
 
 
 @pytest.fixture(
-    scope="module", params=["oldest", pytest.param("another-python", marks=pytest.mark.system("another-python"))]
+    scope="module",
+    params=[
+        pytest.param("oldest", marks=pytest.mark.system("python-3.12")),
+        pytest.param("another-python", marks=pytest.mark.system("another-python")),
+    ],
 )
 def board(request: pytest.FixtureRequest, spec: RuntimeSpec, bare_python: Callable[..., Path]) -> Path:
     """The Python of an environment such as a board's: the oldest runtime, or the newest with another Python."""
     if request.param == "another-python":
         return bare_python(
-            f"{RUNTIME}-another", RUNTIME, "numpy", "pillow", base=request.getfixturevalue("other_python")
+            f"{spec.name}-another", spec.name, "numpy", "pillow", base=request.getfixturevalue("other_python")
         )
-    numpy = "numpy<2" if tuple(map(int, spec.oldest.split(".")[:2])) < (1, 19) else "numpy"
-    return bare_python(f"{RUNTIME}-{spec.oldest}", f"{RUNTIME}=={spec.oldest}", numpy, "pillow")
+    # onnxruntime before 1.19 does not say that it wants numpy 1
+    numpy = "numpy<2" if spec.name == "onnxruntime" else "numpy"
+    old = request.getfixturevalue("old_python")
+    return bare_python(f"{spec.name}-{spec.oldest}", f"{spec.name}=={spec.oldest}", numpy, "pillow", base=old)
 
 
 @pytest.fixture(scope="module")
-def vit(target: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vit(promise: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Transformer at int8; by an energy, not a budget: what is tried here is the format, not the search."""
     out = tmp_path_factory.mktemp("vit")
-    [built] = rowcol_edge.build("sample:fmnist-vit", target=target, energy=0.98, out=str(out), zip=False)
+    target, runtime = promise
+    [built] = rowcol_edge.build(
+        "sample:fmnist-vit", target=target, runtime=runtime, energy=0.98, out=str(out), zip=False
+    )
     return Path(built.path)
 
 
-@pytest.fixture(scope="module", params=["int8-dynamic", "fp16"])
-def net(request: pytest.FixtureRequest, target: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def others(promise: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Small nets at the other precisions; dynamic int8 is for linear layers."""
-    out = tmp_path_factory.mktemp("net")
-    options = {"labels": ["plain", "striped"], "metric": "accuracy", "energy": 0.98, "zip": False, **write_splits(out)}
-    model = small_net() if request.param == "fp16" else Dense().eval()
-    [built] = rowcol_edge.build(model, target=target, precision=request.param, out=str(out / "bundles"), **options)
-    return Path(built.path)
+    target, runtime = promise
+    made = []
+    for precision in OTHER_PRECISIONS[runtime]:
+        out = tmp_path_factory.mktemp("net")
+        [built] = rowcol_edge.build(
+            small_net() if precision == "fp16" else Dense().eval(),
+            target=target, runtime=runtime, precision=precision, labels=["plain", "striped"], metric="accuracy",
+            energy=0.98, zip=False, out=str(out / "bundles"), **write_splits(out),
+        )  # fmt: skip
+        made.append(Path(built.path))
+    return made
 
 
 def on_board(python: Path, bundle: Path, *arguments: str | Path) -> Any:
@@ -102,8 +119,8 @@ def test_the_environment_is_the_one_that_is_meant(
     board: Path, spec: RuntimeSpec, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     code = (
-        "import importlib.util as u, onnxruntime, sys\n"
-        "print(onnxruntime.__version__, *sys.version_info[:2])\n"
+        "import importlib.metadata as m, importlib.util as u, sys\n"
+        f"print(m.version({spec.name!r}), *sys.version_info[:2])\n"
         "print([n for n in ('torch', 'onnx', 'rowcol_edge', 'typer') if u.find_spec(n)])"
     )
     done = subprocess.run([board, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -127,8 +144,8 @@ def test_every_arm_of_a_transformer_reproduces_its_golden_outputs(board: Path, v
     assert reproduced(board, vit)
 
 
-def test_every_arm_at_another_precision_reproduces_its_golden_outputs(board: Path, net: Path) -> None:
-    assert reproduced(board, net)
+def test_every_arm_at_another_precision_reproduces_its_golden_outputs(board: Path, others: list[Path]) -> None:
+    assert [reproduced(board, bundle) for bundle in others] == [True] * len(others)
 
 
 def test_the_board_predicts_what_this_machine_predicts(board: Path, vit: Path, root: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from rowcol_edge import targets
 from rowcol_edge.errors import TargetError
 
-SHIPPED = ("generic-x86", "raspberry-pi-4", "raspberry-pi-5")
+SHIPPED = ("generic-x86", "intel-n100", "intel-nuc", "raspberry-pi-4", "raspberry-pi-5")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -41,6 +42,7 @@ def main() -> None:
             reference, target=options.target, budget=options.budget, out=options.work, force=True, progress=progress
         )[0]
         frontier = ladder(reference, options.target, progress)
+        settle()
         measured = rowcol_edge.profile(built.path, blocks=options.blocks, progress=progress)
     result = {
         "command": shlex.join(["python", *sys.argv]),
@@ -53,6 +55,13 @@ def main() -> None:
     out = RESULTS / f"{options.sample.partition('-')[0]}-{options.target}.json"
     out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"written to {out}")
+
+
+def settle(limit: float = 0.5, seconds: float = 240.0) -> None:
+    """Wait until what ran before has left the load average: the profiler takes load for other work."""
+    until = time.monotonic() + seconds
+    while os.getloadavg()[0] > limit and time.monotonic() < until:
+        time.sleep(5)
 
 
 def ladder(reference: str, target: str, progress: job.Progress) -> list[dict[str, Any]]:

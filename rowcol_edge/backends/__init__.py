@@ -2,6 +2,7 @@
 
 backend      consumes   precisions
 onnxruntime  ONNX       fp32, fp16, int8, int8-dynamic
+openvino     ONNX       fp32, fp16, int8 (nncf)
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from ..errors import TargetError, did_you_mean
 if TYPE_CHECKING:
     from .base import Backend
 
-BACKENDS: dict[str, str] = {"onnxruntime": "rowcol_edge.backends.onnxruntime"}
+BACKENDS: dict[str, str] = {
+    "onnxruntime": "rowcol_edge.backends.onnxruntime",
+    "openvino": "rowcol_edge.backends.openvino",
+}
 """Name of the runtime → module, whose ``BACKEND`` is the :class:`Backend`."""
 
 __all__ = ["BACKENDS", "load_backend"]

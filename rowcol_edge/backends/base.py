@@ -75,7 +75,7 @@ class QuantSpec:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A compiled file, checked to hold the types that its precision claims."""
+    """A compiled model, checked to hold the types that its precision claims; digest and size are over all its files."""
 
     path: Path
     sha256: str
@@ -83,6 +83,10 @@ class Artifact:
     weight_types: dict[str, int]
     """Bytes of constants by numpy dtype name."""
     precision: str
+    companions: tuple[Path, ...] = ()
+    """Further files that belong to it, beside it and of the same stem."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of how it was made."""
 
 
 class Backend(Protocol):
@@ -95,6 +99,11 @@ class Backend(Protocol):
 
     @property
     def consumes(self) -> Source: ...
+
+    @property
+    def suffix(self) -> str:
+        """Ending of its artifacts."""
+        ...
 
     @property
     def precisions(self) -> tuple[str, ...]: ...

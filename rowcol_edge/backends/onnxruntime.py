@@ -42,6 +42,7 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
     consumes = Source.ONNX
     precisions = ("fp32", "fp16", "int8", "int8-dynamic")
+    suffix = ".onnx"
 
     def compile(
         self, model: Path, runtime: RuntimeSpec, quant: QuantSpec, calibration: Calibration | None, out: Path

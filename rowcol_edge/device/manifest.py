@@ -70,10 +70,18 @@ class ArmEntry:
     threshold: float | None = None
     plan_digest: str | None = None
 
+    def owns(self, path: str) -> bool:
+        """Is a file of the bundle part of this arm: its artifact, or weights beside it (``x.bin``, ``x.onnx.data``)?"""
+        return path == self.artifact or path.startswith(f"{self.artifact.rpartition('.')[0]}.")
+
 
 @dataclass(frozen=True, slots=True)
 class RuntimeEntry:
-    """The runtime the artifacts were compiled for, and the oldest version of it that is promised to open them."""
+    """The runtime the artifacts were compiled for, and the oldest version of it that is promised to open them.
+
+    ``opset`` and ``ir_version`` are those of the ONNX file that is opened, or that was converted. ``properties`` are
+    settings in the runtime's own words.
+    """
 
     name: str
     oldest: str
@@ -82,6 +90,7 @@ class RuntimeEntry:
     threads: int
     install: str
     providers: tuple[str, ...] = ()
+    properties: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +239,7 @@ def _runtime(fields: Fields) -> RuntimeEntry:
         threads=fields.integer("threads"),
         install=fields.text("install"),
         providers=fields.texts("providers"),
+        properties=fields.text_table("properties"),
     )
     fields.done()
     return entry

@@ -143,6 +143,7 @@ def _request(bundle: Bundle, arm: ArmEntry, threads: int) -> Request:
         batch={spec.name: (spec.shape[0] or 1) if spec.shape else 0 for spec in manifest.inputs},
         threads=threads,
         providers=manifest.runtime.providers,
+        properties=manifest.runtime.properties,
         min_samples=schedule.MIN_SAMPLES,
         max_samples=schedule.MAX_SAMPLES,
     )
@@ -156,12 +157,7 @@ def _arm_profile(bundle: Bundle, arm: ArmEntry, label: str, session: Session) ->
         name=label,
         artifact=arm.artifact,
         sha256=sha256,
-        # weights may lie in files of their own beside the artifact, named after it
-        artifact_bytes=sum(
-            entry.size_bytes
-            for entry in bundle.manifest.files
-            if entry.path == arm.artifact or entry.path.startswith(f"{arm.artifact}.")
-        ),
+        artifact_bytes=sum(entry.size_bytes for entry in bundle.manifest.files if arm.owns(entry.path)),
         latency=Latency(
             float(np.median(samples)), stats.percentile(samples, 90), stats.percentile(samples, 99), len(samples)
         ),

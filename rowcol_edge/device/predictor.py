@@ -16,6 +16,7 @@ from ..errors import BundleError, DataError
 from .bundle import Bundle
 from .decode import Prediction, decoder
 from .manifest import ArmEntry, TensorSpec
+from .npz import read_npz
 from .preprocess import Preprocess
 from .runtimes import Runtime, RuntimeOptions, Session, load_runtime
 
@@ -61,7 +62,7 @@ class Predictor:
             if isinstance(source, Mapping):
                 return source
             if isinstance(source, (str, Path)) and Path(source).suffix == ".npz":
-                return _npz_feeds(Path(source))
+                return read_npz(Path(source), DataError)
         spec = self._only_input
         tensor = self._tensor(source, spec)
         if tensor.ndim == len(spec.shape) - 1:
@@ -138,7 +139,8 @@ class Predictor:
 def runtime_options(bundle: Bundle, threads: int | None = None) -> RuntimeOptions:
     """The options the manifest asks for; ``threads`` None keeps its number."""
     entry = bundle.manifest.runtime
-    return RuntimeOptions(threads=entry.threads if threads is None else threads, providers=entry.providers)
+    used = entry.threads if threads is None else threads
+    return RuntimeOptions(threads=used, providers=entry.providers, properties=entry.properties)
 
 
 def open_arm(bundle: Bundle, arm: ArmEntry, *, threads: int | None = None) -> Session:
@@ -185,30 +187,11 @@ def _specs_text(specs: tuple[TensorSpec, ...]) -> str:
 
 
 def _npy(path: Path) -> np.ndarray:
-    array = _load(path)
+    try:
+        array: Any = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError, MemoryError) as e:
+        raise DataError(str(path), expected="an array file (never pickled)", got=str(e)) from e
     if not isinstance(array, np.ndarray):
         array.close()
         raise DataError(str(path), expected="an .npy array", got="an .npz archive under that name")
     return array
-
-
-def _npz_feeds(path: Path) -> dict[str, np.ndarray]:
-    from zipfile import BadZipFile
-
-    archive = _load(path)
-    if isinstance(archive, np.ndarray):
-        raise DataError(str(path), expected="an .npz with one array for each input", got="a single array")
-    with archive:
-        try:
-            return {name: archive[name] for name in archive.files}
-        except (ValueError, OSError, EOFError, BadZipFile) as e:
-            raise DataError(str(path), expected="arrays (never pickled)", got=str(e)) from e
-
-
-def _load(path: Path) -> Any:
-    from zipfile import BadZipFile
-
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError, BadZipFile) as e:
-        raise DataError(str(path), expected="an array file (never pickled)", got=str(e)) from e

@@ -121,14 +121,15 @@ def evidence_for(target: Mapping[str, Any], host: Environment) -> Evidence:
     if host.emulated:
         return Evidence(EMULATED, f"{host.emulated}: proves outputs, its times mean nothing")
     match = target.get("match") or {}
-    board = match.get("device_tree_model", "")
+    board, cpu = match.get("device_tree_model", ""), match.get("cpu_model", "")
     lacking = [flag for flag in target.get("isa") or () if host.isa and flag not in host.isa]
     where = host.board or host.cpu_model or host.machine
-    if host.machine == match.get("machine") and board in host.board and not lacking:
+    same = host.machine == match.get("machine") and board in host.board and bool(re.search(cpu, host.cpu_model))
+    if same and not lacking:
         beyond = [flag for flag in INT8_FLAGS if flag in host.isa and flag not in (target.get("isa") or ())]
         more = f"; it has {', '.join(beyond)}, which the target does not count on" if beyond else ""
         return Evidence(TARGET, f"measured on {where}{more}")
-    wanted = board or match.get("machine", "") or str(target.get("name", "the target"))
+    wanted = board or (str(target.get("title", "")) if cpu else "") or match.get("machine", "") or "the target"
     lack = f" without {', '.join(lacking)}" if lacking and host.machine == match.get("machine") else ""
     caps = target.get("proxy_env") or {}
     cap = "capped by " + " ".join(f"{k}={v}" for k, v in sorted(caps.items())) if caps else "no instruction-set cap"

@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,7 @@ class Request:
     batch: dict[str, int]
     threads: int
     providers: tuple[str, ...] = ()
+    properties: dict[str, str] = field(default_factory=dict)
     run_seconds: float = 1.0
     warmup_seconds: float = 0.3
     min_samples: int = 5
@@ -131,7 +132,7 @@ def run(request: Request) -> TimedRun | MemoryRun:
     runtime = load_runtime(request.runtime)
     import_ns = clock() - begin
     version = runtime.version()
-    options = RuntimeOptions(threads=request.threads, providers=request.providers)
+    options = RuntimeOptions(request.threads, request.providers, request.properties)
     feed = _feed(request)
     measure = _memory if request.mode == MEMORY else _time
 

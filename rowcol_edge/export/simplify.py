@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +9,7 @@ from typing import Any
 
 import onnx
 
+from .. import native
 from ..backends import onnx_files
 from ..errors import StageError
 from .simplify_worker import NOT_EQUAL, NOT_INSTALLED
@@ -50,7 +47,7 @@ def simplify(source: Path, out: Path, *, timeout_s: float = 300.0) -> Simplified
     before = onnx_files.load(source)
     with tempfile.TemporaryDirectory(prefix="rowcol-simplify-") as work:
         result = Path(work) / "simplified.onnx"
-        reason = _run(_command(source, result), timeout_s) or ("" if result.is_file() else "onnxsim wrote no file")
+        reason = _run(source, result, timeout_s)
         after = before
         if not reason:
             after, reason = _accepted(before, result)
@@ -66,38 +63,15 @@ def simplify(source: Path, out: Path, *, timeout_s: float = 300.0) -> Simplified
     )
 
 
-def _command(source: Path, result: Path) -> list[str]:
-    # -P: the folder the user stands in is no place to import from.
-    return [sys.executable, "-P", "-m", "rowcol_edge.export.simplify_worker", str(source), str(result)]
-
-
-def _run(command: list[str], timeout_s: float) -> str:
-    """Why the worker failed; empty if it did not."""
-    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    try:
-        done = subprocess.run(
-            command, env=environment, timeout=timeout_s, capture_output=True, text=True, errors="replace", check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"onnxsim took longer than {timeout_s:g} s"
-    if done.returncode == 0:
-        return ""
-    if done.returncode == NOT_INSTALLED:
-        return "onnxsim is not installed"
-    if done.returncode == NOT_EQUAL:
-        return "onnxsim says that its result computes something else"
-    if done.returncode < 0:
-        return f"onnxsim crashed ({_signal_name(-done.returncode)})"
-    lines = done.stderr.strip().splitlines()
-    return f"onnxsim failed: {lines[-1][:200] if lines else f'exit code {done.returncode}'}"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+def _run(source: Path, result: Path, timeout_s: float) -> str:
+    """Why onnxsim failed; empty if it did not."""
+    meanings = {
+        NOT_INSTALLED: "onnxsim is not installed",
+        NOT_EQUAL: "onnxsim says that its result computes something else",
+    }
+    worker = "rowcol_edge.export.simplify_worker"
+    failure = native.run(worker, [source, result], tool="onnxsim", timeout_s=timeout_s, exit_codes=meanings)
+    return failure or ("" if result.is_file() else "onnxsim wrote no file")
 
 
 def _accepted(before: onnx.ModelProto, result: Path) -> tuple[onnx.ModelProto, str]:

@@ -187,7 +187,7 @@ def profile(measured: Profile, path: Path) -> None:
     console.print(f"written to {path}", markup=False)
 
 
-def comparison(table: ComparisonTable) -> None:
+def comparison(table: ComparisonTable, *, notes: bool = True) -> None:
     """Dense against factored: a sheet per bundle, its arms side by side, so that it fits a terminal."""
     console = _console()
     headings = table.columns()
@@ -199,7 +199,7 @@ def comparison(table: ComparisonTable) -> None:
         for i in range(3, len(headings)):
             sheet.add_row(headings[i], *(cells[i] for cells in arms))
         console.print(sheet)
-    for note in table.notes:
+    for note in table.notes if notes else ():
         console.print(f"note: {note}", markup=False)
 
 
@@ -210,7 +210,7 @@ def demo(shown: Demo) -> None:
 
     console = _console()
     console.print(profile_table(shown.profile), markup=False, soft_wrap=True)
-    comparison(shown.table)
+    comparison(shown.table, notes=False)  # the profile above has said them
     answer = shown.prediction
     console.print(
         f"{shown.image} is {shown.truth}; the packaged model says {answer.get('label')} "

@@ -52,13 +52,15 @@ def test_an_artifact_is_what_it_says(
     backend = load_backend(name)
     source: Path = request.getfixturevalue(network)
     before = source.read_bytes()
-    out = tmp_path / "artifact.onnx"
+    out = tmp_path / f"artifact{backend.suffix}"
     made = backend.compile(source, runtime, QuantSpec(precision), batches, out)
-    content = out.read_bytes()
+    files = [*made.companions, out]
+    content = b"".join(path.read_bytes() for path in files)
     assert (made.path, made.precision) == (out, precision)
     assert (made.sha256, made.size_bytes) == (hashlib.sha256(content).hexdigest(), len(content))
     assert 0 < sum(made.weight_types.values()) < made.size_bytes
-    assert [p.name for p in tmp_path.iterdir()] == ["artifact.onnx"]
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+    assert {path.stem for path in files} == {"artifact"}
     assert source.read_bytes() == before
     expected = run("onnxruntime", source, unseen)
     error = np.linalg.norm(run(backend.name, out, unseen) - expected) / np.linalg.norm(expected)
@@ -69,8 +71,8 @@ def test_an_artifact_is_what_it_says(
 def test_the_same_input_gives_the_same_bytes(
     backend: Backend, precision: str, tokens: Path, tmp_path: Path, runtime: RuntimeSpec, batches: Batches
 ) -> None:
-    first = backend.compile(tokens, runtime, QuantSpec(precision), batches, tmp_path / "a.onnx")
-    second = backend.compile(tokens, runtime, QuantSpec(precision), batches, tmp_path / "b.onnx")
+    first = backend.compile(tokens, runtime, QuantSpec(precision), batches, tmp_path / f"a{backend.suffix}")
+    second = backend.compile(tokens, runtime, QuantSpec(precision), batches, tmp_path / f"b{backend.suffix}")
     assert first.sha256 == second.sha256
 
 
@@ -78,10 +80,11 @@ def test_a_source_that_is_none_is_refused_and_nothing_is_overwritten(
     backend: Backend, tmp_path: Path, runtime: RuntimeSpec, batches: Batches
 ) -> None:
     (tmp_path / "in.onnx").write_bytes(b"no model")
-    (tmp_path / "out.onnx").write_bytes(b"earlier")
+    out = tmp_path / f"out{backend.suffix}"
+    out.write_bytes(b"earlier")
     with pytest.raises(StageError, match=r"reading in\.onnx"):
-        backend.compile(tmp_path / "in.onnx", runtime, QuantSpec("int8"), batches, tmp_path / "out.onnx")
-    assert (tmp_path / "out.onnx").read_bytes() == b"earlier"
+        backend.compile(tmp_path / "in.onnx", runtime, QuantSpec("int8"), batches, out)
+    assert out.read_bytes() == b"earlier"
 
 
 def test_int8_without_calibration_data_is_bad_input(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from rowcol_edge import native
 from rowcol_edge.errors import StageError
-from rowcol_edge.export import simplify as module
 from rowcol_edge.export.simplify import simplify
 
 
@@ -46,10 +47,10 @@ def source(tmp_path: Path) -> Path:
 def python(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Put ``code`` in the worker's place; it finds the paths in ``source`` and ``out``."""
 
-    def command(source: Path, result: Path) -> list[str]:
-        return [sys.executable, "-c", f"import sys; source, out = sys.argv[1:]; {code}", str(source), str(result)]
+    def command(_: str, arguments: Sequence[object]) -> list[str]:
+        return [sys.executable, "-c", f"import sys; source, out = sys.argv[1:]; {code}", *map(str, arguments)]
 
-    monkeypatch.setattr(module, "_command", command)
+    monkeypatch.setattr(native, "_command", command)
 
 
 def writing(monkeypatch: pytest.MonkeyPatch, result: onnx.ModelProto, tmp_path: Path) -> None:

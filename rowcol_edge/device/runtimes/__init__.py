@@ -7,7 +7,10 @@ from importlib import import_module
 from ...errors import BundleError, did_you_mean
 from .base import Runtime, RuntimeOptions, Session
 
-RUNTIMES: dict[str, str] = {"onnxruntime": "rowcol_edge.device.runtimes.onnxruntime"}
+RUNTIMES: dict[str, str] = {
+    "onnxruntime": "rowcol_edge.device.runtimes.onnxruntime",
+    "openvino": "rowcol_edge.device.runtimes.openvino",
+}
 """Name in the manifest → module, whose ``RUNTIME`` is the :class:`Runtime`."""
 
 __all__ = ["RUNTIMES", "Runtime", "RuntimeOptions", "Session", "load_runtime"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -16,10 +16,14 @@ from ..manifest import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class RuntimeOptions:
-    """``threads`` 0 and no ``providers`` leave the choice to the runtime (the CPU)."""
+    """``threads`` 0 and no ``providers`` leave the choice to the runtime (the CPU).
+
+    ``properties`` are settings in the runtime's own words, such as openvino's ``INFERENCE_PRECISION_HINT``.
+    """
 
     threads: int = 0
     providers: tuple[str, ...] = ()
+    properties: dict[str, str] = field(default_factory=dict)
     deterministic: bool = False
 
 

@@ -136,6 +136,8 @@ def _settings(options: RuntimeOptions, providers: list[str]) -> Any:
     settings.inter_op_num_threads = 1
     settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     settings.use_deterministic_compute = options.deterministic
+    for key, value in options.properties.items():
+        settings.add_session_config_entry(key, value)
     if _CPU not in providers:
         # nodes that the asked-for provider does not take would run on the CPU without a word
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

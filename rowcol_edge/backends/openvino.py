@@ -1,0 +1,124 @@
+"""OpenVINO: an IR (``.xml`` and ``.bin``) at fp32, fp16 or int8.
+
+- fp16: weights in float16; the target's inference precision says what they are calculated in.
+- int8: nncf's post-training quantization, with the transformer's scheme (SmoothQuant, unsigned attention) for a model
+  that multiplies activations by activations. Where a target's 8-bit products saturate, weights keep to 7 bits.
+
+Conversion and quantization run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from .. import native
+from ..errors import MissingDependencyError, StageError
+from . import calibration as calibrating
+from . import onnx_files, openvino_files
+from .base import Artifact, Batch, Calibration, QuantSpec, Source, check_precision
+from .openvino_worker import NOT_INSTALLED
+
+if TYPE_CHECKING:
+    from ..targets import RuntimeSpec
+
+_TIMEOUT_S = 1800.0
+_MISSING = "not installed"
+
+
+class OpenVinoBackend:
+    """Compiles ``.onnx`` to ``.xml`` and ``.bin``."""
+
+    name = "openvino"
+    consumes = Source.ONNX
+    precisions = ("fp32", "fp16", "int8")
+    suffix = ".xml"
+
+    def compile(
+        self, model: Path, runtime: RuntimeSpec, quant: QuantSpec, calibration: Calibration | None, out: Path
+    ) -> Artifact:
+        """See `Backend.compile`. The weights lie in a ``.bin`` of the same name beside ``out``."""
+        check_precision(self, quant)
+        source = onnx_files.load(model)
+        stage = f"compile {quant.precision}"
+        with tempfile.TemporaryDirectory(prefix="rowcol-openvino-") as work:
+            folder = Path(work)
+            made = folder / "model.xml"
+            job: dict[str, Any] = {
+                "model": str(model.resolve()),
+                "out": str(made),
+                "precision": quant.precision,
+                "reduce_range": quant.reduce_range,
+                "transformer": _multiplies_activations(source),
+                "inputs": [port.name for port in onnx_files.inputs(source)],
+            }
+            if quant.precision == "int8":
+                job["calibration"] = str(folder / "calibration")
+                feeds = calibrating.feeds(calibration, onnx_files.inputs(source))
+                _spool(feeds, job["inputs"], folder / "calibration")
+            (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+            failure = native.run(
+                "rowcol_edge.backends.openvino_worker",
+                [folder / "job.json"],
+                tool="openvino",
+                timeout_s=_TIMEOUT_S,
+                exit_codes={NOT_INSTALLED: _MISSING},
+            )
+            if failure == _MISSING:
+                raise MissingDependencyError("compiling for openvino", package="rowcol-edge[openvino]")
+            if failure or not made.is_file():
+                raise StageError(
+                    stage,
+                    expected="a model that openvino can convert",
+                    got=failure or "no file",
+                    hint="the ONNX file itself is valid: onnxruntime runs it",
+                )
+            openvino_files.check_types(made, quant.precision)
+            notes = tuple(json.loads(made.with_suffix(".json").read_text(encoding="utf-8")))
+            types = openvino_files.weight_types(made)
+            sha256, size_bytes = _publish(made, out)
+        return Artifact(out, sha256, size_bytes, types, quant.precision, (out.with_suffix(".bin"),), notes)
+
+
+BACKEND = OpenVinoBackend()
+
+
+def _spool(feeds: Iterable[Batch], names: Sequence[str], folder: Path) -> None:
+    """One ``.npz`` a batch: the other process reads them one at a time, so that no memory holds them all."""
+    folder.mkdir()
+    for number, feed in enumerate(feeds):
+        np.savez(folder / f"{number:06d}.npz", *(feed[name] for name in names))
+
+
+def _multiplies_activations(proto: onnx.ModelProto) -> bool:
+    """Whether a MatMul has no constant operand: attention, which wants nncf's scheme for transformers."""
+    for graph in onnx_files.graphs(proto.graph):
+        constants = {tensor.name for tensor in graph.initializer}
+        constants |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
+        if any(node.op_type == "MatMul" and not constants & set(node.input) for node in graph.node):
+            return True
+    return False
+
+
+def _publish(made: Path, out: Path) -> tuple[str, int]:
+    """Move the IR to ``out``, weights first; sha256 over both files and their size in bytes."""
+    digest, size_bytes = hashlib.sha256(), 0
+    for suffix in (".bin", ".xml"):
+        content = made.with_suffix(suffix).read_bytes()
+        digest.update(content)
+        size_bytes += len(content)
+        temporary = out.with_name(f".{out.stem}.{os.getpid()}{suffix}")
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(out.with_suffix(suffix))
+        finally:
+            temporary.unlink(missing_ok=True)
+    return digest.hexdigest(), size_bytes

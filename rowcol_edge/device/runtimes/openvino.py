@@ -1,0 +1,150 @@
+"""OpenVINO: an IR file (``.xml``) with its weights (``.bin``) beside it, on the CPU, GPU or NPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ...errors import BundleError, MissingDependencyError, RowcolError
+from ..manifest import TensorSpec
+from .base import FeedCheck, RuntimeOptions
+
+try:
+    import openvino as ov
+except ModuleNotFoundError as e:
+    raise MissingDependencyError("running this bundle", package="openvino") from e
+except ImportError as e:  # installed, but for another C library or processor
+    raise RowcolError(
+        "package openvino",
+        expected="a version that loads on this machine",
+        got=str(e),
+        hint="install another version of it or of numpy",
+    ) from e
+
+_ERRORS = (RuntimeError, ValueError, TypeError)
+"""What openvino raises: pybind11 makes RuntimeError of its own exceptions, and the other two of a wrong argument."""
+
+_DTYPES = {
+    "f16": "float16", "f32": "float32", "f64": "float64", "i8": "int8", "i16": "int16", "i32": "int32", "i64": "int64",
+    "u8": "uint8", "u16": "uint16", "u32": "uint32", "u64": "uint64", "boolean": "bool",
+}  # fmt: skip
+
+
+class OpenVinoRuntime:
+    """Opens ``.xml`` files."""
+
+    name = "openvino"
+    package = "openvino"
+
+    def __init__(self) -> None:
+        self._core: Any = None
+
+    def version(self) -> str:
+        return str(ov.get_version()).partition("-")[0]
+
+    def open(self, artifact: Path, options: RuntimeOptions) -> OpenVinoSession:
+        for path in (artifact, artifact.with_suffix(".bin")):
+            if not path.is_file():
+                raise BundleError(str(path), expected="an IR file with its .bin beside it", got="no such file")
+        if self._core is None:
+            self._core = ov.Core()  # one a process: every further one starts the plugins again
+        device = options.providers[0] if options.providers else "CPU"
+        offered = self._core.available_devices
+        if device not in {name.partition(".")[0] for name in offered} | set(offered):
+            raise BundleError(
+                f"device {device}",
+                expected=f"one that openvino {self.version()} can use here: {', '.join(offered)}",
+                got="not available",
+                hint="install the device's driver; another device is used only if it is asked for",
+            )
+        try:
+            if not artifact.read_bytes().lstrip().startswith(b"<?xml"):
+                raise ValueError("a file that is no XML")  # openvino would try its other readers, which print
+            model = self._core.read_model(artifact)
+            compiled = self._core.compile_model(model, device, _settings(device, options))
+            return OpenVinoSession(compiled, artifact, self.version())
+        except _ERRORS as e:
+            raise BundleError(
+                artifact.name,
+                expected=f"a model that openvino {self.version()} can load on {device}",
+                got=_short(e),
+                hint="run verify; if the digests match, this version of openvino does not support the model",
+            ) from e
+
+
+RUNTIME = OpenVinoRuntime()
+
+
+class OpenVinoSession:
+    """One loaded ``.xml`` file."""
+
+    __slots__ = ("_artifact", "_check", "_names", "_request", "_version", "inputs", "outputs")
+
+    def __init__(self, compiled: Any, artifact: Path, version: str) -> None:
+        self._artifact = artifact
+        self._version = version
+        self.inputs = tuple(_spec(port, artifact) for port in compiled.inputs)
+        self.outputs = tuple(_spec(port, artifact) for port in compiled.outputs)
+        self._names = [spec.name for spec in self.outputs]
+        self._check = FeedCheck(self.inputs)
+        self._request = compiled.create_infer_request()
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self._check(feeds)
+        if self._request is None:
+            raise BundleError(self._artifact.name, expected="an open session", got="one that was closed")
+        try:
+            # outputs are copied: the request's own buffers are written again by the next run
+            results = self._request.infer(
+                {name: np.ascontiguousarray(array) for name, array in feeds.items()}, share_inputs=True
+            )
+            return dict(zip(self._names, (np.array(value) for value in results.values()), strict=True))
+        except _ERRORS as e:
+            raise BundleError(
+                f"{self._artifact.name} on openvino {self._version}", expected="a run on valid inputs", got=_short(e)
+            ) from e
+
+    def close(self) -> None:
+        self._request = None
+
+    def __enter__(self) -> OpenVinoSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _settings(device: str, options: RuntimeOptions) -> dict[str, str]:
+    settings = {"PERFORMANCE_HINT": "LATENCY"}
+    if device == "CPU":
+        # where a processor has bfloat16, openvino's own default calculates a float32 model in it
+        settings |= {"NUM_STREAMS": "1", "INFERENCE_PRECISION_HINT": "f32"}
+        if options.threads:
+            settings["INFERENCE_NUM_THREADS"] = str(options.threads)
+    return settings | options.properties
+
+
+def _spec(port: Any, artifact: Path) -> TensorSpec:
+    dtype = port.element_type.get_type_name()
+    if dtype not in _DTYPES:
+        raise BundleError(f"{artifact.name}: {port.any_name}", expected=f"one of {', '.join(_DTYPES)}", got=dtype)
+    shape = port.partial_shape
+    if shape.rank.is_dynamic:
+        raise BundleError(f"{artifact.name}: {port.any_name}", expected="a known number of dimensions", got=str(shape))
+    return TensorSpec(port.any_name, tuple(d.get_length() if d.is_static else None for d in shape), _DTYPES[dtype])
+
+
+def _short(error: BaseException) -> str:
+    """openvino's message without the places in its source."""
+    text = str(error)
+    text = re.sub(r"Exception from \S+:\s*", "", text)
+    text = re.sub(r"Check '.*?' failed at \S+:\s*", "", text, flags=re.DOTALL)
+    text = " ".join(text.split())
+    return text if len(text) <= 240 else text[:239] + "…"

@@ -1,0 +1,114 @@
+"""OpenVINO: what its own backend and runtime do beyond the contracts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import pytest
+
+from rowcol_edge import native
+from rowcol_edge.backends import load_backend, openvino_files
+from rowcol_edge.backends.base import Artifact, QuantSpec
+from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
+from rowcol_edge.errors import BundleError, MissingDependencyError, StageError
+from rowcol_edge.targets import RuntimeSpec
+
+Batches = Callable[[], Iterator[dict[str, np.ndarray]]]
+Make = Callable[..., Artifact]
+
+
+@pytest.fixture
+def make(tmp_path: Path, runtime: RuntimeSpec, batches: Batches) -> Make:
+    def compiled(source: Path, precision: str, **quant: bool) -> Artifact:
+        spec = QuantSpec(precision, **quant)
+        return load_backend("openvino").compile(source, runtime, spec, batches, tmp_path / f"{precision}.xml")
+
+    return compiled
+
+
+def largest_weight(path: Path) -> int:
+    """The largest stored 8-bit weight, without its sign."""
+    constants = (op for op in ov.Core().read_model(path).get_ops() if op.get_type_name() == "Constant")
+    return max(int(np.abs(c.data.astype(int)).max()) for c in constants if c.get_element_type() == ov.Type.i8)
+
+
+@pytest.mark.parametrize(("reduce_range", "limit"), [(False, range(100, 129)), (True, range(50, 65))])
+def test_weights_keep_to_7_bits_where_products_saturate(
+    make: Make, convolutions: Path, reduce_range: bool, limit: range
+) -> None:
+    assert largest_weight(make(convolutions, "int8", reduce_range=reduce_range).path) in limit
+
+
+def test_a_file_that_claims_another_precision_is_refused(make: Make, tokens: Path) -> None:
+    made = {precision: make(tokens, precision).path for precision in ("fp32", "fp16", "int8")}
+    for claimed in made:
+        for held, path in made.items():
+            if claimed == held:
+                openvino_files.check_types(path, claimed)
+            else:
+                with pytest.raises(StageError, match=f"does not hold what {claimed} claims"):
+                    openvino_files.check_types(path, claimed)
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "says"),
+    [
+        ("import os; os.abort()", StageError, r"openvino crashed \(SIGABRT\)"),
+        ("sys.exit('the last words')", StageError, "openvino failed: the last words"),
+        ("pass", StageError, "got no file"),
+        ("sys.exit(40)", MissingDependencyError, r"rowcol-edge\[openvino\]"),
+    ],
+)
+def test_a_converter_that_fails_is_one_error(
+    make: Make, convolutions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    code: str, error: type[Exception], says: str,
+) -> None:  # fmt: skip
+    def command(_: str, arguments: Sequence[object]) -> list[str]:
+        return [sys.executable, "-c", f"import sys; {code}", *map(str, arguments)]
+
+    monkeypatch.setattr(native, "_command", command)
+    with pytest.raises(error, match=says):
+        make(convolutions, "fp32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantization_goes_on_without_smoothquant_and_says_so(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nncf
+
+    from rowcol_edge.backends import openvino_worker
+
+    real, tried = nncf.quantize, []
+
+    def quantize(*arguments: Any, **options: Any) -> Any:
+        alphas = options["advanced_parameters"].smooth_quant_alphas
+        tried.append(alphas.matmul)
+        if alphas.matmul >= 0:
+            raise RuntimeError("no smooth way\nat all")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(nncf, "quantize", quantize)
+    np.savez(tmp_path / "0.npz", np.zeros((1, 1, 16, 16), np.float32))
+    job = {"calibration": str(tmp_path), "inputs": ["x"], "transformer": True, "reduce_range": False}
+    _, notes = openvino_worker._quantized(ov.Core().read_model(tokens), job)
+    assert tried == [0.95, -1]
+    assert notes == ["quantized without SmoothQuant, which failed (RuntimeError: no smooth way)"]
+
+
+def test_float32_is_calculated_in_float32_unless_asked_otherwise(make: Make, tokens: Path, unseen: np.ndarray) -> None:
+    path = make(tokens, "fp32").path
+
+    def run(runtime: str, artifact: Path, **properties: str) -> np.ndarray:
+        with load_runtime(runtime).open(artifact, RuntimeOptions(properties=properties)) as session:
+            return session.run({"x": unseen})["output"]
+
+    exact = run("onnxruntime", tokens)
+    np.testing.assert_allclose(run("openvino", path), exact, rtol=1e-4, atol=1e-5)
+    with pytest.raises(BundleError, match="load on CPU"):
+        run("openvino", path, INFERENCE_PRECISION_HINT="float99")

@@ -1,0 +1,186 @@
+"""What every runtime in the table keeps, on artifacts that its own backend made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rowcol_edge.backends import load_backend
+from rowcol_edge.backends.base import QuantSpec
+from rowcol_edge.device.manifest import TensorSpec
+from rowcol_edge.device.runtimes import RUNTIMES, RuntimeOptions, Session, load_runtime
+from rowcol_edge.errors import BundleError, DataError
+from rowcol_edge.export.onnx import export
+from rowcol_edge.targets import RuntimeSpec
+
+PICTURE = np.random.default_rng(0).normal(size=(1, 1, 5, 6)).astype(np.float32)
+SCALE = np.full((1, 1), 2.0, np.float32)
+OPTIONS = RuntimeOptions(threads=1)
+
+
+class TwoInputs(nn.Module):
+    """A picture and a scale, to two numbers and one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(30, 2)
+
+    def forward(self, image: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.linear(image.flatten(1)) * scale
+        return y, y.sum(1, keepdim=True)
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return TwoInputs().eval()
+
+
+@pytest.fixture(scope="module", params=sorted(RUNTIMES))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def artifact(
+    name: str, net: nn.Module, runtime: RuntimeSpec, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[bool], Path]:
+    """The net compiled for the runtime, with a free batch or a fixed one."""
+
+    def make(dynamic: bool) -> Path:
+        work = tmp_path_factory.mktemp(name)
+        source, backend = work / "net.onnx", load_backend(name)
+        example = {"image": PICTURE, "scale": SCALE}
+        export(net, example, source, opset=runtime.opset, ir_version=runtime.ir_version, dynamic_batch=dynamic)
+        return backend.compile(source, runtime, QuantSpec("fp32"), None, work / f"made{backend.suffix}").path
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def free(artifact: Callable[[bool], Path]) -> Path:
+    return artifact(True)
+
+
+@pytest.fixture
+def session(name: str, free: Path) -> Iterator[Session]:
+    with load_runtime(name).open(free, OPTIONS) as opened:
+        yield opened
+
+
+def test_it_says_what_it_is(name: str) -> None:
+    runtime = load_runtime(name)
+    assert runtime.name == name
+    assert runtime.package
+    assert all(part.isdigit() for part in runtime.version().split(".")[:2])
+
+
+def test_inputs_and_outputs_keep_names_sizes_and_types(session: Session) -> None:
+    assert session.inputs == (
+        TensorSpec("image", (None, 1, 5, 6), "float32"),
+        TensorSpec("scale", (None, 1), "float32"),
+    )
+    assert [(spec.name, spec.shape[1:], spec.dtype) for spec in session.outputs] == [
+        ("output_0", (2,), "float32"),
+        ("output_1", (1,), "float32"),
+    ]
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_outputs_are_those_of_pytorch(session: Session, net: nn.Module, samples: int) -> None:
+    rng = np.random.default_rng(samples)
+    feeds = {
+        "scale": rng.normal(size=(samples, 1)).astype(np.float32),
+        "image": rng.normal(size=(samples, 1, 5, 6)).astype(np.float32),
+    }
+    with torch.no_grad():
+        expected = net(torch.from_numpy(feeds["image"]), torch.from_numpy(feeds["scale"]))
+    outputs = session.run(feeds)
+    assert list(outputs) == ["output_0", "output_1"]
+    for got, wanted in zip(outputs.values(), expected, strict=True):
+        np.testing.assert_allclose(got, wanted.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_outputs_stay_when_the_session_runs_again(session: Session) -> None:
+    first = session.run({"image": PICTURE, "scale": SCALE})["output_0"]
+    before = first.copy()
+    session.run({"image": 5 * PICTURE, "scale": SCALE})
+    np.testing.assert_array_equal(first, before)
+
+
+def test_a_strided_array_is_fine(session: Session) -> None:
+    wide = np.random.default_rng(0).normal(size=(1, 1, 5, 12)).astype(np.float32)
+    strided = session.run({"image": wide[:, :, :, ::2], "scale": SCALE})["output_0"]
+    plain = session.run({"image": wide[:, :, :, ::2].copy(), "scale": SCALE})["output_0"]
+    np.testing.assert_array_equal(strided, plain)
+
+
+@pytest.mark.parametrize(
+    ("feeds", "message"),
+    [
+        ({}, "no 'image', no 'scale'"),
+        ({"image": PICTURE}, "no 'scale'"),
+        ({"picture": PICTURE, "scale": SCALE}, "an unexpected 'picture'"),
+        ({"image": PICTURE.astype(np.float64), "scale": SCALE}, r"expected float32 \?×1×5×6, got float64 1×1×5×6"),
+        ({"image": PICTURE[0], "scale": SCALE}, "got float32 1×5×6"),
+        ({"image": PICTURE[:, :, :, :5], "scale": SCALE}, "got float32 1×1×5×5"),
+        ({"image": PICTURE.tolist(), "scale": SCALE}, "a numpy array, got list"),
+    ],
+)
+def test_feeds_that_do_not_fit_are_named(session: Session, feeds: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        session.run(feeds)
+
+
+def test_a_fixed_batch_is_checked(name: str, artifact: Callable[[bool], Path]) -> None:
+    with load_runtime(name).open(artifact(False), OPTIONS) as session:
+        assert session.run({"image": PICTURE, "scale": SCALE})["output_0"].shape == (1, 2)
+        with pytest.raises(DataError, match="expected float32 1×1×5×6"):
+            session.run({"image": PICTURE.repeat(2, 0), "scale": SCALE.repeat(2, 0)})
+
+
+def test_a_closed_session_says_so(session: Session) -> None:
+    session.close()
+    with pytest.raises(BundleError, match="closed"):
+        session.run({"image": PICTURE, "scale": SCALE})
+
+
+def copied(source: Path, folder: Path) -> Path:
+    """The artifact and what lies beside it under the same name."""
+    for path in source.parent.glob(f"{source.stem}.*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder / source.name
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
+def test_an_artifact_cut_short_is_one_error(name: str, free: Path, tmp_path: Path, keep: float) -> None:
+    copy = copied(free, tmp_path)
+    for path in list(tmp_path.iterdir()):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(keep * len(whole))])
+        with pytest.raises(BundleError, match=path.stem):
+            load_runtime(name).open(copy, OPTIONS)
+        path.write_bytes(whole)
+    load_runtime(name).open(copy, OPTIONS).close()
+
+
+def test_another_file_or_none_is_one_error(name: str, free: Path, tmp_path: Path) -> None:
+    copy = copied(free, tmp_path)
+    copy.write_bytes(b"no model at all")
+    with pytest.raises(BundleError, match=copy.stem):
+        load_runtime(name).open(copy, OPTIONS)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(BundleError, match="no such file"):
+        load_runtime(name).open(copy, OPTIONS)
+
+
+def test_a_device_that_is_not_there_is_refused(name: str, free: Path) -> None:
+    with pytest.raises(BundleError, match="Abacus"):
+        load_runtime(name).open(free, RuntimeOptions(providers=("Abacus",)))
