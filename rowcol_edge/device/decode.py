@@ -70,8 +70,8 @@ class Prediction:
 
 def decoder(
     contract: str, labels: Sequence[str] = (), positive: str | None = None, threshold: float | None = None
-) -> Callable[[Mapping[str, np.ndarray]], Prediction]:
-    """What turns one sample's outputs into the answer.
+) -> Callable[[np.ndarray], Prediction]:
+    """What turns one sample's first output into the answer.
 
     Raises:
         BundleError: no such contract. When it is called: an output that does not fit the contract.
@@ -81,14 +81,19 @@ def decoder(
         raise BundleError("contract", expected=f"one of {', '.join(_DECODERS)}", got=repr(contract))
     answer = _DECODERS[contract](tuple(labels), positive, threshold)
 
-    def decode(outputs: Mapping[str, np.ndarray]) -> Prediction:
-        for array in outputs.values():
-            if array.dtype.kind not in "fiu":
-                raise BundleError(f"{contract} output", expected="numbers", got=str(array.dtype))
-            return answer(array)
-        raise BundleError("outputs", expected="at least one", got="none")
+    def decode(array: np.ndarray) -> Prediction:
+        if array.dtype.kind not in "fiu":
+            raise BundleError(f"{contract} output", expected="numbers", got=str(array.dtype))
+        return answer(array)
 
     return decode
+
+
+def first(outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The output that is decoded. BundleError: there is none."""
+    for array in outputs.values():
+        return array
+    raise BundleError("outputs", expected="at least one", got="none")
 
 
 def decode(
@@ -99,7 +104,7 @@ def decode(
     threshold: float | None = None,
 ) -> Prediction:
     """One sample's outputs → the answer; see :func:`decoder`."""
-    return decoder(contract, labels, positive, threshold)(outputs)
+    return decoder(contract, labels, positive, threshold)(first(outputs))
 
 
 def probabilities(logits: np.ndarray, positive: int | None) -> np.ndarray:

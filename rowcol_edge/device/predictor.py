@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -14,11 +14,12 @@ import numpy as np
 
 from ..errors import BundleError, DataError
 from .bundle import Bundle
-from .decode import Prediction, decoder
+from .decode import Prediction, decoder, first
 from .manifest import ArmEntry, TensorSpec
 from .npz import read_npz
 from .preprocess import Preprocess
 from .runtimes import Runtime, RuntimeOptions, Session, load_runtime
+from .runtimes.base import fits
 
 
 class Predictor:
@@ -41,6 +42,7 @@ class Predictor:
             self.preprocess = None if manifest.preprocess is None else Preprocess.from_dict(manifest.preprocess)
             self._decode = decoder(manifest.contract, manifest.labels, manifest.positive, self.arm.threshold)
             self._session = open_arm(self.bundle, self.arm, threads=threads)
+            self._frame = self._camera()
         except BaseException:
             if self._owned:
                 self.bundle.close()
@@ -54,7 +56,10 @@ class Predictor:
         dict of feeds.
         A model with several inputs takes feeds only. DataError: a source that does not fit.
         """
-        return self._decode(self._session.run(self.feeds(source)))
+        if self._frame is not None and isinstance(source, np.ndarray) and source.dtype == np.uint8:
+            name, frame = self._frame
+            return self._decode(self._session.infer({name: frame(source)[None]})[0])
+        return self.decode(self._session.run(self.feeds(source)))
 
     def feeds(self, source: Any) -> Mapping[str, np.ndarray]:
         """What :meth:`predict` gives to the model for a source."""
@@ -75,7 +80,7 @@ class Predictor:
 
     def decode(self, outputs: Mapping[str, np.ndarray]) -> Prediction:
         """Raw outputs of one sample → the answer."""
-        return self._decode(outputs)
+        return self._decode(first(outputs))
 
     def close(self) -> None:
         self._session.close()
@@ -89,6 +94,14 @@ class Predictor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _camera(self) -> tuple[str, Callable[[np.ndarray], np.ndarray]] | None:
+        """The input that takes camera frames, and what makes tensors that fit it: no call has to check them again."""
+        inputs = self._session.inputs
+        if self.preprocess is None or len(inputs) != 1 or inputs[0].dtype != "float32":
+            return None
+        shape = (1, *self.preprocess.shape)
+        return (inputs[0].name, self.preprocess.frame) if fits(shape, inputs[0].shape) else None
 
     @cached_property
     def _only_input(self) -> TensorSpec:

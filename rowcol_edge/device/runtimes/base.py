@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +38,10 @@ class Session(Protocol):
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """DataError for feeds that do not fit, BundleError if the runtime fails on feeds that do."""
+        ...
+
+    def infer(self, feeds: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+        """The outputs in their order, for feeds that are known to fit: nothing is checked here."""
         ...
 
     def close(self) -> None: ...

@@ -104,8 +104,12 @@ class OnnxSession:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self._check(feeds)
+        return dict(zip(self._output_names, self.infer(feeds), strict=True))
+
+    def infer(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         try:
-            return dict(zip(self._output_names, self._session.run(self._output_names, feeds), strict=True))
+            outputs: list[np.ndarray] = self._session.run(self._output_names, feeds)
+            return outputs
         except _ERRORS as e:
             raise BundleError(
                 f"{self._artifact.name} on onnxruntime {ort.__version__}",

@@ -96,6 +96,9 @@ class OpenVinoSession:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self._check(feeds)
+        return dict(zip(self._names, self.infer(feeds), strict=True))
+
+    def infer(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         if self._request is None:
             raise BundleError(self._artifact.name, expected="an open session", got="one that was closed")
         try:
@@ -103,7 +106,7 @@ class OpenVinoSession:
             results = self._request.infer(
                 {name: np.ascontiguousarray(array) for name, array in feeds.items()}, share_inputs=True
             )
-            return dict(zip(self._names, (np.array(value) for value in results.values()), strict=True))
+            return [np.array(value) for value in results.values()]
         except _ERRORS as e:
             raise BundleError(
                 f"{self._artifact.name} on openvino {self._version}", expected="a run on valid inputs", got=_short(e)
