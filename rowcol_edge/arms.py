@@ -7,6 +7,7 @@ After each stage the outputs on real inputs are compared with the dense PyTorch 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,9 +101,10 @@ class Workbench:
             QuantSpec.for_target(precision, target),
             self._job.calibration.batches,
             self._file(name, backend.suffix),
+            self._metadata(name, plan),
         )
         self._progress(f"compile {name}", 1, 1)
-        with evaluation.opened(artifact.path, runtime.name, runtime_options(target, runtime)) as run:
+        with evaluation.opened(artifact.path, backend.host_runtime, runtime_options(target, runtime)) as run:
             outputs = [run(self._real)]
             stage = compare(f"compile {precision}", self._dense, outputs, _LOSSY)
             if precision == "fp32":
@@ -111,6 +113,21 @@ class Workbench:
         stages = (*source.stages, stage)
         notes = (*source.notes, *(f"{name}: {note}" for note in artifact.notes), *_left(name, stages))
         return Arm(variant, precision, artifact, stages, parameters, plan, selection, notes)
+
+    def _metadata(self, name: str, plan: FactorPlan | None) -> dict[str, str]:
+        """What a file of this arm says of itself, by key; structured values as JSON."""
+        job = self._job
+        said = {
+            "rowcol_edge.model": job.model.name,
+            "rowcol_edge.arm": name,
+            "rowcol_edge.contract": job.contract,
+            "rowcol_edge.labels": json.dumps(job.labels, ensure_ascii=False),
+        }
+        if job.preprocess is not None:
+            said["rowcol_edge.preprocess"] = json.dumps(job.preprocess.to_dict())
+        if plan is not None:
+            said["rowcol_edge.plan_digest"] = plan.digest
+        return said
 
     def _source(self, variant: str, module: nn.Module, plan: FactorPlan | None, runtime: RuntimeSpec) -> _Source:
         key = (plan.digest if plan else variant, runtime.opset, runtime.ir_version)
@@ -163,7 +180,8 @@ class Workbench:
 
 def runtime_options(target: Target, runtime: RuntimeSpec) -> RuntimeOptions:
     """How the build opens an artifact: on this machine's CPU, as the target asks for otherwise."""
-    return RuntimeOptions(threads=target.threads, properties=runtime.properties)
+    own = load_backend(runtime.name).host_runtime == runtime.name
+    return RuntimeOptions(threads=target.threads, properties=runtime.properties if own else {})
 
 
 def _exact(what: str, before: Outputs, after: Outputs) -> None:

@@ -12,11 +12,12 @@ from typing import Any, TypedDict
 import tomli_w
 
 from .budgets import Budgets
+from .device import manifest
 from .device.manifest import CONTRACTS
 from .device.preprocess import Preprocess
 from .errors import ConfigError, did_you_mean
 
-PRECISIONS = ("fp32", "fp16", "int8", "int8-dynamic", "auto")
+PRECISIONS = (*manifest.PRECISIONS, "auto")
 DEFAULT_BUDGET = "drop<=0.5pp"
 _HEADER = "# Repeats this build, from the folder it ran in: rowcol-edge build --config rowcol.toml\n"
 

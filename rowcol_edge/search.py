@@ -24,7 +24,10 @@ from .job import Job, Progress
 #: an extra operator costs time too, so a layer must save more than the count says before it is worth factoring
 BREAK_EVEN = 0.75
 DEFAULT_ENERGY = 0.999
-_BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8-dynamic": 1.0}
+_BYTES_PER_WEIGHT = {
+    "fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8-io": 1.0, "int8-dynamic": 1.0,
+    "int8-weights": 1.0, "int4-weights": 0.5,
+}  # fmt: skip
 
 #: runs a module on the selection split
 JudgeModule = Callable[[nn.Module, str], Judged]

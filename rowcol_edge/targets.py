@@ -13,14 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rowcol_edge.device.manifest import PRECISIONS
 from rowcol_edge.errors import TargetError, did_you_mean
 from rowcol_edge.resources import targets_dir
 
 SCHEMA = 1
 """History: 1 – first version."""
-
-PRECISIONS = ("fp32", "fp16", "int8", "int8-dynamic")
-"""What a runtime may list: ``int8`` has its ranges from calibration, ``int8-dynamic`` finds them at each inference."""
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _VERSION = re.compile(r"\d+(\.\d+)+")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..device.manifest import PRECISIONS
 from ..errors import ConfigError, did_you_mean
-from ..targets import PRECISIONS
 
 if TYPE_CHECKING:
     from ..targets import RuntimeSpec, Target
@@ -42,7 +42,7 @@ class QuantSpec:
     """
 
     precision: str
-    """fp32, fp16, int8 (ranges from calibration) or int8-dynamic (ranges at each inference)."""
+    """One of `PRECISIONS`."""
 
     per_channel: bool = True
     """A scale for each output channel of a weight, rather than one a tensor."""
@@ -108,12 +108,24 @@ class Backend(Protocol):
     @property
     def precisions(self) -> tuple[str, ...]: ...
 
+    @property
+    def host_runtime(self) -> str:
+        """The runtime that runs its artifacts while building: its own, or one that stands in for it."""
+        ...
+
     def compile(
-        self, model: Path, runtime: RuntimeSpec, quant: QuantSpec, calibration: Calibration | None, out: Path
+        self,
+        model: Path,
+        runtime: RuntimeSpec,
+        quant: QuantSpec,
+        calibration: Calibration | None,
+        out: Path,
+        metadata: Mapping[str, str] | None = None,
     ) -> Artifact:
         """Write the artifact to ``out``, in one step, after all checks.
 
         Inputs and outputs keep their names, shapes and types; inside, weights have the type of the precision.
+        ``metadata`` is stored in the file by its format's convention.
 
         Raises:
             DataError: calibration is needed and missing, empty, not finite, or does not fit the inputs.

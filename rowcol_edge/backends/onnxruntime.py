@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,12 +41,19 @@ class OnnxRuntimeBackend:
     """Compiles ``.onnx`` to ``.onnx``."""
 
     name = "onnxruntime"
+    host_runtime = "onnxruntime"
     consumes = Source.ONNX
     precisions = ("fp32", "fp16", "int8", "int8-dynamic")
     suffix = ".onnx"
 
     def compile(
-        self, model: Path, runtime: RuntimeSpec, quant: QuantSpec, calibration: Calibration | None, out: Path
+        self,
+        model: Path,
+        runtime: RuntimeSpec,
+        quant: QuantSpec,
+        calibration: Calibration | None,
+        out: Path,
+        metadata: Mapping[str, str] | None = None,
     ) -> Artifact:
         """See `Backend.compile`. The artifact keeps the runtime's opset and IR version and has no external data."""
         check_precision(self, quant)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +38,19 @@ class OpenVinoBackend:
     """Compiles ``.onnx`` to ``.xml`` and ``.bin``."""
 
     name = "openvino"
+    host_runtime = "openvino"
     consumes = Source.ONNX
     precisions = ("fp32", "fp16", "int8")
     suffix = ".xml"
 
     def compile(
-        self, model: Path, runtime: RuntimeSpec, quant: QuantSpec, calibration: Calibration | None, out: Path
+        self,
+        model: Path,
+        runtime: RuntimeSpec,
+        quant: QuantSpec,
+        calibration: Calibration | None,
+        out: Path,
+        metadata: Mapping[str, str] | None = None,
     ) -> Artifact:
         """See `Backend.compile`. The weights lie in a ``.bin`` of the same name beside ``out``."""
         check_precision(self, quant)

@@ -39,7 +39,7 @@ class Fields:
         self._left.discard(key)
         value = self._values[key]
         # JSON's true is an int for Python; no field here means it that way
-        if not isinstance(value, kinds) or isinstance(value, bool):
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
             raise self.fail(key, expected, describe(value))
         return value
 
@@ -68,6 +68,10 @@ class Fields:
 
     def optional_number(self, key: str) -> float | None:
         return None if self._is_null(key) else self.number(key)
+
+    def flag(self, key: str) -> bool:
+        value: bool = self._take(key, bool, "true or false")
+        return value
 
     def table(self, key: str) -> dict[str, Any]:
         return dict(self._take(key, dict, "an object"))

@@ -11,15 +11,22 @@ from typing import Any
 from ..errors import BundleError, DataError, did_you_mean
 from .fields import Fields, describe, parse_json
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the manifest's format. History:
 
 1 – first one: arms, golden inputs and outputs, sha256 and size of every file.
+2 – an arm says how it was checked and which layers kept their precision; ``frames``; further precisions.
 """
 
 CONTRACTS = ("classify", "segment", "anomaly_map", "detect", "embed")
 VARIANTS = ("factored", "dense")
-PRECISIONS = ("fp32", "fp16", "int8", "int8-dynamic")
+PRECISIONS = ("fp32", "fp16", "int8", "int8-io", "int8-dynamic", "int8-weights", "int4-weights")
+"""``int8`` has its ranges from calibration, ``int8-io`` takes and gives int8 as well, ``int8-dynamic`` finds the ranges
+of activations at each inference; in ``int8-weights`` and ``int4-weights`` only stored weights are narrow."""
+RUN, GRAPH_CHECKED = "run", "graph-checked, not run"
+CHECKS = (RUN, GRAPH_CHECKED)
+"""How the build knows that an arm works: it ran on the runtime and kind of device it is for, or only its graph was
+checked, and another runtime or the CPU stood in for it."""
 DTYPES = (
     "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool",
 )  # fmt: skip
@@ -55,7 +62,8 @@ class ArmEntry:
     ``weight_types`` counts the bytes of the stored weights by numpy dtype. ``tolerance`` is the relative error
     ``‖a-b‖₂/‖b‖₂`` that another machine may show against the golden outputs. ``quality`` holds, by split
     (``selection``, ``test``), what was measured at the build. ``threshold`` is the decision threshold on the positive
-    label's probability (classify, segment) or on the score (anomaly_map, detect).
+    label's probability (classify, segment) or on the score (anomaly_map, detect). ``checked`` is one of ``CHECKS``.
+    ``kept_float`` names layers that stay in higher precision, because quantizing them hurt.
     """
 
     name: str
@@ -69,6 +77,8 @@ class ArmEntry:
     quality: dict[str, Any] = field(default_factory=dict)
     threshold: float | None = None
     plan_digest: str | None = None
+    checked: str = RUN
+    kept_float: tuple[str, ...] = ()
 
     def owns(self, path: str) -> bool:
         """Is a file of the bundle part of this arm: its artifact, or weights beside it (``x.bin``, ``x.onnx.data``)?"""
@@ -99,6 +109,8 @@ class Manifest:
 
     ``golden_inputs`` (an ``.npz``) holds one array an input, its samples stacked along the first axis;
     ``golden_outputs`` gives each arm the ``.npz`` with the outputs that its artifact gave for them at the build.
+    With ``frames`` the artifacts take camera frames, uint8 (N, height, width, channels): ``preprocess`` then only says
+    how a picture becomes a frame of that size, its scale, mean and std are part of the graph.
     """
 
     schema: int = SCHEMA
@@ -108,6 +120,7 @@ class Manifest:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     preprocess: dict[str, Any] | None
+    frames: bool = False
     contract: str
     labels: tuple[str, ...] = ()
     positive: str | None = None
@@ -167,6 +180,7 @@ class Manifest:
             inputs=tuple(_tensor(f) for f in fields.children("inputs")),
             outputs=tuple(_tensor(f) for f in fields.children("outputs")),
             preprocess=fields.optional_table("preprocess"),
+            frames=fields.flag("frames"),
             contract=fields.text("contract", CONTRACTS),
             labels=fields.texts("labels"),
             positive=fields.optional_text("positive"),
@@ -259,6 +273,8 @@ def _arm(fields: Fields) -> ArmEntry:
         quality=_quality(fields),
         threshold=fields.optional_number("threshold"),
         plan_digest=fields.optional_text("plan_digest"),
+        checked=fields.text("checked", CHECKS),
+        kept_float=fields.texts("kept_float"),
     )
     fields.done()
     if arm.name != f"{arm.variant}@{arm.precision}":

@@ -30,7 +30,7 @@ def test_json_round_trip(bundle: Bundle) -> None:
 
 def test_another_schema_is_refused_by_its_version_even_if_other_keys_changed(values: Values) -> None:
     error = refused({"schema": 7, "something": "new"})
-    assert (error.what, error.expected, error.got) == ("manifest.schema", "1", "7")
+    assert (error.what, error.expected, error.got) == ("manifest.schema", "2", "7")
     assert "pyz" in error.hint
 
 
