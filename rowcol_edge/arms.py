@@ -125,6 +125,7 @@ class Workbench:
         }
         if job.preprocess is not None:
             said["rowcol_edge.preprocess"] = json.dumps(job.preprocess.to_dict())
+            said["rowcol_edge.frames"] = json.dumps(job.options.bake_preprocess)
         if plan is not None:
             said["rowcol_edge.plan_digest"] = plan.digest
         return said

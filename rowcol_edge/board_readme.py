@@ -91,12 +91,19 @@ def _input(manifest: Manifest) -> str:
     lines = ["## Input\n", *(f"- `{spec.name}`: {_spec(spec)}" for spec in manifest.inputs)]
     if manifest.preprocess is not None:
         recipe = Preprocess.from_dict(manifest.preprocess)
+        formula = (
+            f"`(pixel × {recipe.scale:.6g} − mean) ÷ std` with mean {_list(recipe.mean)} and std {_list(recipe.std)}"
+        )
         lines.append(
-            f"\nImage files are converted to {'grey' if recipe.channels == 1 else recipe.mode}, resized to "
-            f"{recipe.width} × {recipe.height} (width × height, {recipe.resample}), and become "
-            f"`(pixel × {recipe.scale:.6g} − mean) ÷ std` with mean {_list(recipe.mean)} and std {_list(recipe.std)}. "
-            "A `.raw` or `.bin` file is a frame of exactly that size, one byte a channel, row by row; a `.npy` is "
-            "such a frame (uint8) or the finished float tensor."
+            f"\nImage files are converted to {'grey' if recipe.channels == 1 else recipe.mode} and resized to "
+            f"{recipe.width} × {recipe.height} (width × height, {recipe.resample}). "
+            + (
+                f"The model takes these pixels as they are: it calculates {formula} itself. "
+                if manifest.frames
+                else f"They become {formula}. "
+            )
+            + "A `.raw` or `.bin` file is a frame of exactly that size, one byte a channel, row by row; a `.npy` is "
+            f"such a frame (uint8){'' if manifest.frames else ' or the finished float tensor'}."
         )
     else:
         lines.append("\nInputs are arrays: a `.npz` that holds one under each name above.")

@@ -90,6 +90,7 @@ def write(
         inputs=specs[0],
         outputs=specs[1],
         preprocess=job.preprocess.to_dict() if job.preprocess else None,
+        frames=job.options.bake_preprocess,
         contract=job.contract,
         labels=job.labels,
         positive=None if job.positive is None else job.labels[job.positive],

@@ -154,6 +154,10 @@ def build(
     labels: Labels = None,
     positive: Positive = None,
     preprocess: Preprocess = None,
+    bake_preprocess: Annotated[
+        bool | None,
+        typer.Option("--bake-preprocess/--no-bake-preprocess", help="the graph takes uint8 frames, N×height×width×C"),
+    ] = None,
     dynamic_batch: Annotated[
         bool | None, typer.Option("--dynamic-batch/--fixed-batch", help="batch of any size")
     ] = None,
@@ -173,7 +177,7 @@ def build(
         "model": model, "target": target, "out": out, "weights": weights, "runtime": runtime, "precision": precision,
         "calib": calib, "select": select, "test": test, "metric": metric, "budget": budget, "energy": energy,
         "plan": plan, "contract": contract, "labels": labels, "positive": positive, "preprocess": preprocess,
-        "dynamic_batch": dynamic_batch, "dense": dense, "zip": zip,
+        "bake_preprocess": bake_preprocess, "dynamic_batch": dynamic_batch, "dense": dense, "zip": zip,
     }  # fmt: skip
     given = {key: value for key, value in said.items() if value is not None}
     with _progress() as progress:

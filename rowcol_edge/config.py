@@ -41,6 +41,7 @@ class Options(TypedDict, total=False):
     labels: str | Sequence[str] | None
     positive: str | None
     preprocess: str | Preprocess | Mapping[str, Any] | None
+    bake_preprocess: bool | None
     dynamic_batch: bool | None
     dense: bool | None
     zip: bool | None
@@ -59,6 +60,7 @@ class BuildOptions:
         budget: ``drop<=0.5pp,size<=4MB,…``; the default holds where labels and a metric are there.
         energy: keep this share of each layer's output variance instead of searching.
         plan: apply this plan file instead of searching.
+        bake_preprocess: the graph takes camera frames, uint8 (N, height, width, channels), and normalises them itself.
         contract: what the outputs mean: classify, segment, anomaly_map, detect or embed.
         dense: also package the dense arms.
     """
@@ -80,6 +82,7 @@ class BuildOptions:
     labels: tuple[str, ...] = ()
     positive: str | None = None
     preprocess: Preprocess | None = None
+    bake_preprocess: bool = False
     dynamic_batch: bool = False
     dense: bool = True
     zip: bool = True
@@ -180,7 +183,7 @@ def parse_preprocess(text: str) -> Preprocess:
 
 
 _TUPLES = ("target", "labels")
-_FLAGS = ("dynamic_batch", "dense", "zip")
+_FLAGS = ("bake_preprocess", "dynamic_batch", "dense", "zip")
 
 
 def _checked(key: str, value: Any, where: str) -> Any:

@@ -11,11 +11,11 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from . import datasets, models, quality, targets, user_code
+from . import datasets, frames, models, quality, targets, user_code
 from .budgets import Budgets
 from .config import DEFAULT_BUDGET, BuildOptions
 from .datasets import Split
-from .device.preprocess import Preprocess
+from .device.preprocess import Frames, Preprocess
 from .errors import ConfigError, DataError
 from .factoring.plan import FactorPlan
 from .models import LoadedModel
@@ -94,6 +94,8 @@ def prepare(options: BuildOptions, model: LoadedModel | None = None, progress: P
     model = model or models.load(options.model, options.weights)
     sample = model.sample
     preprocess = options.preprocess or (sample.preprocess if sample else None)
+    if options.bake_preprocess:
+        preprocess, model = _baked(preprocess, model)
     references = {"calibration": options.calib, "selection": options.select, "test": options.test}
     labels = options.labels or (sample.labels if sample else ()) or datasets.class_names(list(references.values()))
     # a sample brings its own splits only as a set: one of the user's among them could overlap unseen
@@ -101,7 +103,8 @@ def prepare(options: BuildOptions, model: LoadedModel | None = None, progress: P
     splits: dict[str, Split | None] = {}
     for i, (name, reference) in enumerate(references.items()):
         progress(f"read {name} data", i + 1, 4)
-        splits[name] = datasets.load(reference, name, model.inputs, sample=own, preprocess=preprocess, labels=labels)
+        split = datasets.load(reference, name, model.inputs, sample=own, preprocess=preprocess, labels=labels)
+        splits[name] = frames.of_tensors(split, preprocess) if split and isinstance(preprocess, Frames) else split
     progress("check data", 4, 4)
     calibration, selection, test = splits.values()
     if calibration is None:
@@ -137,6 +140,19 @@ def prepare(options: BuildOptions, model: LoadedModel | None = None, progress: P
         preprocess=preprocess,
         budgets=_budgets(options, metric),
     )
+
+
+def _baked(preprocess: Preprocess | None, model: LoadedModel) -> tuple[Frames, LoadedModel]:
+    """Recipe and model for frames."""
+    if preprocess is None:
+        raise ConfigError(
+            "bake_preprocess",
+            expected="how a picture becomes a tensor",
+            got="no preprocess",
+            hint='e.g. --preprocess "mode=L,size=224x224,mean=0.5,std=0.25"',
+        )
+    recipe = Frames.from_dict(preprocess.to_dict())
+    return recipe, frames.bake(model, recipe)
 
 
 def tool_versions() -> dict[str, str]:

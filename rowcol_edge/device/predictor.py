@@ -17,7 +17,7 @@ from .bundle import Bundle
 from .decode import Prediction, decoder, first
 from .manifest import ArmEntry, TensorSpec
 from .npz import read_npz
-from .preprocess import Preprocess
+from .preprocess import Frames, Preprocess
 from .runtimes import Runtime, RuntimeOptions, Session, load_runtime
 from .runtimes.base import fits
 
@@ -39,7 +39,8 @@ class Predictor:
         try:
             manifest = self.bundle.manifest
             self.arm = self.bundle.arm(arm)
-            self.preprocess = None if manifest.preprocess is None else Preprocess.from_dict(manifest.preprocess)
+            recipe = Frames if manifest.frames else Preprocess
+            self.preprocess = None if manifest.preprocess is None else recipe.from_dict(manifest.preprocess)
             self._decode = decoder(manifest.contract, manifest.labels, manifest.positive, self.arm.threshold)
             self._session = open_arm(self.bundle, self.arm, threads=threads)
             self._frame = self._camera()
@@ -56,7 +57,7 @@ class Predictor:
         dict of feeds.
         A model with several inputs takes feeds only. DataError: a source that does not fit.
         """
-        if self._frame is not None and isinstance(source, np.ndarray) and source.dtype == np.uint8:
+        if self._frame is not None and isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.ndim < 4:
             name, frame = self._frame
             return self._decode(self._session.infer({name: frame(source)[None]})[0])
         return self.decode(self._session.run(self.feeds(source)))
@@ -98,7 +99,7 @@ class Predictor:
     def _camera(self) -> tuple[str, Callable[[np.ndarray], np.ndarray]] | None:
         """The input that takes camera frames, and what makes tensors that fit it: no call has to check them again."""
         inputs = self._session.inputs
-        if self.preprocess is None or len(inputs) != 1 or inputs[0].dtype != "float32":
+        if self.preprocess is None or len(inputs) != 1 or inputs[0].dtype != self.preprocess.dtype:
             return None
         shape = (1, *self.preprocess.shape)
         return (inputs[0].name, self.preprocess.frame) if fits(shape, inputs[0].shape) else None
@@ -124,7 +125,8 @@ class Predictor:
 
     def _tensor(self, source: Any, spec: TensorSpec) -> np.ndarray:
         if isinstance(source, np.ndarray):
-            if source.dtype != np.uint8 or spec.dtype == "uint8":
+            as_it_is = self._frame is None or source.ndim == 4
+            if source.dtype != np.uint8 or (spec.dtype == "uint8" and as_it_is):
                 return source
             return self._recipe("a uint8 frame").frame(source)
         if isinstance(source, (str, Path)):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from ..errors import DataError, MissingDependencyError
 
 _MODES = {"L": 1, "RGB": 3}
 _RESAMPLING = ("nearest", "bilinear", "bicubic")
+_Recipe = TypeVar("_Recipe", bound="Preprocess")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Preprocess:
     scale: float = 1.0 / 255.0
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    dtype: ClassVar[str] = "float32"
+    """Of the input."""
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -78,17 +82,17 @@ class Preprocess:
         return (self.channels, self.height, self.width)
 
     @cached_property
-    def _frame_shape(self) -> tuple[int, int, int]:
+    def frame_shape(self) -> tuple[int, int, int]:
         return (self.height, self.width, self.channels)
 
     @cached_property
-    def _steps(self) -> tuple[np.ndarray, np.ndarray]:
+    def steps(self) -> tuple[np.ndarray, np.ndarray]:
         """(factor, offset), each (C, 1, 1) float32: pixel * factor + offset is the formula above."""
         std = np.array(self.std)[:, None, None]
         return (self.scale / std).astype(np.float32), (-np.array(self.mean)[:, None, None] / std).astype(np.float32)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
+    def from_dict(cls: type[_Recipe], values: Mapping[str, Any]) -> _Recipe:
         known = {k: values[k] for k in cls.__dataclass_fields__ if k in values}
         unknown = sorted(set(values) - set(known))
         if unknown:
@@ -108,25 +112,29 @@ class Preprocess:
 
     def pixels(self, frame: np.ndarray) -> np.ndarray:
         """uint8 frame, (H, W) or (H, W, C), already of the right size → (C, H, W) float32."""
-        if frame.ndim == 2:
-            frame = frame[:, :, None]
-        if frame.shape != self._frame_shape or frame.dtype != np.uint8:
-            raise DataError(
-                "camera frame",
-                expected=f"uint8 pixels, height × width × channels = {self._frame_shape}",
-                got=f"{frame.dtype} {frame.shape}",
-            )
-        factor, offset = self._steps
-        tensor = frame.transpose(2, 0, 1).astype(np.float32, order="C")
+        factor, offset = self.steps
+        tensor = self._checked(frame).transpose(2, 0, 1).astype(np.float32, order="C")
         tensor *= factor  # in place, a step at a time: several times faster than one expression
         tensor += offset
         return tensor
 
+    def _checked(self, frame: np.ndarray) -> np.ndarray:
+        """(H, W, C)."""
+        if frame.ndim == 2:
+            frame = frame[:, :, None]
+        if frame.shape != self.frame_shape or frame.dtype != np.uint8:
+            raise DataError(
+                "camera frame",
+                expected=f"uint8 pixels, height × width × channels = {self.frame_shape}",
+                got=f"{frame.dtype} {frame.shape}",
+            )
+        return frame
+
     def frame(self, frame: np.ndarray) -> np.ndarray:
         """uint8 frame, (H, W) or (H, W, C), of any size → (C, H, W) float32. Only another size or mode needs Pillow."""
-        if frame.shape == self._frame_shape or frame.dtype != np.uint8 or frame.ndim not in (2, 3):
+        if frame.shape == self.frame_shape or frame.dtype != np.uint8 or frame.ndim not in (2, 3):
             return self.pixels(frame)
-        if frame.ndim == 2 and (*frame.shape, 1) == self._frame_shape:
+        if frame.ndim == 2 and (*frame.shape, 1) == self.frame_shape:
             return self.pixels(frame)
         if frame.ndim == 3 and frame.shape[2] == 1:
             frame = frame[:, :, 0]
@@ -177,12 +185,9 @@ class Preprocess:
             raise DataError(str(path), expected="an .npy array", got="an .npz archive under that name")
         if array.dtype == np.uint8:
             return self.frame(array)
-        if array.shape != self.shape or array.dtype.kind != "f":
-            raise DataError(
-                str(path),
-                expected=f"float array of shape {self.shape}, or a uint8 frame",
-                got=f"{array.dtype} {array.shape}",
-            )
+        if array.shape != self.shape or array.dtype.kind != np.dtype(self.dtype).kind:
+            floats = "" if self.dtype == "uint8" else f"float array of shape {self.shape}, or "
+            raise DataError(str(path), expected=f"{floats}a uint8 frame", got=f"{array.dtype} {array.shape}")
         if not np.isfinite(array).all():
             raise DataError(str(path), expected="finite values", got="NaN or Inf")
         return np.ascontiguousarray(array, dtype=np.float32)
@@ -198,6 +203,19 @@ class Preprocess:
             )
         data = np.fromfile(path, dtype=np.uint8)
         return self.pixels(data.reshape(self.height, self.width, self.channels))
+
+
+class Frames(Preprocess):
+    """The same recipe for a model that normalises by itself: what becomes an input is the frame, (H, W, C) uint8."""
+
+    dtype = "uint8"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.frame_shape
+
+    def pixels(self, frame: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(self._checked(frame))
 
 
 def _pillow(what: str) -> Any:
