@@ -12,10 +12,10 @@ from itertools import combinations
 from typing import Any
 
 from ..device.bundle import Bundle
-from ..device.manifest import PROFILES_FOLDER, ArmEntry
+from ..device.manifest import PROFILES_FOLDER, RUN, ArmEntry
 from ..device.profile import Comparison, Profile, differences
 from ..device.stats import NOT_COMPARABLE
-from ..device.system import EVIDENCE
+from ..device.system import EVIDENCE, TARGET
 from ..device.table import NONE, mebibytes, milliseconds, ratio_text, size, times_count
 from ..errors import BundleError, NotComparableError
 
@@ -27,6 +27,7 @@ _ORIGINAL = "dense@fp32"
 class Row:
     """One arm of one bundle. Times, memory and ratios are None without a profile; ``split`` says which quality it is.
 
+    ``checked`` is the manifest's word on how the arm was checked; a measurement on the target itself stands above it.
     ``against_dense`` is the ratio to the dense arm of the same precision, ``against_original`` that to dense@fp32.
     """
 
@@ -46,6 +47,7 @@ class Row:
     cold_start_ns: float | None
     peak_bytes: int | None
     evidence: str
+    checked: str = RUN
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +188,7 @@ def _row(bundle: Bundle, arm: ArmEntry, profile: Profile | None) -> Row:
         cold_start_ns=shown.cold.total_ns if shown else None,
         peak_bytes=shown.memory.peak_bytes if shown and shown.memory else None,
         evidence=profile.evidence if profile and measured else "",
+        checked=RUN if profile and measured and profile.evidence == TARGET else arm.checked,
     )
 
 
@@ -217,7 +220,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.target,
         row.bundle,
-        row.arm,
+        row.arm if row.checked == RUN else f"{row.arm} ({row.checked})",
         f"{row.parameters:,}",
         size(row.size_bytes),
         f"{quality} ({row.split})" if row.split == "selection" else quality,

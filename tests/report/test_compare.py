@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 
 from rowcol_edge.device.bundle import Bundle
+from rowcol_edge.device.manifest import GRAPH_CHECKED
 from rowcol_edge.device.profile import Profile
 from rowcol_edge.errors import BundleError, NotComparableError
 from rowcol_edge.report.compare import best_profile, compare
@@ -71,6 +72,23 @@ def test_quality_of_the_selection_split_says_so(tmp_path: Path) -> None:
     )
     table = compare([cast(Bundle, FakeBundle(tmp_path / "b", replace(manifest, arms=arms)))])
     assert table.rows()[0][5:7] == ("0.8000 (selection)", "–")
+
+
+def test_an_arm_that_never_ran_is_labelled_until_the_board_has_measured_it(tmp_path: Path) -> None:
+    manifest = make_manifest()
+    arms = tuple(replace(arm, checked=GRAPH_CHECKED) for arm in manifest.arms)
+
+    def shown(*profiles: Profile) -> tuple[str, str]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        table = compare([cast(Bundle, FakeBundle(folder, replace(manifest, arms=arms), *profiles))])
+        return table.rows()[0][2], table.arms[0].checked
+
+    label = "factored@int8 (graph-checked, not run)"
+    assert shown() == (label, GRAPH_CHECKED)
+    assert shown(make_profile(evidence="proxy"))[0] == label
+    assert shown(make_profile()) == ("factored@int8", "run")
+    table = compare([cast(Bundle, FakeBundle(tmp_path / "m", replace(manifest, arms=arms)))])
+    assert f"| {label} |" in table.markdown()
 
 
 def test_an_arm_that_was_not_measured(tmp_path: Path) -> None:
