@@ -47,5 +47,8 @@ def prepare(bundle: Bundle, arms: Sequence[str]) -> None:
     done = subprocess.run(command, env=child_environment(folder), stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise MeasurementError(
-            "building the engines", expected="a process that ends well", got=f"exit code {done.returncode}"
+            "building the engines",
+            expected="a process that ends well",
+            got=f"exit code {done.returncode}",
+            hint="it has said why",
         )

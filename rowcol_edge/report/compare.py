@@ -73,10 +73,16 @@ class ComparisonTable:
             "cold start",
             "peak memory",
             "evidence",
+            *(["checked"] if self._has_unrun else []),
         )
 
     def rows(self) -> tuple[tuple[str, ...], ...]:
-        return tuple(_cells(row) for row in self.arms)
+        return tuple(_cells(row) + ((row.checked,) if self._has_unrun else ()) for row in self.arms)
+
+    @property
+    def _has_unrun(self) -> bool:
+        """Whether an arm never ran on what it is for: then how each was checked is shown."""
+        return any(row.checked != RUN for row in self.arms)
 
     def markdown(self) -> str:
         """A GitHub table with its notes as a list below."""
@@ -220,7 +226,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.target,
         row.bundle,
-        row.arm if row.checked == RUN else f"{row.arm} ({row.checked})",
+        row.arm,
         f"{row.parameters:,}",
         size(row.size_bytes),
         f"{quality} ({row.split})" if row.split == "selection" else quality,

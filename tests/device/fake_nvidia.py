@@ -1,9 +1,9 @@
 """Stand-ins for the ``tensorrt`` module (10.3) and for libcudart: their calls, their answers and their complaints.
 
 Neither needs a GPU, so nothing that passes here proves that TensorRT takes a model. The names, signatures and return
-values are those of the Python bindings of TensorRT 10.3 (their docstrings) and of the CUDA runtime API; memory "on the
-GPU" is memory of this process, and an "engine" runs its ONNX file in onnxruntime. Misuse that TensorRT answers with
-False, None or a crash is an error here too.
+values are those of the Python bindings of TensorRT 10.3 (tools/check_tensorrt_api.py holds the calls against the real
+ones) and of the CUDA runtime API; memory "on the GPU" is memory of this process, and an "engine" runs its ONNX file in
+onnxruntime. Misuse that TensorRT answers with False, None or a crash is an error here too.
 """
 
 from __future__ import annotations

@@ -78,17 +78,17 @@ def test_an_arm_that_never_ran_is_labelled_until_the_board_has_measured_it(tmp_p
     manifest = make_manifest()
     arms = tuple(replace(arm, checked=GRAPH_CHECKED) for arm in manifest.arms)
 
-    def shown(*profiles: Profile) -> tuple[str, str]:
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        table = compare([cast(Bundle, FakeBundle(folder, replace(manifest, arms=arms), *profiles))])
-        return table.rows()[0][2], table.arms[0].checked
+    def shown(name: str, *profiles: Profile) -> list[str]:
+        table = compare([cast(Bundle, FakeBundle(tmp_path / name, replace(manifest, arms=arms), *profiles))])
+        rows = [dict(zip(table.columns(), row, strict=True)) for row in table.rows()]
+        assert all(row.get("checked", "run") in table.markdown() for row in rows)
+        return [row.get("checked", "") for row in rows]
 
-    label = "factored@int8 (graph-checked, not run)"
-    assert shown() == (label, GRAPH_CHECKED)
-    assert shown(make_profile(evidence="proxy"))[0] == label
-    assert shown(make_profile()) == ("factored@int8", "run")
-    table = compare([cast(Bundle, FakeBundle(tmp_path / "m", replace(manifest, arms=arms)))])
-    assert f"| {label} |" in table.markdown()
+    assert shown("none") == 3 * ["graph-checked, not run"]
+    assert shown("proxy", make_profile(evidence="proxy")) == 3 * ["graph-checked, not run"]
+    assert shown("target", make_profile()) == 3 * [""]
+    one = make_profile(levels_ms={"factored@int8": 2.0, "dense@int8": 4.0})
+    assert shown("one", one) == ["run", "run", "graph-checked, not run"]
 
 
 def test_an_arm_that_was_not_measured(tmp_path: Path) -> None:
