@@ -165,14 +165,17 @@ def _check_zero_point(node: onnx.NodeProto, view: _Graph) -> None:
 
 
 def _check_weighted(node: onnx.NodeProto, view: _Graph) -> None:
-    """Both inputs quantized or neither, and the scales of a weight along its output channels."""
+    """A quantized weight with a quantized activation, and its scales along its output channels.
+
+    The other way round is a layer kept in float that reads what other layers need quantized.
+    """
     pairs = [view.dequantizer(name) for name in node.input[:2]]
-    if (pairs[0] is None) != (pairs[1] is None):
-        bare = node.input[0 if pairs[0] is None else 1]
-        raise _refused(_name(node), "both inputs quantized, or none", f"{bare} is not")
-    for pair in pairs:
+    for index, pair in enumerate(pairs):
         if pair is None or (weight := view.stored(pair)) is None:
             continue
+        if pairs[1 - index] is None:
+            got = f"{node.input[1 - index]} is not"
+            raise _refused(_name(node), "an activation that is quantized as the weight is", got)
         scales = numpy_helper.to_array(view.constants[pair.input[1]]).size
         axis, expected = _attribute(pair, "axis", 1), _output_axis(node, len(weight.dims))
         if scales > 1 and axis % len(weight.dims) != expected:

@@ -180,11 +180,18 @@ def test_the_output_channels_of_a_linear_layer(op: str, attributes: dict[str, in
     refused(linear(1 - axis), rf"DequantizeLinear dqw: .*\(axis {axis}\), got axis {1 - axis}")
 
 
-@pytest.mark.parametrize(("index", "bare"), [(0, "x"), (1, "w")])
-def test_a_layer_with_one_quantized_input_would_run_in_float(index: int, bare: str) -> None:
+def test_a_quantized_weight_alone_would_run_in_float() -> None:
     nodes, constants = quantized()
-    nodes[3].input[index] = bare
-    refused(model(nodes, **constants), f"Conv conv: expected both inputs quantized, or none, got {bare} is not")
+    nodes[3].input[0] = "x"
+    refused(model(nodes, **constants), "Conv conv: expected an activation that is quantized .* got x is not")
+
+
+def test_a_layer_may_be_kept_in_float() -> None:
+    nodes, constants = quantized()
+    nodes[3].input[1] = "w"
+    constants["w"] = WEIGHT.astype(np.float32)
+    del nodes[2]
+    check(model(nodes, **constants))
 
 
 def test_a_quantized_bias_is_refused() -> None:
