@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .device.manifest import ArmEntry, Manifest, TensorSpec
+from .device.manifest import GRAPH_CHECKED, RUN, ArmEntry, Manifest, TensorSpec
 from .device.preprocess import Preprocess
+from .device.runtimes import ENGINE_BUILDERS
 from .device_archive import DEVICE_ARCHIVE_NAME
+from .recipes import LABEL
+from .recipes import files as recipes
 
 _CONTRACTS = {
     "classify": "one label for a picture, with the probability of each label",
@@ -24,9 +27,11 @@ def board_readme(manifest: Manifest) -> str:
         _title(manifest),
         _install(manifest),
         _commands(manifest),
+        *_engine(manifest),
         _arms(manifest),
         _input(manifest),
         _output(manifest),
+        *_recipes(manifest),
         _exit_codes(),
         _troubleshooting(manifest),
     ]
@@ -67,6 +72,28 @@ def _commands(manifest: Manifest) -> str:
     )
 
 
+def _engine(manifest: Manifest) -> list[str]:
+    if manifest.runtime.name not in ENGINE_BUILDERS:
+        return []
+    text = (
+        "## The engine\n\n"
+        f"{manifest.runtime.name} runs an engine that is built on this board, for its GPU and its version. That takes "
+        "minutes, once; the first command that opens an arm does it and shows its progress. Ahead of time:\n\n"
+        f"    python3 {DEVICE_ARCHIVE_NAME} engine .\n\n"
+        "Engines are kept in `~/.cache/rowcol-edge/engines`, or where `ROWCOL_ENGINE_CACHE` says, and can be deleted "
+        "at any time."
+    )
+    return [text]
+
+
+def _recipes(manifest: Manifest) -> list[str]:
+    paths = recipes(manifest)
+    if not paths:
+        return []
+    lines = [f"## Recipes\n\nPipelines around this model, {LABEL}:\n", *(f"- `{path}`" for path in sorted(paths))]
+    return ["\n".join(lines)]
+
+
 def _arms(manifest: Manifest) -> str:
     rows = [
         "## Arms\n\nThe same model in several forms. `run` takes the default one unless told otherwise.\n",
@@ -74,11 +101,18 @@ def _arms(manifest: Manifest) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     rows += [_arm_row(manifest, arm) for arm in manifest.arms]
+    if any(arm.checked == GRAPH_CHECKED for arm in manifest.arms):
+        rows.append(
+            f"\n*{GRAPH_CHECKED}*: this arm has not run on {manifest.runtime.name} and this kind of board yet. Its "
+            "graph was checked; its quality and recorded outputs come from a CPU that stood in. `verify` is the first "
+            "run: start with it."
+        )
     return "\n".join(rows)
 
 
 def _arm_row(manifest: Manifest, arm: ArmEntry) -> str:
-    name = f"`{arm.name}`" + (" (default)" if arm.name == manifest.default_arm else "")
+    remarks = ["default"] * (arm.name == manifest.default_arm) + [arm.checked] * (arm.checked != RUN)
+    name = f"`{arm.name}`" + (f" ({', '.join(remarks)})" if remarks else "")
     test: Mapping[str, Any] = arm.quality.get("test", {})
     quality = f"{test['metric']} {test['value']:.4f} (n = {test['n']})" if test else "–"
     drop = "–" if test.get("drop_pp") is None else f"{test['drop_pp']:.2f} pp"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from . import evaluation, package
+from . import evaluation, package, recipes
 from .arms import Arm, runtime_options
 from .backends import load_backend
 from .device.manifest import GRAPH_CHECKED, RUN, ArmEntry, Manifest, RuntimeEntry, TensorSpec
@@ -105,6 +105,7 @@ def write(
     extra: dict[str, Path | bytes] = {
         f"arms/{arm.name}{companion.suffix}": companion for arm in arms for companion in arm.artifact.companions
     }
+    extra.update(recipes.files(manifest))
     if arms[0].plan is not None:
         extra[PLAN_NAME] = arms[0].plan.to_toml().encode()
     if job.model.sample is not None:  # its weights, and the golden inputs taken from its data, have terms of their own

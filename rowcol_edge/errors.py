@@ -96,10 +96,10 @@ class IntegrityError(BundleError):
 
 
 class MissingDependencyError(RowcolError):
-    """A package is missing; the message holds the exact install line."""
+    """A package is missing; the message holds the exact install line, pip's unless ``install`` gives another."""
 
-    def __init__(self, what: str, *, package: str, hint: str = "") -> None:
-        install = f"install it with: python -m pip install '{package}'"
+    def __init__(self, what: str, *, package: str, install: str = "", hint: str = "") -> None:
+        install = "install it with: " + (install or f"python -m pip install '{package}'")
         hint = f"{install}; {hint}" if hint else install
         super().__init__(what, expected=f"package {package}", got="it is not installed", hint=hint)
         self.package = package

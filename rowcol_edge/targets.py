@@ -20,6 +20,8 @@ from rowcol_edge.resources import targets_dir
 SCHEMA = 1
 """History: 1 – first version."""
 
+RECIPES = ("deepstream", "gstreamer")
+
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _VERSION = re.compile(r"\d+(\.\d+)+")
 
@@ -74,6 +76,8 @@ class Target:
     """Peak memory, in MiB, that an inference process may take."""
     why: str
     """Where these values come from, for people."""
+    recipes: tuple[str, ...] = ()
+    """Pipelines that a bundle for this board comes with a labelled recipe for, out of `RECIPES`; may be left out."""
 
     def runtime(self, name: str) -> RuntimeSpec:
         """The runtime called ``name``; TargetError with the nearest names if the target does not list it."""
@@ -150,6 +154,7 @@ def parse(values: Mapping[str, Any], *, name: str, source: str) -> Target:
         rank_multiple=table.whole("rank_multiple"),
         memory_mb=table.whole("memory_mb"),
         why=table.prose("why"),
+        recipes=table.texts("recipes", RECIPES) if "recipes" in values else (),
     )
 
 
@@ -175,7 +180,8 @@ def _runtimes(tables: list[Mapping[str, Any]], source: str) -> tuple[RuntimeSpec
     return tuple(specs)
 
 
-_TARGET_KEYS = {"schema": True} | {key: key != "proxy_env" for key in Target.__dataclass_fields__ if key != "name"}
+_OPTIONAL = ("proxy_env", "recipes")
+_TARGET_KEYS = {"schema": True} | {key: key not in _OPTIONAL for key in Target.__dataclass_fields__ if key != "name"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import pytest
 from rowcol_edge import swap
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.digests import sha256_file
-from rowcol_edge.device.manifest import ArmEntry, Manifest, RuntimeEntry, TensorSpec
+from rowcol_edge.device.manifest import GRAPH_CHECKED, ArmEntry, Manifest, RuntimeEntry, TensorSpec
 from rowcol_edge.device.preprocess import Preprocess
 from rowcol_edge.errors import BundleError
 from rowcol_edge.package import board_readme, write_bundle
@@ -364,6 +364,17 @@ def test_the_readme_is_for_the_person_at_the_board(parts: Parts) -> None:
         "| 130 | interrupted",
     ):
         assert part in text, part
+
+
+def test_the_readme_says_what_never_ran_and_how_the_engine_is_built(parts: Parts) -> None:
+    manifest = parts["manifest"]
+    assert "graph-checked" not in board_readme(manifest)
+    assert "## The engine" not in board_readme(manifest)
+    arms = tuple(replace(arm, checked=GRAPH_CHECKED) for arm in manifest.arms)
+    text = board_readme(replace(manifest, arms=arms, runtime=replace(manifest.runtime, name="tensorrt")))
+    assert "`factored@int8` (default, graph-checked, not run) |" in text
+    assert "*graph-checked, not run*: this arm has not run on tensorrt" in text
+    assert "    python3 rowcol-edge-device.pyz engine ." in text
 
 
 @pytest.mark.parametrize("contract", ["segment", "anomaly_map", "detect", "embed"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,18 @@ import pytest
 import torch
 
 import rowcol_edge
-from rowcol_edge import evaluation, pipeline
+from rowcol_edge import evaluation, pipeline, targets
 from rowcol_edge.device.bundle import Bundle
-from rowcol_edge.errors import BudgetError, BundleError, ConfigError, DataError, SplitError, TargetError
+from rowcol_edge.device.manifest import GRAPH_CHECKED
+from rowcol_edge.errors import (
+    BudgetError,
+    BundleError,
+    ConfigError,
+    DataError,
+    MissingDependencyError,
+    SplitError,
+    TargetError,
+)
 from rowcol_edge.factoring.plan import FactorPlan
 from rowcol_edge.pipeline import Built
 
@@ -298,6 +308,24 @@ def test_a_model_with_two_inputs_and_a_free_batch(tmp_path: Path) -> None:
     with rowcol_edge.Predictor(str(one.path)) as predictor:
         feeds = {"pixels": np.ones((5, 64), np.float32), "scale": np.ones((5, 1), np.float32)}
         assert predictor.run(feeds)["output"].shape == (5, 3)
+
+
+def test_a_bundle_for_a_runtime_that_only_its_board_has_says_that_it_never_ran(
+    net: torch.nn.Module, splits: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pi = targets.load("raspberry-pi-5")
+    runtime = replace(
+        pi.runtime("onnxruntime"), name="tensorrt", oldest="10.3.0", providers=("cuda:0",), precisions=("fp32", "int8")
+    )
+    board = replace(pi, name="board", runtimes=(runtime,), recipes=("deepstream", "gstreamer"))
+    monkeypatch.setattr(targets, "load", lambda name: board)
+    built = rowcol_edge.build(net, out=str(tmp_path), target="board", precision="int8", energy=0.99, **splits)[0]
+    assert {arm.checked for arm in built.manifest.arms} == {GRAPH_CHECKED}
+    assert "graph-checked, not run" in (built.path / "README.md").read_text(encoding="utf-8")
+    with Bundle.open(built.path) as bundle:
+        assert "recipes/gstreamer/camera.py" in {entry.path for entry in bundle.manifest.files}
+    with pytest.raises(MissingDependencyError, match="python3-libnvinfer"):
+        rowcol_edge.verify(built.path)
 
 
 def test_precision_auto_says_what_it_measured(net: torch.nn.Module, splits: dict[str, str], tmp_path: Path) -> None:

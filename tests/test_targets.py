@@ -53,6 +53,14 @@ def test_only_the_target_without_wide_products_saturates() -> None:
     assert [name for name in SHIPPED if targets.load(name).int8_saturates] == ["generic-x86"]
 
 
+def test_recipes_may_be_named_and_are_known(values: dict[str, Any]) -> None:
+    assert targets.parse(values, name="my-board", source="my-board.toml").recipes == ()
+    values["recipes"] = ["gstreamer"]
+    assert targets.parse(values, name="my-board", source="my-board.toml").recipes == ("gstreamer",)
+    values["recipes"] = ["gstreamr"]
+    assert "did you mean gstreamer" in str(refused(values))
+
+
 def test_a_path_is_a_target_too(root: Path, tmp_path: Path) -> None:
     own = tmp_path / "my-board.toml"
     own.write_bytes((root / "targets" / "raspberry-pi-5.toml").read_bytes())

@@ -38,7 +38,8 @@ class Source(Enum):
 class QuantSpec:
     """How to quantize, in words that all runtimes share.
 
-    Weights are symmetric (zero point 0), activations are not, biases are int32 at input scale × weight scale.
+    Weights are symmetric (zero point 0), activations are not, biases are int32 at input scale × weight scale; a backend
+    whose runtime wants it otherwise says so.
     """
 
     precision: str

@@ -47,7 +47,7 @@ def quantize(source: Path, quant: QuantSpec, feeds: Iterator[Batch]) -> onnx.Mod
         # for. Left to the runtime, that rewrite happens after the weights are int8 and brings them back to float.
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
         model = onnx.load(str(prepared))
-        ranges = _calibrate(prepared, Path(work) / "observed.onnx", feeds)
+        ranges = calibrate(prepared, Path(work) / "observed.onnx", feeds)
         quantizer = QDQQuantizer(
             model,
             quant.per_channel,
@@ -79,7 +79,7 @@ class _Once:
         return self._feeds.pop() if self._feeds else None
 
 
-def _calibrate(model: Path, observed: Path, feeds: Iterator[Batch]) -> Any:
+def calibrate(model: Path, observed: Path, feeds: Iterator[Batch]) -> Any:
     """Smallest and largest value of each tensor (onnxruntime's TensorsData).
 
     The reductions run inside the model, so no activation leaves it. The calibrator keeps what it reads until it is

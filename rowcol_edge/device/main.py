@@ -1,4 +1,4 @@
-"""The command line at the board: ``python3 rowcol-edge-device.pyz verify|run|profile BUNDLE``.
+"""The command line at the board: ``python3 rowcol-edge-device.pyz verify|run|profile|engine BUNDLE``.
 
 Exit codes: 0 good; 1 an arm does not reproduce its golden outputs; 2 bad input; 3 not comparable; 130 Ctrl-C; 141 the
 reader of the output went away. Errors are one line on stderr. With ``--json`` stdout holds one JSON document and
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .decode import Prediction
     from .predictor import Predictor
     from .profile import Profile
-    from .session import Progress
     from .verify import VerifyReport
 
 _INTERRUPTED = 130
@@ -75,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=name if name.endswith(".pyz") else "rowcol-edge-device",
         description="Check, run and measure a rowcol_edge bundle on this machine.",
     )
-    commands = parser.add_subparsers(required=True, metavar="verify|run|profile")
+    commands = parser.add_subparsers(required=True, metavar="verify|run|profile|engine")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("bundle", metavar="BUNDLE", help="bundle folder or .zip")
     common.add_argument("--json", action="store_true", help="print one JSON document")
@@ -102,6 +101,14 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FILE", help="where the JSON goes (default: BUNDLE/profiles/, for a .zip this folder)"
     )
     profile.set_defaults(command=_profile)
+
+    engine = commands.add_parser(
+        "engine",
+        parents=[common],
+        help="build the engines of the arms for this machine (tensorrt); takes minutes, once",
+    )
+    engine.add_argument("--arms", type=_names, metavar="A,B", help="default: all arms")
+    engine.set_defaults(command=_engine)
     return parser
 
 
@@ -129,9 +136,10 @@ def _print_json(document: Any) -> None:
 
 def _verify(options: argparse.Namespace) -> int:
     from .bundle import Bundle
+    from .progress import on_stderr
     from .verify import verify
 
-    progress = _progress(True) if sys.stderr.isatty() else None  # too short to be worth lines in a log
+    progress = on_stderr(True) if sys.stderr.isatty() else None  # too short to be worth lines in a log
     with Bundle.open(options.bundle, check=False) as bundle:  # verify checks it itself
         report = verify(bundle, threads=options.threads, progress=progress)
     if options.json:
@@ -201,6 +209,7 @@ def prediction_text(prediction: Prediction) -> str:
 def _profile(options: argparse.Namespace) -> int:
     from .bundle import Bundle
     from .measure import profile
+    from .progress import on_stderr
     from .table import profile_table
 
     # only what was asked for, so that the profiler's defaults stay in one place
@@ -211,13 +220,29 @@ def _profile(options: argparse.Namespace) -> int:
     }
     with Bundle.open(options.bundle) as bundle:
         out = profile_path(options.out, bundle)
-        measured = profile(bundle, progress=_progress(sys.stderr.isatty()), **given)
+        measured = profile(bundle, progress=on_stderr(sys.stderr.isatty()), **given)
         write_profile(measured, out)
     if options.json:
         _print_json(measured.to_dict())
     else:
         print(profile_table(measured))
     print(f"written to {out}", file=sys.stderr)
+    return 0
+
+
+def _engine(options: argparse.Namespace) -> int:
+    from .bundle import Bundle
+    from .engines import build_engines
+
+    with Bundle.open(options.bundle) as bundle:
+        built = {}
+        for name, file in build_engines(bundle, options.arms):
+            built[name] = {"path": None if file.path is None else str(file.path), "seconds": file.seconds}
+            if not options.json:
+                how = f"built in {file.seconds:.0f} s" if file.seconds else "found"
+                print(f"{name}: {how}, {file.path or 'not kept'}", flush=True)
+    if options.json:
+        _print_json({"engines": built})
     return 0
 
 
@@ -255,26 +280,3 @@ def write_profile(measured: Profile, path: Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _progress(interactive: bool) -> Progress:
-    """A line on stderr with the time left: rewritten in place at a terminal, every tenth step in a log."""
-    import time
-
-    begun: dict[str, tuple[int, float]] = {}
-
-    def show(what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        first, start = begun.setdefault(what, (done, now))
-        left = f", {(now - start) / (done - first) * (total - done):.0f} s left" if first < done < total else ""
-        if interactive:
-            print(
-                f"\r\x1b[K{what} {done}/{total}{left}" if done < total else "\r\x1b[K",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
-        elif done >= total or done % max(1, total // 10) == 0:
-            print(f"{what} {done}/{total}{left}", file=sys.stderr, flush=True)
-
-    return show

@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import MeasurementError
 from . import schedule, stats, system
 from .bundle import Bundle
+from .engines import prepare
 from .manifest import ArmEntry
 from .processes import Processes
 from .profile import NULL, ArmProfile, ColdStart, Latency, Memory, MemoryReading, Profile, Protocol
@@ -40,7 +41,7 @@ def profile(
     same precision, and dense@fp32 beside it. ``blocks``: processes an arm, rounded to a whole number of balanced
     cycles. ``seconds``: time for everything, as far as the fewest useful blocks allow. ``threads``: default what the
     target asks for, at most the usable cores. ``evidence`` can only weaken what this machine would count as.
-    MeasurementError: a process failed.
+    MeasurementError: a process failed. Engines that a runtime builds on the board are built first.
     """
     chosen = _arms(bundle, arms, baseline)
     pairs = default_pairs(chosen, baseline)
@@ -57,7 +58,9 @@ def profile(
     requests = {arm.name: _request(bundle, arm, used) for arm in chosen}
     requests[NULL] = requests[null_of]
 
-    executor = executor or Processes(caps, _TIMEOUT_SECONDS)
+    if executor is None:
+        prepare(bundle, [arm.name for arm in chosen])
+        executor = Processes(caps, _TIMEOUT_SECONDS)
     session = run_session(requests, executor, rounds, budget_seconds, progress or _silent)
     obstacle = (
         "" if len(session.versions) == 1 else f"the runtime changed in between: {', '.join(sorted(session.versions))}"

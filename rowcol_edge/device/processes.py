@@ -21,12 +21,8 @@ class Processes:
     """Runs requests in processes of their own; ``variables`` are set on top of this process's environment."""
 
     def __init__(self, variables: Mapping[str, str], timeout_seconds: float) -> None:
-        self._environment = {**os.environ, **variables}
         self._command, folder = worker_command()
-        if folder:
-            # the package may lie in a checkout that is not installed
-            inherited = os.environ.get("PYTHONPATH")
-            self._environment["PYTHONPATH"] = folder + (os.pathsep + inherited if inherited else "")
+        self._environment = {**child_environment(folder), **variables}
         self._timeout_seconds = timeout_seconds
 
     def time(self, request: Request, where: str) -> TimedRun:
@@ -70,6 +66,14 @@ def worker_command() -> tuple[list[str], str]:
         return [sys.executable, str(archive), "_worker"], ""
     package = Path(__file__).resolve().parents[1]
     return [sys.executable, "-m", f"{package.name}.device", "_worker"], str(package.parent)
+
+
+def child_environment(folder: str) -> dict[str, str]:
+    """This process's environment with ``folder`` on PYTHONPATH: the package may lie in a checkout not installed."""
+    if not folder:
+        return dict(os.environ)
+    inherited = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": folder + (os.pathsep + inherited if inherited else "")}
 
 
 def _ending(code: int, stderr: str) -> str:

@@ -12,10 +12,10 @@ from itertools import combinations
 from typing import Any
 
 from ..device.bundle import Bundle
-from ..device.manifest import PROFILES_FOLDER, ArmEntry
+from ..device.manifest import PROFILES_FOLDER, RUN, ArmEntry
 from ..device.profile import Comparison, Profile, differences
 from ..device.stats import NOT_COMPARABLE
-from ..device.system import EVIDENCE
+from ..device.system import EVIDENCE, TARGET
 from ..device.table import NONE, mebibytes, milliseconds, ratio_text, size, times_count
 from ..errors import BundleError, NotComparableError
 
@@ -27,6 +27,7 @@ _ORIGINAL = "dense@fp32"
 class Row:
     """One arm of one bundle. Times, memory and ratios are None without a profile; ``split`` says which quality it is.
 
+    ``checked`` is the manifest's word on how the arm was checked; a measurement on the target itself stands above it.
     ``against_dense`` is the ratio to the dense arm of the same precision, ``against_original`` that to dense@fp32.
     """
 
@@ -46,6 +47,7 @@ class Row:
     cold_start_ns: float | None
     peak_bytes: int | None
     evidence: str
+    checked: str = RUN
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +73,16 @@ class ComparisonTable:
             "cold start",
             "peak memory",
             "evidence",
+            *(["checked"] if self._has_unrun else []),
         )
 
     def rows(self) -> tuple[tuple[str, ...], ...]:
-        return tuple(_cells(row) for row in self.arms)
+        return tuple(_cells(row) + ((row.checked,) if self._has_unrun else ()) for row in self.arms)
+
+    @property
+    def _has_unrun(self) -> bool:
+        """Whether an arm never ran on what it is for: then how each was checked is shown."""
+        return any(row.checked != RUN for row in self.arms)
 
     def markdown(self) -> str:
         """A GitHub table with its notes as a list below."""
@@ -186,6 +194,7 @@ def _row(bundle: Bundle, arm: ArmEntry, profile: Profile | None) -> Row:
         cold_start_ns=shown.cold.total_ns if shown else None,
         peak_bytes=shown.memory.peak_bytes if shown and shown.memory else None,
         evidence=profile.evidence if profile and measured else "",
+        checked=RUN if profile and measured and profile.evidence == TARGET else arm.checked,
     )
 
 

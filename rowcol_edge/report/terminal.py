@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..device.manifest import RUN
+
 if TYPE_CHECKING:
     from ..api import Demo
     from ..device.profile import Profile
@@ -167,6 +169,9 @@ def built(bundles: Sequence[Built]) -> None:
                 str(test["flips"]) if test and "flips" in test else "–",
             )
         console.print(table)
+        for checked in dict.fromkeys(arm.checked for arm in manifest.arms if arm.checked != RUN):
+            names = ", ".join(arm.name for arm in manifest.arms if arm.checked == checked)
+            console.print(f"  {checked}: {names}", markup=False)
         for note in manifest.build.get("notes", []):
             console.print(f"  note: {note}", markup=False)
         console.print(f"  next: rowcol-edge profile {one.path}", markup=False)

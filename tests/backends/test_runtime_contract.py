@@ -1,4 +1,4 @@
-"""What every runtime in the table keeps, on artifacts that its own backend made."""
+"""What every runtime in the table that can be installed here keeps, on artifacts that its own backend made."""
 
 from __future__ import annotations
 
@@ -42,7 +42,11 @@ def net() -> nn.Module:
     return TwoInputs().eval()
 
 
-@pytest.fixture(scope="module", params=sorted(RUNTIMES))
+# a runtime that another one stands in for, by the word of its backend, cannot be installed here
+INSTALLABLE = [name for name in sorted(RUNTIMES) if load_backend(name).host_runtime == name]
+
+
+@pytest.fixture(scope="module", params=INSTALLABLE)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

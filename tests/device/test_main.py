@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rowcol_edge.device.bundle import Bundle
-from rowcol_edge.device.main import _progress, main
+from rowcol_edge.device.main import main
 from rowcol_edge.errors import MeasurementError, NotComparableError
 from rowcol_edge.package import write_bundle
 
@@ -244,19 +244,3 @@ def test_the_worker_gets_its_arguments_untouched(run: Run, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, worker.__name__, worker)
     assert run("_worker", "--anything", "x")[0] == 5
     assert seen == [["--anything", "x"]]
-
-
-def test_progress_tells_the_time_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 6.0, 9.0])
-    monkeypatch.setattr("time.monotonic", lambda: next(now))
-    show = _progress(interactive=False)
-    for done in (2, 4, 5):
-        show("latency", done, 5)
-    assert capsys.readouterr().err.splitlines() == ["latency 2/5", "latency 4/5, 3 s left", "latency 5/5"]
-
-
-def test_progress_at_a_terminal_clears_its_line(capsys: pytest.CaptureFixture[str]) -> None:
-    show = _progress(interactive=True)
-    show("verify", 1, 2)
-    show("verify", 2, 2)
-    assert capsys.readouterr().err == "\r\x1b[Kverify 1/2\r\x1b[K"

@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 
 from rowcol_edge.device.bundle import Bundle
+from rowcol_edge.device.manifest import GRAPH_CHECKED
 from rowcol_edge.device.profile import Profile
 from rowcol_edge.errors import BundleError, NotComparableError
 from rowcol_edge.report.compare import best_profile, compare
@@ -71,6 +72,23 @@ def test_quality_of_the_selection_split_says_so(tmp_path: Path) -> None:
     )
     table = compare([cast(Bundle, FakeBundle(tmp_path / "b", replace(manifest, arms=arms)))])
     assert table.rows()[0][5:7] == ("0.8000 (selection)", "–")
+
+
+def test_an_arm_that_never_ran_is_labelled_until_the_board_has_measured_it(tmp_path: Path) -> None:
+    manifest = make_manifest()
+    arms = tuple(replace(arm, checked=GRAPH_CHECKED) for arm in manifest.arms)
+
+    def shown(name: str, *profiles: Profile) -> list[str]:
+        table = compare([cast(Bundle, FakeBundle(tmp_path / name, replace(manifest, arms=arms), *profiles))])
+        rows = [dict(zip(table.columns(), row, strict=True)) for row in table.rows()]
+        assert all(row.get("checked", "run") in table.markdown() for row in rows)
+        return [row.get("checked", "") for row in rows]
+
+    assert shown("none") == 3 * ["graph-checked, not run"]
+    assert shown("proxy", make_profile(evidence="proxy")) == 3 * ["graph-checked, not run"]
+    assert shown("target", make_profile()) == 3 * [""]
+    one = make_profile(levels_ms={"factored@int8": 2.0, "dense@int8": 4.0})
+    assert shown("one", one) == ["run", "run", "graph-checked, not run"]
 
 
 def test_an_arm_that_was_not_measured(tmp_path: Path) -> None:

@@ -10,10 +10,14 @@ from .base import Runtime, RuntimeOptions, Session
 RUNTIMES: dict[str, str] = {
     "onnxruntime": "rowcol_edge.device.runtimes.onnxruntime",
     "openvino": "rowcol_edge.device.runtimes.openvino",
+    "tensorrt": "rowcol_edge.device.runtimes.tensorrt",
 }
 """Name in the manifest → module, whose ``RUNTIME`` is the :class:`Runtime`."""
 
-__all__ = ["RUNTIMES", "Runtime", "RuntimeOptions", "Session", "load_runtime"]
+ENGINE_BUILDERS = frozenset({"tensorrt"})
+"""Those that build an engine the first time they open an artifact, which takes minutes: see `EngineBuilder`."""
+
+__all__ = ["ENGINE_BUILDERS", "RUNTIMES", "Runtime", "RuntimeOptions", "Session", "load_runtime"]
 
 
 def load_runtime(name: str) -> Runtime:

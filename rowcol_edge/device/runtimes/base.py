@@ -69,6 +69,23 @@ class Runtime(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class EngineFile:
+    """An engine that was built on this machine; ``path`` is None where it could not be kept, ``seconds`` 0 where an
+    earlier one was found."""
+
+    path: Path | None
+    seconds: float
+
+
+class EngineBuilder(Runtime, Protocol):
+    """A runtime that builds an engine for this machine out of an artifact and keeps it."""
+
+    def build_engine(self, artifact: Path, options: RuntimeOptions) -> EngineFile:
+        """BundleError as for ``open``."""
+        ...
+
+
 class FeedCheck:
     """Do feeds fit the inputs? Built once a session: a call on good feeds costs a microsecond an input."""
 

@@ -13,6 +13,7 @@ import numpy as np
 from ...errors import BundleError, MissingDependencyError, RowcolError
 from ..manifest import TensorSpec
 from .base import FeedCheck, RuntimeOptions
+from .onnxruntime_providers import Providers, providers
 
 try:
     import onnxruntime as ort
@@ -48,7 +49,6 @@ _DTYPES = {
     "tensor(uint64)": "uint64",
     "tensor(bool)": "bool",
 }
-_CPU = "CPUExecutionProvider"
 _FATAL = 4  # the messages reach the user through the exception; the logger would print them a second time
 
 
@@ -64,19 +64,36 @@ class OnnxRuntime:
     def open(self, artifact: Path, options: RuntimeOptions) -> OnnxSession:
         if not artifact.is_file():
             raise BundleError(str(artifact), expected="a readable .onnx file", got="no such file")
-        providers = list(options.providers) or [_CPU]
-        self._check_offered(providers, ort.get_available_providers())
-        settings = _settings(options, providers)
+        chosen = providers(options)
+        self._check_offered(chosen, ort.get_available_providers())
+        asked = [(name, own) if own else name for name, own in chosen.options.items()]
         try:
-            session = ort.InferenceSession(str(artifact), settings, providers=providers, enable_fallback=0)
+            session = ort.InferenceSession(
+                str(artifact), _settings(options, chosen), providers=asked, enable_fallback=0
+            )
         except _ERRORS as e:
             raise _unreadable(artifact, e, self.version()) from e
         # a provider whose libraries do not load is dropped by onnxruntime with a log line only
-        self._check_offered(providers, session.get_providers())
+        self._check_offered(chosen, session.get_providers())
+        self._check_used(chosen, session, artifact)
         return OnnxSession(session, artifact)
 
-    def _check_offered(self, wanted: list[str], offered: list[str]) -> None:
-        missing = [provider for provider in wanted if provider not in offered]
+    def _check_used(self, chosen: Providers, session: Any, artifact: Path) -> None:
+        """A provider may be there and take no node of the model: onnxruntime 1.24 and newer tell."""
+        tell = getattr(session, "get_provider_graph_assignment_info", None)
+        if not chosen.accelerators or tell is None:
+            return
+        used = {part.ep_name for part in tell()}
+        if not used & set(chosen.accelerators):
+            raise BundleError(
+                f"{artifact.name} on {', '.join(chosen.accelerators)}",
+                expected="nodes of the model that run there",
+                got=f"all of them on {', '.join(sorted(used)) or 'none'}",
+                hint="it has no kernels for the model's precision: use another arm, or ask for the CPU alone",
+            )
+
+    def _check_offered(self, chosen: Providers, offered: list[str]) -> None:
+        missing = [provider for provider in chosen.options if provider not in offered]
         if missing:
             raise BundleError(
                 f"execution provider {missing[0]}",
@@ -133,18 +150,15 @@ class OnnxSession:
         self.close()
 
 
-def _settings(options: RuntimeOptions, providers: list[str]) -> Any:
+def _settings(options: RuntimeOptions, chosen: Providers) -> Any:
     settings = ort.SessionOptions()
     settings.log_severity_level = _FATAL
-    settings.intra_op_num_threads = options.threads
+    settings.intra_op_num_threads = chosen.threads
     settings.inter_op_num_threads = 1
     settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     settings.use_deterministic_compute = options.deterministic
-    for key, value in options.properties.items():
+    for key, value in chosen.entries.items():
         settings.add_session_config_entry(key, value)
-    if _CPU not in providers:
-        # nodes that the asked-for provider does not take would run on the CPU without a word
-        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     return settings
 
 

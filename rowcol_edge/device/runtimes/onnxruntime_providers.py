@@ -1,0 +1,75 @@
+"""Execution providers of ONNX Runtime and their options, from what a target says.
+
+A target lists providers in the order they are tried, and gives one an option as the property ``PROVIDER.OPTION``, such
+as ``TensorrtExecutionProvider.trt_fp16_enable = "1"``; every other property is a session configuration entry. Options
+are those of https://onnxruntime.ai/docs/execution-providers/. Where a target says nothing else:
+
+- TensorrtExecutionProvider keeps engines and timings in the folder of `engine_cache`: otherwise every process builds
+  them.
+- XnnpackExecutionProvider has threads of its own; it gets those of the session, which then keeps one that does not
+  spin, as its documentation recommends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...errors import BundleError, did_you_mean
+from .base import RuntimeOptions
+from .engine_cache import EngineCache
+
+CPU = "CPUExecutionProvider"
+_TENSORRT, _XNNPACK = "TensorrtExecutionProvider", "XnnpackExecutionProvider"
+_SUFFIX = "ExecutionProvider"
+
+
+@dataclass(frozen=True)
+class Providers:
+    """``options`` by provider, in order; ``entries`` of the session's configuration; ``threads`` of the session."""
+
+    options: dict[str, dict[str, str]]
+    threads: int
+    entries: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def accelerators(self) -> list[str]:
+        return [name for name in self.options if name != CPU]
+
+
+def providers(options: RuntimeOptions) -> Providers:
+    """BundleError: an option for a provider that is not listed."""
+    chosen: dict[str, dict[str, str]] = {name: {} for name in options.providers or (CPU,)}
+    entries: dict[str, str] = {}
+    for key, value in options.properties.items():
+        name, _, option = key.partition(".")
+        if not name.endswith(_SUFFIX):
+            entries[key] = value
+        elif name in chosen and option:
+            chosen[name][option] = value
+        else:
+            hint = did_you_mean(name, chosen) if option else "an option is written PROVIDER.OPTION"
+            raise BundleError(f"property {key}", expected=f"an option of {', '.join(chosen)}", got=name, hint=hint)
+    if CPU not in chosen:
+        # nodes that the asked-for provider does not take would run on the CPU without a word
+        entries.setdefault("session.disable_cpu_ep_fallback", "1")
+    if set(chosen) - {CPU}:
+        entries.setdefault("session.record_ep_graph_assignment_info", "1")
+    threads = options.threads
+    if _TENSORRT in chosen:
+        chosen[_TENSORRT] = _cached(EngineCache().folder / "onnxruntime") | chosen[_TENSORRT]
+    if _XNNPACK in chosen:
+        if threads:
+            chosen[_XNNPACK].setdefault("intra_op_num_threads", str(threads))
+        entries.setdefault("session.intra_op.allow_spinning", "0")
+        threads = 1
+    return Providers(chosen, threads, entries)
+
+
+def _cached(folder: Path) -> dict[str, str]:
+    return {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(folder),
+    }
