@@ -1,10 +1,11 @@
-"""ONNX Runtime: an ONNX file at fp32, fp16, int8 or int8-dynamic, checked for its types and its versions.
+"""ONNX Runtime: an ONNX file at one of several precisions, checked for its types and its versions.
 
 - fp16: weights and activations in float16, inputs and outputs stay float32. The converter is onnxruntime's own; the
   operators of its DEFAULT_OP_BLOCK_LIST (Min, Max, Range, CumSum, TopK, RoiAlign, NonMaxSuppression, Upsample and
   the classic machine-learning ones) and LayerNormalization stay float32.
 - int8: see `qdq`.
 - int8-dynamic: the linear layers (Gemm, MatMul) in int8 with ranges found at each inference, all else float.
+- int8-weights, int4-weights: see `weight_only`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ except ModuleNotFoundError as e:
 if TYPE_CHECKING:
     from ..targets import RuntimeSpec
 
+_BITS = {"int8-weights": 8, "int4-weights": 4}
+_OLDEST = {"int8-weights": "1.23.0"}
+"""First versions whose CPU has the operators of a precision: before 1.23.0 MatMulNBits takes 4 bits, not 8 (each minor
+version from 1.17.0 on was tried)."""
 
 _FLOAT32 = (*DEFAULT_OP_BLOCK_LIST, "LayerNormalization")
 """LayerNormalization in float16 gives wrong numbers from the second run of a session on, on the CPU of onnxruntime 1.17
@@ -43,7 +48,7 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
     host_runtime = "onnxruntime"
     consumes = Source.ONNX
-    precisions = ("fp32", "fp16", "int8", "int8-dynamic")
+    precisions = ("fp32", "fp16", "int8", "int8-dynamic", "int8-weights", "int4-weights")
     suffix = ".onnx"
 
     def compile(
@@ -61,14 +66,15 @@ class OnnxRuntimeBackend:
         stage = f"compile {quant.precision}"
         _check_opset(source, runtime, stage)
         result = _convert(model, source, quant, calibration)
-        _clean(result)
+        _clean(result, metadata or {})
         onnx_files.check(result, stage, opset_version=runtime.opset, ir_version=runtime.ir_version)
         changed = onnx_files.difference(source, result)
         if changed:
             raise StageError(stage, expected="the inputs and outputs of the model", got=changed)
         check_types(result, quant.precision)
         sha256, size_bytes = onnx_files.write(result, out)
-        return Artifact(out, sha256, size_bytes, weight_types(result), quant.precision)
+        oldest = _OLDEST.get(quant.precision, "")
+        return Artifact(out, sha256, size_bytes, weight_types(result), quant.precision, oldest=oldest)
 
 
 BACKEND = OnnxRuntimeBackend()
@@ -91,6 +97,10 @@ def _convert(path: Path, source: onnx.ModelProto, quant: QuantSpec, calibration:
         return _dynamic(path, quant)
     copy = onnx.ModelProto()
     copy.CopyFrom(source)
+    if quant.precision in _BITS:
+        from . import weight_only
+
+        return weight_only.quantize(copy, _BITS[quant.precision])
     return _half(copy) if quant.precision == "fp16" else copy
 
 
@@ -117,8 +127,9 @@ def _dynamic(source: Path, quant: QuantSpec) -> onnx.ModelProto:
         return onnx.load(str(out))
 
 
-def _clean(model: onnx.ModelProto) -> None:
+def _clean(model: onnx.ModelProto, metadata: Mapping[str, str]) -> None:
     """Drop notes, and the shapes of inner tensors: converters leave stale ones, and a runtime finds them itself.
+    ``metadata`` is what is left of notes.
 
     The converters append their nodes at the end, where ONNX wants them in the order they run.
     """
@@ -126,3 +137,4 @@ def _clean(model: onnx.ModelProto) -> None:
     onnx_files.strip(model)
     for graph in onnx_files.graphs(model.graph):
         del graph.value_info[:]
+    onnx.helper.set_model_props(model, dict(sorted(metadata.items())))

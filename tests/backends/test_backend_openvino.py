@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ import openvino as ov
 import pytest
 
 from rowcol_edge import native
-from rowcol_edge.backends import load_backend, openvino_files
+from rowcol_edge.backends import load_backend, openvino_files, openvino_info
 from rowcol_edge.backends.base import Artifact, QuantSpec
+from rowcol_edge.backends.onnx_files import Port
 from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
 from rowcol_edge.errors import BundleError, MissingDependencyError, StageError
 from rowcol_edge.targets import RuntimeSpec
@@ -112,3 +114,30 @@ def test_float32_is_calculated_in_float32_unless_asked_otherwise(make: Make, tok
     np.testing.assert_allclose(run("openvino", path), exact, rtol=1e-4, atol=1e-5)
     with pytest.raises(BundleError, match="load on CPU"):
         run("openvino", path, INFERENCE_PRECISION_HINT="float99")
+
+
+RGB = {"mode": "RGB", "scale": 1 / 255, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+def port(dtype: str) -> Port:
+    return Port("x", dtype, (1, 3, 8, 8))
+
+
+def test_openvinos_own_tools_find_labels_and_preprocessing_under_their_keys() -> None:
+    metadata = {
+        "rowcol_edge.contract": "classify",
+        "rowcol_edge.labels": '["good", "deep scratch"]',
+        "rowcol_edge.preprocess": json.dumps(RGB),
+    }
+    found = dict(openvino_info.entries(metadata, (port("float32"),)))
+    assert found["rowcol_edge", "contract"] == "classify"
+    assert found["model_info", "labels"] == "good deep_scratch"
+    assert found["model_info", "resize_type"] == "standard"
+    assert found["model_info", "reverse_input_channels"] == "YES"
+    pixel = np.array([0.0, 10.0, 255.0])
+    mean, scale = (np.array(found["model_info", key].split(), float) for key in ("mean_values", "scale_values"))
+    np.testing.assert_allclose((pixel - mean) / scale, (pixel * RGB["scale"] - RGB["mean"]) / RGB["std"], rtol=1e-6)
+    baked = dict(openvino_info.entries(metadata, (port("uint8"),)))
+    assert {("model_info", "mean_values"), ("model_info", "scale_values")}.isdisjoint(baked)
+    for other in ({**metadata, "rowcol_edge.contract": "segment"}, {}):
+        assert not [path for path, _ in openvino_info.entries(other, (port("float32"),)) if path[0] == "model_info"]
