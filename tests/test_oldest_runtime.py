@@ -87,7 +87,8 @@ def others(promise: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -
         [built] = rowcol_edge.build(
             small_net() if precision == "fp16" else Dense().eval(),
             target=widened_target(out, target, precision), runtime=runtime, precision=precision,
-            labels=["plain", "striped"], metric="accuracy", energy=0.98, zip=False, out=str(out / "bundles"), **write_splits(out),
+            labels=["plain", "striped"], metric="accuracy", energy=0.98, zip=False, out=str(out / "bundles"),
+            **write_splits(out),
         )  # fmt: skip
         made.append(Path(built.path))
     return made
