@@ -182,7 +182,9 @@ class Workbench:
 def runtime_options(target: Target, runtime: RuntimeSpec) -> RuntimeOptions:
     """How the build opens an artifact: on this machine's CPU, as the target asks for otherwise."""
     own = load_backend(runtime.name).host_runtime == runtime.name
-    return RuntimeOptions(threads=target.threads, properties=runtime.properties if own else {})
+    # a folder of compiled models is for the board's own starts
+    properties = {key: value for key, value in runtime.properties.items() if own and key != "CACHE_DIR"}
+    return RuntimeOptions(threads=target.threads, properties=properties)
 
 
 def _exact(what: str, before: Outputs, after: Outputs) -> None:

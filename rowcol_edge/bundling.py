@@ -74,16 +74,17 @@ def write(
             specs = (session.inputs, session.outputs)
             golden[arm.name] = golden_outputs(session, session.inputs, inputs)
     assert specs is not None  # a build always has arms
+    oldest = _oldest(runtime, arms)
     manifest = Manifest(
         name=f"{job.model.name}-{target.name}-{runtime.name}",
         target=target.to_dict(),
         runtime=RuntimeEntry(
             name=runtime.name,
-            oldest=runtime.oldest,
+            oldest=oldest,
             opset=runtime.opset,
             ir_version=runtime.ir_version,
             threads=target.threads,
-            install=runtime.install,
+            install=_install(runtime, oldest, load_runtime(host).package),
             providers=runtime.providers,
             properties=runtime.properties,
         ),
@@ -146,6 +147,19 @@ def _entry(arm: Arm, job: Job, target: Target, runtime: RuntimeSpec, original: Q
         plan_digest=arm.plan.digest if arm.plan else None,
         checked=_checked(runtime),
     )
+
+
+def _oldest(runtime: RuntimeSpec, arms: Sequence[Arm]) -> str:
+    """The oldest runtime that opens every arm: the target's promise, or a newer one that a precision asks for."""
+    versions = [runtime.oldest, *(arm.artifact.oldest for arm in arms if arm.artifact.oldest)]
+    return max(versions, key=lambda version: [int(part) for part in version.split(".")])
+
+
+def _install(runtime: RuntimeSpec, oldest: str, package: str) -> str:
+    """The target's install lines; a last one where the bundle needs a newer runtime than they ask for."""
+    if oldest == runtime.oldest:
+        return runtime.install
+    return f'{runtime.install}\npython3 -m pip install --upgrade "{package}>={oldest}"'
 
 
 def _checked(runtime: RuntimeSpec) -> str:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from rowcol_edge.resources import targets_dir
+
 
 class SmallNet(nn.Module):
     """Convolutions with batch norm, a residual add and a linear head: what an inspection net is made of."""
@@ -25,6 +27,19 @@ class SmallNet(nn.Module):
         x = torch.relu(self.body(x))
         x = torch.relu(self.more(x)) + x
         return self.head(x.mean(dim=(2, 3)))
+
+
+class Dense(nn.Module):
+    """Linear layers on the pictures of `frames`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(256, 128), nn.Linear(128, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.second(torch.relu(self.first(x.flatten(1))))
+        return logits
 
 
 def small_net() -> SmallNet:
@@ -58,3 +73,13 @@ def write_splits(folder: Path, count: int = 80) -> dict[str, str]:
         np.savez(folder / f"{name}.npz", x=pictures, labels=labels)
         found[name] = str(folder / f"{name}.npz")
     return found
+
+
+def widened_target(folder: Path, name: str, precision: str) -> str:
+    """The file of a target that also lists this precision for each of its runtimes."""
+    text = (targets_dir() / f"{name}.toml").read_text(encoding="utf-8")
+    path = folder / f"{name}.toml"
+    if f'"{precision}"' not in text:
+        text = text.replace("precisions = [", f'precisions = ["{precision}", ')
+    path.write_text(text, encoding="utf-8")
+    return str(path)

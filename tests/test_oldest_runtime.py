@@ -15,30 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import nn
 
 import rowcol_edge
 from rowcol_edge import targets
 from rowcol_edge.targets import RuntimeSpec
 
-from .nets import small_net, write_splits
+from .nets import Dense, small_net, widened_target, write_splits
 
-OTHER_PRECISIONS = {"onnxruntime": ("int8-dynamic", "fp16"), "openvino": ("fp16",)}
-
-
-class Dense(nn.Module):
-    """Linear layers on the pictures of nets.frames."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(256, 128), nn.Linear(128, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.second(torch.relu(self.first(x.flatten(1))))
-        return logits
+OTHER_PRECISIONS = {"onnxruntime": ("int8-dynamic", "int4-weights", "fp16"), "openvino": ("fp16",)}
 
 
 def promises() -> list[tuple[str, str]]:
@@ -94,15 +79,16 @@ def vit(promise: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def others(promise: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Small nets at the other precisions; dynamic int8 is for linear layers."""
+    """Small nets at the other precisions; some of those are for linear layers."""
     target, runtime = promise
     made = []
     for precision in OTHER_PRECISIONS[runtime]:
         out = tmp_path_factory.mktemp("net")
         [built] = rowcol_edge.build(
             small_net() if precision == "fp16" else Dense().eval(),
-            target=target, runtime=runtime, precision=precision, labels=["plain", "striped"], metric="accuracy",
-            energy=0.98, zip=False, out=str(out / "bundles"), **write_splits(out),
+            target=widened_target(out, target, precision), runtime=runtime, precision=precision,
+            labels=["plain", "striped"], metric="accuracy", energy=0.98, zip=False, out=str(out / "bundles"),
+            **write_splits(out),
         )  # fmt: skip
         made.append(Path(built.path))
     return made

@@ -25,7 +25,7 @@ from rowcol_edge.errors import (
 from rowcol_edge.factoring.plan import FactorPlan
 from rowcol_edge.pipeline import Built
 
-from .nets import frames, small_net, write_splits
+from .nets import Dense, frames, small_net, widened_target, write_splits
 
 
 @pytest.fixture(scope="module")
@@ -333,3 +333,18 @@ def test_precision_auto_says_what_it_measured(net: torch.nn.Module, splits: dict
     note = one.manifest.build["notes"][0]
     assert note.startswith(f"precision auto chose {one.manifest.arms[0].precision}")
     assert "evidence target" in note
+
+
+@pytest.mark.parametrize(("precision", "oldest"), [("int8-weights", "1.23.0"), ("int4-weights", "1.17.0")])
+def test_a_bundle_promises_no_older_runtime_than_its_precision_runs_on(
+    splits: dict[str, str], tmp_path: Path, precision: str, oldest: str
+) -> None:
+    target = widened_target(tmp_path, "generic-x86", precision)
+    [built] = rowcol_edge.build(
+        Dense().eval(), target=target, precision=precision, labels=["plain", "striped"], energy=0.98, zip=False,
+        out=str(tmp_path / "out"), **splits,
+    )  # fmt: skip
+    assert built.manifest.runtime.oldest == oldest
+    assert (f'"onnxruntime>={oldest}"' in built.manifest.runtime.install) == (oldest != "1.17.0")
+    assert built.manifest.arm(f"dense@{precision}").size_bytes < 0.5 * built.manifest.arm("dense@fp32").size_bytes
+    assert rowcol_edge.verify(built.path).ok

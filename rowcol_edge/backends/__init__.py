@@ -1,7 +1,7 @@
 """Compilers, one module a runtime, found by name in this table.
 
 backend      consumes   precisions
-onnxruntime  ONNX       fp32, fp16, int8, int8-dynamic
+onnxruntime  ONNX       fp32, fp16, int8, int8-dynamic, int8-weights, int4-weights
 openvino     ONNX       fp32, fp16, int8 (nncf)
 tensorrt     ONNX       fp32, fp16, int8 (the engine is built on the board)
 """

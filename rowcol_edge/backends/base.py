@@ -88,6 +88,8 @@ class Artifact:
     """Further files that belong to it, beside it and of the same stem."""
     notes: tuple[str, ...] = ()
     """What a person should know of how it was made."""
+    oldest: str = ""
+    """Oldest version of the runtime that opens it, where the precision asks for more than targets usually promise."""
 
 
 class Backend(Protocol):

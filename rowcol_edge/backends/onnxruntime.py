@@ -1,15 +1,17 @@
-"""ONNX Runtime: an ONNX file at fp32, fp16, int8 or int8-dynamic, checked for its types and its versions.
+"""ONNX Runtime: an ONNX file at one of several precisions, checked for its types and its versions.
 
 - fp16: see `float16`; Min, Max, Range, CumSum, TopK, RoiAlign, NonMaxSuppression, Upsample, LayerNormalization and the
   classic machine-learning operators stay float32.
 - int8: see `qdq`.
 - int8-dynamic: the linear layers (Gemm, MatMul) in int8 with ranges found at each inference, all else float.
+- int8-weights, int4-weights: see `weight_only`.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,10 @@ except ModuleNotFoundError as e:
 if TYPE_CHECKING:
     from ..targets import RuntimeSpec
 
+_BITS = {"int8-weights": 8, "int4-weights": 4}
+_OLDEST = {"int8-weights": "1.23.0"}
+"""First versions whose CPU has the operators of a precision: before 1.23.0 MatMulNBits takes 4 bits, not 8 (each minor
+version from 1.17.0 on was tried)."""
 
 class OnnxRuntimeBackend:
     """Compiles ``.onnx`` to ``.onnx``."""
@@ -35,7 +41,7 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
     host_runtime = "onnxruntime"
     consumes = Source.ONNX
-    precisions = ("fp32", "fp16", "int8", "int8-dynamic")
+    precisions = ("fp32", "fp16", "int8", "int8-dynamic", "int8-weights", "int4-weights")
     suffix = ".onnx"
 
     def compile(
@@ -54,7 +60,8 @@ class OnnxRuntimeBackend:
         onnx_artifacts.check_opset(source, runtime, stage)
         result = _convert(model, source, quant, calibration)
         onnx_artifacts.finish(source, result, runtime, quant.precision, stage, metadata)
-        return onnx_artifacts.write(result, quant.precision, out)
+        made = onnx_artifacts.write(result, quant.precision, out)
+        return replace(made, oldest=_OLDEST.get(quant.precision, ""))
 
 
 BACKEND = OnnxRuntimeBackend()
@@ -70,6 +77,10 @@ def _convert(path: Path, source: onnx.ModelProto, quant: QuantSpec, calibration:
         return _dynamic(path, quant)
     copy = onnx.ModelProto()
     copy.CopyFrom(source)
+    if quant.precision in _BITS:
+        from . import weight_only
+
+        return weight_only.quantize(copy, _BITS[quant.precision])
     return half(copy) if quant.precision == "fp16" else copy
 
 

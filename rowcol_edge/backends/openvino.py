@@ -23,7 +23,7 @@ import onnx
 from .. import native
 from ..errors import MissingDependencyError, StageError
 from . import calibration as calibrating
-from . import onnx_files, openvino_files
+from . import onnx_files, openvino_files, openvino_info
 from .base import Artifact, Batch, Calibration, QuantSpec, Source, check_precision
 from .openvino_worker import NOT_INSTALLED
 
@@ -66,6 +66,7 @@ class OpenVinoBackend:
                 "reduce_range": quant.reduce_range,
                 "transformer": _multiplies_activations(source),
                 "inputs": [port.name for port in onnx_files.inputs(source)],
+                "rt_info": openvino_info.entries(metadata or {}, onnx_files.inputs(source)),
             }
             if quant.precision == "int8":
                 job["calibration"] = str(folder / "calibration")

@@ -29,6 +29,8 @@ def main(job_file: str) -> int:
         if e.name not in ("openvino", "nncf"):
             raise
         return NOT_INSTALLED
+    for path, text in job["rt_info"]:
+        model.set_rt_info(text, path)
     out = Path(job["out"])
     ov.save_model(model, out, compress_to_fp16=job["precision"] == "fp16")
     out.with_suffix(".json").write_text(json.dumps(notes), encoding="utf-8")

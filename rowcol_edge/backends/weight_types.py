@@ -14,20 +14,28 @@ from .onnx_files import dtype_name, graphs
 
 _INT8_SHARE = 0.90
 _FP16_SHARE = 0.95
-_DYNAMIC_SHARE = 0.50
-"""Below this share of int8 weights a file is not what people expect of ``int8-dynamic`` (see `_dynamic`)."""
+_LINEAR_SHARE = 0.50
+"""Below this share of narrow weights a file is not what people expect of a precision that leaves convolutions float."""
 
-_WEIGHTED = {"Conv": (1,), "ConvInteger": (1,), "Gemm": (0, 1), "MatMul": (0, 1), "MatMulInteger": (0, 1)}
+_WEIGHTED = {
+    "Conv": (1,), "ConvInteger": (1,), "Gemm": (0, 1), "MatMul": (0, 1), "MatMulInteger": (0, 1), "MatMulNBits": (1,),
+}  # fmt: skip
 """Operators that can be quantized → which of their inputs may be a weight."""
+_LINEAR = {"Gemm", "MatMul", "MatMulInteger", "MatMulNBits"}
 _INT8 = ("int8", "uint8")
+_UINT4 = ("uint4",)
+_QUANTIZERS = {"QuantizeLinear", "DynamicQuantizeLinear"}
 
 
 def weight_types(proto: onnx.ModelProto) -> dict[str, int]:
-    """Bytes of the file's constants by numpy dtype name, largest first."""
+    """Bytes of the file's constants by numpy dtype name, largest first; 4-bit weights, which are packed in bytes, as
+    ``uint4``."""
     total: Counter[str] = Counter()
+    packed = {weight.name for weight in _weights(proto, {"MatMulNBits"}) if weight.dtype in _UINT4}
     for tensor in _constants(proto):
         itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        total[dtype_name(tensor.data_type)] += math.prod(tensor.dims) * itemsize
+        dtype = "uint4" if tensor.name in packed else dtype_name(tensor.data_type)
+        total[dtype] += math.prod(tensor.dims) * itemsize
     return dict(total.most_common())
 
 
@@ -36,14 +44,19 @@ def check_types(proto: onnx.ModelProto, precision: str) -> None:
 
     fp32: no quantizer, no narrower weights. fp16: 95 % of the floating constants. int8: quantizers, and 90 % of the
     weight values of Conv, Gemm and MatMul. int8-dynamic: the same for Gemm and MatMul, which hold most weights.
+    int8-weights and int4-weights: those of Gemm and MatMul in blocks of that width, and no quantizer.
     """
-    {"fp32": _fp32, "fp16": _fp16, "int8": _static, "int8-dynamic": _dynamic}[precision](proto)
+    checks = {
+        "fp32": _fp32, "fp16": _fp16, "int8": _static, "int8-dynamic": _dynamic,
+        "int8-weights": _int8_weights, "int4-weights": _int4_weights,
+    }  # fmt: skip
+    checks[precision](proto)
 
 
 def _fp32(proto: onnx.ModelProto) -> None:
     types = weight_types(proto)
-    narrow = [name for name in (*_INT8, "float16") if name in types and _is_weight_type(proto, name)]
-    quantizers = _operators(proto) & {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"}
+    narrow = [name for name in (*_INT8, *_UINT4, "float16") if name in types and _is_weight_type(proto, name)]
+    quantizers = _operators(proto) & {*_QUANTIZERS, "MatMulInteger", "ConvInteger"}
     if narrow or quantizers:
         raise _claim("fp32", "float32 weights and no quantizer", ", ".join([*narrow, *sorted(quantizers)]))
 
@@ -68,40 +81,69 @@ def _static(proto: onnx.ModelProto) -> None:
 
 def _dynamic(proto: onnx.ModelProto) -> None:
     """Convolutions stay float: with ConvInteger a ResNet-18 takes 3.5 times its fp32 time (x86-64 with VNNI)."""
-    linear = _counts(proto, {"Gemm", "MatMul", "MatMulInteger"})
-    if "DynamicQuantizeLinear" not in _operators(proto) or linear.share < _INT8_SHARE:
+    if "DynamicQuantizeLinear" not in _operators(proto):
+        raise _claim("int8-dynamic", "DynamicQuantizeLinear", "no such operator")
+    _linear_layers(proto, "int8-dynamic", _INT8)
+
+
+def _int8_weights(proto: onnx.ModelProto) -> None:
+    _only_weights(proto, "int8-weights", _INT8)
+
+
+def _int4_weights(proto: onnx.ModelProto) -> None:
+    _only_weights(proto, "int4-weights", _UINT4)
+
+
+def _only_weights(proto: onnx.ModelProto, precision: str, kinds: tuple[str, ...]) -> None:
+    if found := _operators(proto) & {*_QUANTIZERS, "DequantizeLinear"}:
+        raise _claim(precision, "float activations", ", ".join(sorted(found)))
+    _linear_layers(proto, precision, kinds)
+
+
+def _linear_layers(proto: onnx.ModelProto, precision: str, kinds: tuple[str, ...]) -> None:
+    """The weights of linear layers are of these types, and are most of what the model has."""
+    linear = _counts(proto, _LINEAR, kinds)
+    if linear.total and linear.share < _INT8_SHARE:
         raise _claim(
-            "int8-dynamic", f"{_INT8_SHARE:.0%} of the weights of Gemm and MatMul in int8", f"{linear.share:.1%}"
+            precision, f"{_INT8_SHARE:.0%} of the weights of Gemm and MatMul in {kinds[0]}", f"{linear.share:.1%}"
         )
-    found = _counts(proto, set(_WEIGHTED))
-    if found.share < _DYNAMIC_SHARE:
+    found = _counts(proto, set(_WEIGHTED), kinds)
+    if found.share < _LINEAR_SHARE:
         raise _claim(
-            "int8-dynamic",
-            f"{_DYNAMIC_SHARE:.0%} of the weights in int8",
+            precision,
+            f"{_LINEAR_SHARE:.0%} of the weights in {kinds[0]}",
             f"{found.share:.1%}, the rest are convolutions, which stay float in this precision",
             hint="use int8 for a convolutional network",
         )
 
 
 @dataclass(frozen=True, slots=True)
+class _Weight:
+    """A constant operand; ``values`` counts its weights, of which packed ones have several in a byte."""
+
+    name: str
+    dtype: str
+    values: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Counts:
-    int8: int
+    narrow: int
     total: int
 
     @property
     def share(self) -> float:
-        return self.int8 / self.total if self.total else 0.0
+        return self.narrow / self.total if self.total else 0.0
 
 
-def _counts(proto: onnx.ModelProto, operators: set[str]) -> _Counts:
-    """Weight values of these operators, int8 and in all; a tensor that two operators share counts once."""
-    sizes = {name: math.prod(tensor.dims) for tensor, name in _weights(proto, operators)}
-    int8 = {name for tensor, name in _weights(proto, operators) if dtype_name(tensor.data_type) in _INT8}
-    return _Counts(sum(sizes[name] for name in int8), sum(sizes.values()))
+def _counts(proto: onnx.ModelProto, operators: set[str], kinds: tuple[str, ...] = _INT8) -> _Counts:
+    """Weight values of these operators, those of the types and all; one that two operators share counts once."""
+    weights = {weight.name: weight for weight in _weights(proto, operators)}.values()
+    return _Counts(sum(w.values for w in weights if w.dtype in kinds), sum(w.values for w in weights))
 
 
-def _weights(proto: onnx.ModelProto, operators: set[str]) -> Iterator[tuple[onnx.TensorProto, str]]:
-    """Constant operands, directly or through a DequantizeLinear, with their names."""
+def _weights(proto: onnx.ModelProto, operators: set[str]) -> Iterator[_Weight]:
+    """Constant operands, directly or through a DequantizeLinear."""
     for graph in graphs(proto.graph):
         constants = {tensor.name: tensor for tensor in graph.initializer}
         behind = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
@@ -112,11 +154,18 @@ def _weights(proto: onnx.ModelProto, operators: set[str]) -> Iterator[tuple[onnx
                 if index < len(node.input):
                     name = behind.get(node.input[index], node.input[index])
                     if name in constants:
-                        yield constants[name], name
+                        yield _weight(node, constants[name], name)
+
+
+def _weight(node: onnx.NodeProto, tensor: onnx.TensorProto, name: str) -> _Weight:
+    if node.op_type != "MatMulNBits":
+        return _Weight(name, dtype_name(tensor.data_type), math.prod(tensor.dims))
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    return _Weight(name, f"uint{attributes.get('bits', 4)}", attributes["K"] * attributes["N"])
 
 
 def _is_weight_type(proto: onnx.ModelProto, name: str) -> bool:
-    return any(dtype_name(tensor.data_type) == name for tensor, _ in _weights(proto, set(_WEIGHTED)))
+    return any(weight.dtype == name for weight in _weights(proto, set(_WEIGHTED)))
 
 
 def _operators(proto: onnx.ModelProto) -> set[str]:

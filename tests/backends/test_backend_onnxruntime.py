@@ -15,12 +15,15 @@ from onnx import TensorProto, helper, numpy_helper
 from rowcol_edge.backends.base import QuantSpec
 from rowcol_edge.backends.onnxruntime import BACKEND
 from rowcol_edge.backends.qdq import kept_float
+from rowcol_edge.backends.weight_only import quantize
 from rowcol_edge.backends.weight_types import check_types, weight_types
 from rowcol_edge.errors import DataError, StageError
 from rowcol_edge.targets import RuntimeSpec
 
 Batches = Callable[[], Iterator[dict[str, np.ndarray]]]
 Compile = Callable[..., onnx.ModelProto]
+
+WEIGHT_ONLY = [("int8-weights", "int8"), ("int4-weights", "uint4")]
 
 
 @pytest.fixture
@@ -117,11 +120,13 @@ def test_activations_are_unsigned_unless_asked(compiled: Compile, convolutions: 
     assert "uint8" not in weight_types(compiled(convolutions, "int8", signed_activations=True))
 
 
-def test_dynamic_int8_of_a_convolutional_network_is_refused(
-    convolutions: Path, tmp_path: Path, runtime: RuntimeSpec
+@pytest.mark.parametrize(("precision", "kind"), [("int8-dynamic", "int8"), *WEIGHT_ONLY])
+def test_a_precision_of_linear_layers_refuses_a_convolutional_network(
+    convolutions: Path, tmp_path: Path, runtime: RuntimeSpec, precision: str, kind: str
 ) -> None:
-    with pytest.raises(StageError, match=r"expected 50% of the weights in int8, got .*convolutions.* – use int8 for"):
-        BACKEND.compile(convolutions, runtime, QuantSpec("int8-dynamic"), None, tmp_path / "out.onnx")
+    says = rf"{precision} claims: expected 50% of the weights in {kind}, got .*convolutions.* – use int8 for"
+    with pytest.raises(StageError, match=says):
+        BACKEND.compile(convolutions, runtime, QuantSpec(precision), None, tmp_path / "out.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -209,6 +214,65 @@ def test_another_opset_than_the_targets_is_an_error(tokens: Path, tmp_path: Path
         BACKEND.compile(tokens, replace(runtime, opset=17), QuantSpec("fp32"), None, tmp_path / "out.onnx")
 
 
+@pytest.mark.parametrize("precision", [precision for precision, _ in WEIGHT_ONLY])
+def test_weight_only_takes_every_linear_layer_and_leaves_activations_float(
+    compiled: Compile, tokens: Path, precision: str
+) -> None:
+    proto = compiled(tokens, precision, None)
+    assert (proto.ir_version, [(o.domain, o.version) for o in proto.opset_import]) == (
+        9,
+        [("", 18), ("com.microsoft", 1)],
+    )
+    found = Counter(node.op_type for node in proto.graph.node)
+    assert (found["MatMulNBits"], found["Gemm"], found["MatMul"], found["Conv"]) == (6, 0, 2, 1)
+    assert "accuracy_level" not in {a.name for n in proto.graph.node for a in n.attribute}
+    weights = {t.name: t for t in proto.graph.initializer}
+    assert (
+        max(t.dims[0] * t.dims[1] for t in weights.values() if t.data_type == TensorProto.FLOAT and len(t.dims) == 2)
+        < 16 * 16
+    )
+
+
+def test_what_a_precision_needs_of_the_runtime_is_said(tokens: Path, tmp_path: Path, runtime: RuntimeSpec) -> None:
+    oldest = {
+        precision: BACKEND.compile(tokens, runtime, QuantSpec(precision), None, tmp_path / "out.onnx").oldest
+        for precision in ("fp32", "int8-weights", "int4-weights")
+    }
+    assert oldest == {"fp32": "", "int8-weights": "1.23.0", "int4-weights": ""}
+
+
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (4, 0.15)])
+def test_gemms_in_every_form_are_taken_and_a_shared_weight_is_stored_once(bits: int, error: float) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "upright": rng.normal(size=(40, 24)), "lying": rng.normal(size=(24, 40)), "bias": rng.normal(size=24),
+        "scaled": rng.normal(size=(24, 8)),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("Gemm", ["x", "lying", "bias"], ["a"], name="a", transB=1),
+        helper.make_node("Gemm", ["x", "lying"], ["b"], name="b", transB=1),
+        helper.make_node("Gemm", ["x", "upright", "bias"], ["c"], name="c"),
+        helper.make_node("Sum", ["a", "b", "c"], ["sum"]),
+        helper.make_node("Gemm", ["sum", "scaled"], ["y"], name="y", alpha=0.5),
+    ]
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 40])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [3, 8])],
+        [numpy_helper.from_array(array.astype(np.float32), name) for name, array in arrays.items()],
+    )  # fmt: skip
+    source = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    x = rng.normal(size=(3, 40)).astype(np.float32)
+    expected = ort.InferenceSession(source.SerializeToString()).run(None, {"x": x})[0]
+    made = quantize(source, bits)
+    onnx.checker.check_model(made, full_check=True)
+    assert Counter(n.op_type for n in made.graph.node)["MatMulNBits"] == 3
+    assert len({t.name for t in made.graph.initializer}) == len(made.graph.initializer)
+    assert {"lying", "upright", "lying_transposed"}.isdisjoint(t.name for t in made.graph.initializer)
+    got = ort.InferenceSession(made.SerializeToString()).run(None, {"x": x})[0]
+    assert np.linalg.norm(got - expected) <= error * np.linalg.norm(expected)
+
+
 def linear(dtype: type, operator: str = "MatMul") -> onnx.ModelProto:
     """One layer whose weight has the given type."""
     graph = helper.make_graph(
@@ -222,7 +286,7 @@ def linear(dtype: type, operator: str = "MatMul") -> onnx.ModelProto:
 
 
 def test_a_claim_that_the_file_does_not_hold_is_refused(compiled: Compile, tokens: Path) -> None:
-    made = {precision: compiled(tokens, precision) for precision in ("fp32", "fp16", "int8", "int8-dynamic")}
+    made = {precision: compiled(tokens, precision) for precision in BACKEND.precisions}
     for claimed in made:
         for actual, proto in made.items():
             if claimed == actual:

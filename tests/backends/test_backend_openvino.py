@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ import openvino as ov
 import pytest
 
 from rowcol_edge import native
-from rowcol_edge.backends import load_backend, openvino_files
+from rowcol_edge.backends import load_backend, openvino_files, openvino_info
 from rowcol_edge.backends.base import Artifact, QuantSpec
+from rowcol_edge.backends.onnx_files import Port
 from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
 from rowcol_edge.errors import BundleError, MissingDependencyError, StageError
 from rowcol_edge.targets import RuntimeSpec
@@ -112,3 +114,81 @@ def test_float32_is_calculated_in_float32_unless_asked_otherwise(make: Make, tok
     np.testing.assert_allclose(run("openvino", path), exact, rtol=1e-4, atol=1e-5)
     with pytest.raises(BundleError, match="load on CPU"):
         run("openvino", path, INFERENCE_PRECISION_HINT="float99")
+
+
+RGB = {"mode": "RGB", "scale": 1 / 255, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+def port(dtype: str) -> Port:
+    return Port("x", dtype, (1, 3, 8, 8))
+
+
+def test_openvinos_own_tools_find_labels_and_preprocessing_under_their_keys() -> None:
+    metadata = {
+        "rowcol_edge.contract": "classify",
+        "rowcol_edge.labels": '["good", "deep scratch"]',
+        "rowcol_edge.preprocess": json.dumps(RGB),
+    }
+    found = dict(openvino_info.entries(metadata, (port("float32"),)))
+    assert found["rowcol_edge", "contract"] == "classify"
+    assert found["model_info", "labels"] == "good deep_scratch"
+    assert found["model_info", "resize_type"] == "standard"
+    assert found["model_info", "reverse_input_channels"] == "YES"
+    pixel = np.array([0.0, 10.0, 255.0])
+    mean, scale = (np.array(found["model_info", key].split(), float) for key in ("mean_values", "scale_values"))
+    np.testing.assert_allclose((pixel - mean) / scale, (pixel * RGB["scale"] - RGB["mean"]) / RGB["std"], rtol=1e-6)
+    baked = dict(openvino_info.entries(metadata, (port("uint8"),)))
+    assert {("model_info", "mean_values"), ("model_info", "scale_values")}.isdisjoint(baked)
+    for other in ({**metadata, "rowcol_edge.contract": "segment"}, {}):
+        assert not [path for path, _ in openvino_info.entries(other, (port("float32"),)) if path[0] == "model_info"]
+
+
+def test_a_precision_that_the_device_does_not_calculate_in_is_refused(
+    make: Make, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, runtime = make(tokens, "fp32").path, load_runtime("openvino")
+    core = ov.Core()
+
+    class Deaf:
+        """A device that accepts every hint and calculates in float32."""
+
+        available_devices = ("CPU",)
+        read_model = core.read_model
+
+        def compile_model(self, model: Any, device: str, settings: dict[str, str]) -> Any:
+            return core.compile_model(model, device, settings | {"INFERENCE_PRECISION_HINT": "f32"})
+
+    monkeypatch.setattr(runtime, "_core", Deaf())
+    for asked in ({}, {"INFERENCE_PRECISION_HINT": "f32"}, {"INFERENCE_PRECISION_HINT": "dynamic"}):
+        runtime.open(path, RuntimeOptions(properties=asked)).close()
+    with pytest.raises(
+        BundleError, match=r"INFERENCE_PRECISION_HINT on CPU: expected bf16, got f32 – .*ask for \"f32\""
+    ):
+        runtime.open(path, RuntimeOptions(properties={"INFERENCE_PRECISION_HINT": "bf16"}))
+
+
+def test_one_device_is_asked_for(make: Make, tokens: Path) -> None:
+    with pytest.raises(BundleError, match="device: expected one, such as CPU, GPU or NPU, got GPU, CPU"):
+        load_runtime("openvino").open(make(tokens, "fp32").path, RuntimeOptions(providers=("GPU", "CPU")))
+
+
+def test_compiled_models_are_kept_only_where_a_target_asks_and_never_in_the_bundle(
+    make: Make, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unseen: np.ndarray
+) -> None:
+    path, runtime = make(tokens, "fp32").path, load_runtime("openvino")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    beside = sorted(path.parent.glob("fp32.*"))
+
+    def run(**properties: str) -> np.ndarray:
+        with runtime.open(path, RuntimeOptions(properties=properties)) as session:
+            return session.run({"x": unseen})["output"]
+
+    expected = run()
+    assert not (tmp_path / "cache").exists()
+    first = run(CACHE_DIR="rowcol-edge")
+    [blob] = (tmp_path / "cache" / "rowcol-edge").iterdir()
+    for damage in (blob.read_bytes(), blob.read_bytes()[:100], b""):
+        blob.write_bytes(damage)
+        np.testing.assert_array_equal(run(CACHE_DIR="rowcol-edge"), first)
+    np.testing.assert_array_equal(first, expected)
+    assert sorted(path.parent.glob("fp32.*")) == beside

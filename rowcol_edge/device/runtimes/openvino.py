@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,6 +34,11 @@ _DTYPES = {
     "f16": "float16", "f32": "float32", "f64": "float64", "i8": "int8", "i16": "int16", "i32": "int32", "i64": "int64",
     "u8": "uint8", "u16": "uint16", "u32": "uint32", "u64": "uint64", "boolean": "bool",
 }  # fmt: skip
+_PRECISION = "INFERENCE_PRECISION_HINT"
+_NO_PRECISION = ("dynamic", "undefined")
+"""Values of the hint that leave the choice to the device."""
+_CACHE = "CACHE_DIR"
+"""Folder of compiled models, which make later starts faster; used only where a target's properties name one."""
 
 
 class OpenVinoRuntime:
@@ -53,7 +59,7 @@ class OpenVinoRuntime:
                 raise BundleError(str(path), expected="an IR file with its .bin beside it", got="no such file")
         if self._core is None:
             self._core = ov.Core()  # one a process: every further one starts the plugins again
-        device = options.providers[0] if options.providers else "CPU"
+        device = _device(options.providers)
         offered = self._core.available_devices
         if device not in {name.partition(".")[0] for name in offered} | set(offered):
             raise BundleError(
@@ -66,7 +72,9 @@ class OpenVinoRuntime:
             if not artifact.read_bytes().lstrip().startswith(b"<?xml"):
                 raise ValueError("a file that is no XML")  # openvino would try its other readers, which print
             model = self._core.read_model(artifact)
-            compiled = self._core.compile_model(model, device, _settings(device, options))
+            settings = _settings(device, options)
+            compiled = self._core.compile_model(model, device, settings)
+            _check_precision(compiled, device, settings.get(_PRECISION))
             return OpenVinoSession(compiled, artifact, self.version())
         except _ERRORS as e:
             raise BundleError(
@@ -124,14 +132,47 @@ class OpenVinoSession:
         self.close()
 
 
+def _device(providers: Sequence[str]) -> str:
+    if len(providers) > 1:
+        got = ", ".join(providers)
+        raise BundleError(
+            "device", expected="one, such as CPU, GPU or NPU", got=got, hint="openvino runs a model on one"
+        )
+    return providers[0] if providers else "CPU"
+
+
+def _check_precision(compiled: Any, device: str, wanted: str | None) -> None:
+    """BundleError where the device calculates in another precision than it was told to: plugins accept a hint that
+    the hardware cannot follow."""
+    if wanted is None or wanted in _NO_PRECISION:
+        return
+    used = compiled.get_property(_PRECISION).get_type_name()
+    if used != wanted:
+        raise BundleError(
+            f"{_PRECISION} on {device}",
+            expected=wanted,
+            got=used,
+            hint=f'this {device} cannot calculate in {wanted}: build for a target whose properties ask for "{used}"',
+        )
+
+
 def _settings(device: str, options: RuntimeOptions) -> dict[str, str]:
     settings = {"PERFORMANCE_HINT": "LATENCY"}
     if device == "CPU":
         # where a processor has bfloat16, openvino's own default calculates a float32 model in it
-        settings |= {"NUM_STREAMS": "1", "INFERENCE_PRECISION_HINT": "f32"}
+        settings |= {"NUM_STREAMS": "1", _PRECISION: "f32"}
         if options.threads:
             settings["INFERENCE_NUM_THREADS"] = str(options.threads)
-    return settings | options.properties
+    settings |= options.properties
+    if _CACHE in settings:
+        settings[_CACHE] = str(_cache_folder(settings[_CACHE]))
+    return settings
+
+
+def _cache_folder(text: str) -> Path:
+    """``~`` is the user's home; a relative path lies in the user's cache folder, never beside the bundle's files."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base, text if not text.startswith("~") else Path(text).expanduser()).expanduser()
 
 
 def _spec(port: Any, artifact: Path) -> TensorSpec:
