@@ -3,6 +3,7 @@
 backend      consumes   precisions
 onnxruntime  ONNX       fp32, fp16, int8, int8-dynamic
 openvino     ONNX       fp32, fp16, int8 (nncf)
+tflite       program    fp32, fp16, int8, int8-io, int8-dynamic (litert-torch, ai-edge-quantizer)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 BACKENDS: dict[str, str] = {
     "onnxruntime": "rowcol_edge.backends.onnxruntime",
     "openvino": "rowcol_edge.backends.openvino",
+    "tflite": "rowcol_edge.backends.tflite",
 }
 """Name of the runtime → module, whose ``BACKEND`` is the :class:`Backend`."""
 

@@ -10,6 +10,7 @@ from .base import Runtime, RuntimeOptions, Session
 RUNTIMES: dict[str, str] = {
     "onnxruntime": "rowcol_edge.device.runtimes.onnxruntime",
     "openvino": "rowcol_edge.device.runtimes.openvino",
+    "tflite": "rowcol_edge.device.runtimes.tflite",
 }
 """Name in the manifest → module, whose ``RUNTIME`` is the :class:`Runtime`."""
 
