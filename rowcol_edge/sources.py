@@ -1,7 +1,7 @@
 """From a module to the file that a backend starts from, step by step, each with its outputs on real inputs.
 
-    onnx               module ─ export ─ simplify ─▶ .onnx
-    exported_program   module ─ export ─▶ .pt2
+onnx               module ─ export ─ simplify ─▶ .onnx
+exported_program   module ─ export ─▶ .pt2
 """
 
 from __future__ import annotations

@@ -84,7 +84,9 @@ class TfliteBackend:
             }
             if quant.precision in ("int8", "int8-io"):
                 job["calibration"] = str(folder / "calibration")
-                calibrating.spool(calibrating.feeds(calibration, signature.inputs), job["inputs"], folder / "calibration")
+                calibrating.spool(
+                    calibrating.feeds(calibration, signature.inputs), job["inputs"], folder / "calibration"
+                )
             _run(job, folder)
             # imported only now: without the packages the worker has said so
             from . import tflite_files

@@ -130,7 +130,18 @@ class _Port:
 class TfliteSession:
     """One loaded ``.tflite`` file. A free batch is set by the feeds; another size than before costs an allocation."""
 
-    __slots__ = ("_artifact", "_check", "_free", "_in", "_interpreter", "_names", "_out", "_runtime", "inputs", "outputs")
+    __slots__ = (
+        "_artifact",
+        "_check",
+        "_free",
+        "_in",
+        "_interpreter",
+        "_names",
+        "_out",
+        "_runtime",
+        "inputs",
+        "outputs",
+    )
 
     def __init__(self, interpreter: Any, artifact: Path, runtime: str) -> None:
         self._interpreter = interpreter
