@@ -1,4 +1,4 @@
-"""A TFLite bundle opens, reproduces its outputs and predicts with tflite-runtime 2.14, and with ai-edge-litert alone."""
+"""A TFLite bundle reproduces its outputs and predicts with tflite-runtime 2.14, and with ai-edge-litert alone."""
 
 from __future__ import annotations
 

@@ -18,20 +18,26 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import native
+from ..device.runtimes.base import is_at_least
 from ..errors import ConfigError, MissingDependencyError, StageError, UnsupportedOpError
 from . import calibration as calibrating
 from . import program_files
-from .base import Artifact, Calibration, QuantSpec, Source, check_precision
+from .base import Artifact, Calibration, LayerError, QuantSpec, Source, check_precision, worst_first
 from .tflite_worker import NOT_INSTALLED, REFUSED
 
 if TYPE_CHECKING:
     from ..targets import RuntimeSpec
 
 _TIMEOUT_S = 1800.0
+_PER_CHANNEL = "2.15"
+"""tflite-runtime, which ends at 2.14, takes the first scale of a linear layer's weight for all of its channels where it
+finds the ranges of activations itself: int8-dynamic then has one scale a tensor."""
+_ERROR_SAMPLES = 16
 _MISSING, _REFUSED = "not installed", "refused"
 
 
@@ -53,8 +59,8 @@ class TfliteBackend:
         out: Path,
         metadata: Mapping[str, str] | None = None,
     ) -> Artifact:
-        """See `Backend.compile`. UnsupportedOpError names what litert-torch cannot convert, and its module; ConfigError:
-        a program whose batch is free.
+        """See `Backend.compile`. UnsupportedOpError names what litert-torch cannot convert, and its module;
+        ConfigError: a program whose batch is free.
 
         The spec's other choices do not apply: weights and activations are signed, a scale for each output channel, and
         XNNPACK widens 8-bit values to 16 bits before it multiplies, so that nothing saturates.
@@ -76,7 +82,8 @@ class TfliteBackend:
                 "float": str(_float_file(model)),
                 "out": str(made),
                 "precision": quant.precision,
-                "keep_float": [],
+                "keep_float": quant.keep_float,
+                "linear_per_channel": is_at_least(runtime.oldest, _PER_CHANNEL),
                 "ports": [asdict(port) for port in signature.inputs],
                 "inputs": [port.name for port in signature.inputs],
                 "outputs": list(signature.outputs),
@@ -84,19 +91,46 @@ class TfliteBackend:
             }
             if quant.precision in ("int8", "int8-io"):
                 job["calibration"] = str(folder / "calibration")
-                calibrating.spool(
-                    calibrating.feeds(calibration, signature.inputs), job["inputs"], folder / "calibration"
-                )
+                feeds = calibrating.feeds(calibration, signature.inputs)
+                calibrating.spool(feeds, job["inputs"], folder / "calibration")
             _run(job, folder)
             # imported only now: without the packages the worker has said so
             from . import tflite_files
 
             compiled = tflite_files.read(made)
-            tflite_files.check_types(compiled, quant.precision)
+            tflite_files.check_types(compiled, quant.precision, quant.keep_float)
             notes = tuple(json.loads(made.with_suffix(".json").read_text(encoding="utf-8")))
             types = tflite_files.weight_types(compiled)
             sha256, size_bytes = _publish(made, out)
         return Artifact(out, sha256, size_bytes, types, quant.precision, notes=notes)
+
+    def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
+        """See `Backend.layer_errors`; a layer has the name of its output in the file."""
+        from . import tflite_files
+
+        signature = program_files.signature(model)
+        with tempfile.TemporaryDirectory(prefix="rowcol-tflite-") as work:
+            folder = Path(work)
+            job: dict[str, Any] = {
+                "float": str(_float_file(model)),
+                "artifact": str(artifact.resolve()),
+                "static": not tflite_files.is_dynamic(tflite_files.read(artifact)),
+                "linear_per_channel": False,
+                "keep_float": [],
+                "inputs": [port.name for port in signature.inputs],
+                "calibration": str(folder / "calibration"),
+                "out": str(folder / "errors.json"),
+            }
+            feeds = islice(calibrating.feeds(calibration, signature.inputs), _ERROR_SAMPLES)
+            calibrating.spool(feeds, job["inputs"], folder / "calibration")
+            (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+            failure = native.run(
+                "rowcol_edge.backends.tflite_errors", [folder / "job.json"], tool="litert", timeout_s=_TIMEOUT_S
+            )
+            if failure:
+                raise StageError("layer errors", expected="a model that litert can run", got=failure)
+            names, errors = json.loads((folder / "errors.json").read_text(encoding="utf-8"))
+        return worst_first(LayerError(name, error) for name, error in zip(names, errors, strict=True))
 
 
 BACKEND = TfliteBackend()

@@ -33,8 +33,11 @@ _OPERATORS = {value: name for name, value in vars(schema.BuiltinOperator).items(
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
-    """A constant operand: its type and values, and the type of what it is multiplied with."""
+    """A constant operand of a layer: its type and values, and the type of what it is multiplied with."""
 
+    layer: str
+    """The name of the layer's output."""
+    kind: str
     buffer: int
     dtype: str
     values: int
@@ -49,6 +52,11 @@ def read(path: Path) -> Any:
         raise StageError(f"reading {path.name}", expected="a TFLite file", got=str(e)) from e
     if content[4:8] != b"TFL3":
         raise StageError(f"reading {path.name}", expected="a TFLite file", got="another kind of file")
+    return unpacked(content)
+
+
+def unpacked(content: bytes) -> Any:
+    """The flatbuffer as the schema's objects."""
     return flatbuffer_utils.read_model_from_bytearray(content)
 
 
@@ -107,14 +115,24 @@ def weight_types(model: Any) -> dict[str, int]:
     return dict(total.most_common())
 
 
-def check_types(model: Any, precision: str) -> None:
+def int8_layers(model: Any) -> dict[str, str]:
+    """Layers whose weights are int8, by the name of their output → the operator."""
+    return {weight.layer: weight.kind for weight in _weights(model) if weight.dtype == "int8"}
+
+
+def is_dynamic(model: Any) -> bool:
+    """Whether int8 weights are multiplied with float32 activations."""
+    return any(weight.dtype == "int8" and weight.activation == "float32" for weight in _weights(model))
+
+
+def check_types(model: Any, precision: str, keep_float: Sequence[str] = ()) -> None:
     """StageError unless the model holds the types that ``precision`` claims.
 
     fp32: only float32 weights. fp16: 95 % of the weight values of convolutions and matrix products in float16. int8,
     int8-io: 90 % of them in int8, multiplied with int8; int8-io has no float32 input or output, int8 only such.
-    int8-dynamic: 90 % of them in int8, multiplied with float32.
+    int8-dynamic: 90 % of them in int8, multiplied with float32. Layers in ``keep_float`` do not count.
     """
-    weights = {weight.buffer: weight for weight in _weights(model)}.values()
+    weights = {weight.buffer: weight for weight in _weights(model) if weight.layer not in keep_float}.values()
     values: Counter[str] = Counter()
     for weight in weights:
         values[f"{weight.dtype} × {weight.activation}"] += weight.values
@@ -144,17 +162,21 @@ def _weights(model: Any) -> Iterator[_Weight]:
             if kind(model, operator) == "DEQUANTIZE"
         }
         for operator in graph.operators:
-            for position in _WEIGHTED.get(kind(model, operator), ()):
+            name = kind(model, operator)
+            for position in _WEIGHTED.get(name, ()):
                 index, other = operator.inputs[position], operator.inputs[1 - position]
                 tensor = graph.tensors[behind.get(index, index)]
                 if model.buffers[tensor.buffer].data is not None:
                     activation = _TYPES[graph.tensors[other].type]
-                    yield _Weight(tensor.buffer, _TYPES[tensor.type], math.prod(tensor.shape), activation)
+                    layer = _text(graph.tensors[operator.outputs[0]].name)
+                    values = math.prod(tensor.shape)
+                    yield _Weight(layer, name, tensor.buffer, _TYPES[tensor.type], values, activation)
 
 
 def kind(model: Any, operator: Any) -> str:
     code = model.operatorCodes[operator.opcodeIndex]
-    return _OPERATORS[max(code.builtinCode, code.deprecatedBuiltinCode)]
+    name: str = _OPERATORS[max(code.builtinCode, code.deprecatedBuiltinCode)]
+    return name
 
 
 def _text(name: bytes | str) -> str:

@@ -68,8 +68,10 @@ def _tensor(b: Any, name: str, recipe: Preprocess | None, *, labels: bool) -> in
         image = _table(b, {1: size}, {0: _GRAYSCALE if recipe.channels == 1 else _RGB})
         fields[3] = _table(b, {1: image}, {0: _IMAGE})
         # the convention normalizes pixels of 0 to 255 by (x − mean) ÷ std
-        mean = b.CreateNumpyVector(np.asarray(recipe.mean, np.float32) / np.float32(recipe.scale))
-        std = b.CreateNumpyVector(np.asarray(recipe.std, np.float32) / np.float32(recipe.scale))
+        mean, std = (
+            b.CreateNumpyVector((np.asarray(values) / recipe.scale).astype(np.float32))
+            for values in (recipe.mean, recipe.std)
+        )
         unit = _table(b, {1: _table(b, {0: mean, 1: std})}, {0: _NORMALIZATION})
         fields[4] = _offsets(b, [unit])
     if labels:

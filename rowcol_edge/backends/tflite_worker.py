@@ -19,6 +19,8 @@ NOT_INSTALLED, REFUSED = 40, 41
 _OURS = ("ai_edge_litert", "ai_edge_quantizer", "litert_torch")
 _STATIC = ("int8", "int8-io")
 _WEIGHTED = ("CONV_2D", "CONV_2D_TRANSPOSE", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
+_NAMES = {"TRANSPOSE_CONV": "CONV_2D_TRANSPOSE"}
+"""Operators that ai-edge-quantizer calls otherwise than the schema."""
 _STAGING = re.compile(r"[\w.<>]*\.(InterpreterModule(Dispatcher)?|UnflattenedModule|_Flat)_?")
 """The classes of the module that a captured program is unfolded to, in the names of tensors."""
 
@@ -39,7 +41,7 @@ def main(job_file: str) -> int:
         if (e.name or "").partition(".")[0] not in _OURS:
             raise
         return NOT_INSTALLED
-    model = tflite_files.flatbuffer_utils.read_model_from_bytearray(content)
+    model = tflite_files.unpacked(content)
     said = job["metadata"]
     described = tflite_metadata.described(said, job["inputs"], job["outputs"])
     entries = {tflite_metadata.NAME: described, **{key: text.encode() for key, text in said.items()}}
@@ -61,9 +63,9 @@ def _convert(job: dict[str, Any]) -> dict[str, str] | None:
     try:
         converted = litert_torch.convert(_flat(program), example)
         content = converted.model_content()
-    except Exception as e:  # boundary: the converter raises whatever its lowerings meet
+    except Exception as e:  # noqa: BLE001 – boundary: the converter raises whatever its lowerings meet
         return _refusal(e)
-    model = tflite_files.flatbuffer_utils.read_model_from_bytearray(content)
+    model = tflite_files.unpacked(content)
     tflite_files.name_signature(model, job["inputs"], job["outputs"])
     _name_tensors(model)
     made = Path(job["float"])
@@ -121,39 +123,64 @@ def _name_tensors(model: Any) -> None:
 def _quantized(job: dict[str, Any]) -> bytes:
     from ai_edge_quantizer import quantizer
 
-    recipe = _recipe(job)
-    made = quantizer.Quantizer(job["float"], recipe)
-    ranges = _ranges(job, recipe) if job["precision"] in _STATIC else None
-    return bytes(made.quantize(ranges, enable_progress_bar=False, enable_progress_report=False).quantized_model)
+    chosen = recipe(job)
+    made = quantizer.Quantizer(job["float"], chosen)
+    found = ranges(job, chosen) if job["precision"] in _STATIC else None
+    return bytes(made.quantize(found, enable_progress_bar=False, enable_progress_report=False).quantized_model)
 
 
-def _recipe(job: dict[str, Any]) -> Any:
+def recipe(job: dict[str, Any]) -> Any:
     """ai-edge-quantizer's recipe for the precision, less the layers that stay float.
 
     int8 of a transformer quantizes the operators that hold weights and leaves the rest in float: 8 bits for a residual
     stream and a LayerNorm cost accuracy, and XNNPACK has no int8 form of the reciprocal square root, Softmax and GELU,
     so that they fall back to slow kernels. int8-io is for accelerators that take integers only.
     """
-    from ai_edge_quantizer import algorithm_manager, qtyping, recipe, recipe_manager
+    from ai_edge_quantizer import algorithm_manager, qtyping, recipe_manager
+    from ai_edge_quantizer import recipe as recipes
 
     algorithm, kind = algorithm_manager.AlgorithmName, qtyping.TFLOperationName
     manager, precision = recipe_manager.RecipeManager(), job["precision"]
     if precision == "fp16":
         manager.add_weight_only_config(".*", kind.ALL_SUPPORTED, num_bits=16, algorithm_key=algorithm.FLOAT_CASTING)
     elif precision == "int8-dynamic":
-        manager.load_quantization_recipe(recipe.dynamic_wi8_afp32())
+        manager.load_quantization_recipe(recipes.dynamic_wi8_afp32())
+        manager.add_dynamic_config(".*", kind.FULLY_CONNECTED, 8, _granularity("FULLY_CONNECTED", job))
     elif precision == "int8" and _is_transformer(Path(job["float"])):
         for operator in _WEIGHTED:
             manager.add_static_config(".*", kind[operator], activation_num_bits=8, weight_num_bits=8)
     else:
-        manager.load_quantization_recipe(recipe.static_wi8_ai8())
+        manager.load_quantization_recipe(recipes.static_wi8_ai8())
     if precision == "int8":
         for operator in (kind.INPUT, kind.OUTPUT):
             manager.add_quantization_config(".*", operator, algorithm_key=algorithm.NO_QUANTIZE)
     for layer in job["keep_float"]:
-        scope = f"(^|;){re.escape(layer)};"
-        manager.add_quantization_config(scope, kind.ALL_SUPPORTED, algorithm_key=algorithm.NO_QUANTIZE)
+        manager.add_quantization_config(_scope(layer), kind.ALL_SUPPORTED, algorithm_key=algorithm.NO_QUANTIZE)
     return manager.get_quantization_recipe()
+
+
+def alone(layer: str, operator: str, job: dict[str, Any]) -> Any:
+    """The recipe that quantizes one layer."""
+    from ai_edge_quantizer import qtyping, recipe_manager
+
+    manager, kind = recipe_manager.RecipeManager(), qtyping.TFLOperationName[_NAMES.get(operator, operator)]
+    if job["static"]:
+        manager.add_static_config(_scope(layer), kind, activation_num_bits=8, weight_num_bits=8)
+    else:
+        manager.add_dynamic_config(_scope(layer), kind, 8, _granularity(operator, job))
+    return manager.get_quantization_recipe()
+
+
+def _granularity(operator: str, job: dict[str, Any]) -> Any:
+    from ai_edge_quantizer.qtyping import QuantGranularity
+
+    whole = operator == "FULLY_CONNECTED" and not job["linear_per_channel"]
+    return QuantGranularity.TENSORWISE if whole else QuantGranularity.CHANNELWISE
+
+
+def _scope(layer: str) -> str:
+    """ai-edge-quantizer's pattern for the operator whose output is called so."""
+    return f"^{re.escape(layer)};$"
 
 
 def _is_transformer(path: Path) -> bool:
@@ -163,14 +190,14 @@ def _is_transformer(path: Path) -> bool:
     return bool(tflite_files.operators(tflite_files.read(path)).keys() & {"RSQRT", "BATCH_MATMUL"})
 
 
-def _ranges(job: dict[str, Any], recipe: Any) -> Any:
+def ranges(job: dict[str, Any], chosen: Any) -> Any:
     """Lowest and highest value of each tensor over the calibration batches, one of which is held at a time."""
     import numpy as np
     from ai_edge_quantizer import calibrator, recipe_manager
     from ai_edge_quantizer.utils import qsv_utils
 
     manager = recipe_manager.RecipeManager()
-    manager.load_quantization_recipe(recipe)
+    manager.load_quantization_recipe(chosen)
     watched = calibrator.Calibrator(job["float"], num_threads=2, qsv_update_func=qsv_utils.min_max_update)
     [key] = watched.get_signature_list()
     for path in sorted(Path(job["calibration"]).glob("*.npz")):

@@ -1,4 +1,4 @@
-"""Two small networks as the files backends start from: one of convolutions with a residual, one of tokens with attention."""
+"""Two small networks as backends start from them: one of convolutions with a residual, one of tokens with attention."""
 
 from __future__ import annotations
 

@@ -121,10 +121,12 @@ class _Port:
 
     def quantized(self, array: np.ndarray) -> np.ndarray:
         limits = np.iinfo(self.dtype)
-        return np.clip(np.rint(array / self.scale) + self.zero, limits.min, limits.max).astype(self.dtype)
+        values: np.ndarray = np.clip(np.rint(array / self.scale) + self.zero, limits.min, limits.max).astype(self.dtype)
+        return values
 
     def dequantized(self, array: np.ndarray) -> np.ndarray:
-        return (array.astype(np.float32) - np.float32(self.zero)) * np.float32(self.scale)
+        values: np.ndarray = (array.astype(np.float32) - np.float32(self.zero)) * np.float32(self.scale)
+        return values
 
 
 class TfliteSession:
