@@ -1,6 +1,6 @@
 """An arm: a variant of the model at a precision, made the same way whichever it is.
 
-    module ─ export ─ simplify ─ compile ─▶ artifact, its stages' errors, its quality on the selection split
+    module ─ export (see `sources`) ─ compile ─▶ artifact, its stages' errors, its quality on the selection split
 
 After each stage the outputs on real inputs are compared with the dense PyTorch original.
 """
@@ -13,14 +13,13 @@ from pathlib import Path
 
 from torch import nn
 
-from . import evaluation
+from . import evaluation, sources
 from .backends import load_backend
-from .backends.base import Artifact, QuantSpec
+from .backends.base import Artifact, QuantSpec, Source
 from .datasets import Feeds
 from .device.runtimes import RuntimeOptions
 from .errors import ParityError
 from .evaluation import Judged
-from .export import onnx, simplify
 from .export.parity import Outputs, Parity, compare, first_outside, torch_outputs
 from .factoring.plan import FactorPlan
 from .job import Job, Progress
@@ -68,14 +67,14 @@ class _Source:
 
 
 class Workbench:
-    """Makes the arms of one job. A variant is exported once per opset and IR version and shared by its precisions."""
+    """Makes the arms of one job. A variant is exported once per kind of file and shared by its precisions."""
 
     def __init__(self, job: Job, original: Judged | None, work: Path, progress: Progress) -> None:
         self._job = job
         self._original = original
         self._work = work
         self._progress = progress
-        self._sources: dict[tuple[str, int, int], _Source] = {}
+        self._sources: dict[tuple[object, ...], _Source] = {}
         self._real: Feeds = job.calibration.take(_SAMPLES)
         self._dense: Outputs = torch_outputs(job.model.module, [self._real])
         evaluation.check_contract(job, {name: array[:1] for name, array in self._dense[0].items()})
@@ -131,41 +130,37 @@ class Workbench:
         return said
 
     def _source(self, variant: str, module: nn.Module, plan: FactorPlan | None, runtime: RuntimeSpec) -> _Source:
-        key = (plan.digest if plan else variant, runtime.opset, runtime.ir_version)
+        consumes = load_backend(runtime.name).consumes
+        key = (plan.digest if plan else variant, *sources.key(consumes, runtime))
         if key not in self._sources:
-            self._sources[key] = self._exported(variant, module, plan is not None, runtime)
+            self._sources[key] = self._exported(variant, module, plan is not None, runtime, consumes)
         return self._sources[key]
 
-    def _exported(self, variant: str, module: nn.Module, factored: bool, runtime: RuntimeSpec) -> _Source:
-        """Export, simplify, and compare after each."""
-        self._progress(f"export {variant}", 0, 2)
-        rewritten = torch_outputs(module, [self._real])
-        stages = [compare("factor" if factored else "fold", self._dense, rewritten, _LOSSY if factored else _EXACT)]
-        raw = self._file(variant)
-        onnx.export(
+    def _exported(
+        self, variant: str, module: nn.Module, factored: bool, runtime: RuntimeSpec, consumes: Source
+    ) -> _Source:
+        """Make the file the backend starts from, and compare after each step."""
+        self._progress(f"export {variant}", 0, 1)
+        tolerance = _LOSSY if factored else _EXACT
+        outputs: Outputs = torch_outputs(module, [self._real])
+        stages = [compare("factor" if factored else "fold", self._dense, outputs, tolerance)]
+        notes: list[str] = []
+        path = Path()
+        request = sources.Request(
             module,
             self._job.calibration.example(),
-            raw,
-            opset=runtime.opset,
-            ir_version=runtime.ir_version,
-            dynamic_batch=self._job.options.dynamic_batch,
+            self._real,
+            runtime,
+            self._job.options.dynamic_batch,
+            lambda suffix: self._file(variant, suffix),
         )
-        exported = self._outputs(raw)
-        _exact(f"{variant}: export", rewritten, exported)
-        stages.append(compare("export", self._dense, exported, _LOSSY if factored else _EXACT))
-        self._progress(f"export {variant}", 1, 2)
-        simplified = simplify.simplify(raw, self._file(variant))
-        outputs = self._outputs(simplified.path)
-        _exact(f"{variant}: simplify", exported, outputs)
-        stages.append(compare("simplify", self._dense, outputs, _LOSSY if factored else _EXACT))
-        self._progress(f"export {variant}", 2, 2)
-        notes = () if simplified.applied else (f"{variant}: not simplified: {simplified.reason}",)
-        return _Source(simplified.path, outputs, tuple(stages), notes)
-
-    def _outputs(self, path: Path) -> Outputs:
-        """Of an ONNX file on the way, which onnxruntime runs whatever the target's runtime is."""
-        with evaluation.opened(path, "onnxruntime", RuntimeOptions()) as run:
-            return [run(self._real)]
+        for step in sources.steps(consumes, request):
+            _exact(f"{variant}: {step.stage}", outputs, step.outputs)
+            stages.append(compare(step.stage, self._dense, step.outputs, tolerance))
+            notes += [f"{variant}: {step.note}"] if step.note else []
+            path, outputs = step.path, step.outputs
+        self._progress(f"export {variant}", 1, 1)
+        return _Source(path, outputs, tuple(stages), tuple(notes))
 
     def _judged(self, run: evaluation.Run, name: str) -> Judged | None:
         job = self._job
@@ -174,7 +169,7 @@ class Workbench:
         predictions = evaluation.predict(run, job.selection, job, self._progress, f"judge {name}")
         return evaluation.judge_selection(predictions, job, self._original)
 
-    def _file(self, stem: str, suffix: str = ".onnx") -> Path:
+    def _file(self, stem: str, suffix: str) -> Path:
         """A path in the work folder that no other stage has."""
         return self._work / f"{len(list(self._work.iterdir())):03d}-{stem}{suffix}"
 

@@ -20,6 +20,11 @@ _CONTRACTS = {
     "embed": "a vector of length 1 that stands for the input",
 }
 
+#: what a runtime calls the places it can run in
+_DEVICES = {"onnxruntime": "an execution provider", "tflite": "a delegate"}
+#: what is to be said of the oldest version
+_VERSIONS = {"tflite": " of tflite-runtime, and any of ai-edge-litert, which counts anew from 1.0"}
+
 
 def board_readme(manifest: Manifest) -> str:
     """Markdown: what the bundle is, how to install, check, run and measure it, and what to do when something fails."""
@@ -173,7 +178,8 @@ def _exit_codes() -> str:
 def _troubleshooting(manifest: Manifest) -> str:
     runtime = manifest.runtime
     onnx = runtime.name == "onnxruntime"  # other runtimes open files of their own
-    versions = f" (opset {runtime.opset}, IR version {runtime.ir_version})" if onnx else ""
+    versions = f" (opset {runtime.opset}, IR version {runtime.ir_version})" if onnx else _VERSIONS.get(runtime.name, "")
+    device = _DEVICES.get(runtime.name, "a device")
     return (
         "## When something fails\n\n"
         f"- *{runtime.name} is too old*: the oldest version that opens these files is **{runtime.oldest}**"
@@ -182,7 +188,7 @@ def _troubleshooting(manifest: Manifest) -> str:
         "your own files out of this folder (`profiles/` is the one exception).\n"
         "- *verify reports FAILED for one arm*: this board computes that precision differently. Use another arm "
         "(`run . IMAGE --arm NAME`) and report the numbers that `verify . --json` prints.\n"
-        f"- *{'an execution provider' if onnx else 'a device'} is not available*: the bundle asks for "
+        f"- *{device} is not available*: the bundle asks for "
         f"{_list(runtime.providers) or 'the CPU'}; install the {runtime.name} build that has it.\n"
         "- *a .zip does not unpack*: `/tmp` may be small; unzip it where there is space and open the folder."
     )

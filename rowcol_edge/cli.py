@@ -140,7 +140,7 @@ def build(
     out: Out = None,
     weights: Weights = None,
     runtime: Annotated[
-        str | None, typer.Option(help="a runtime that the target lists: onnxruntime or openvino")
+        str | None, typer.Option(help="a runtime that the target lists: onnxruntime, openvino or tflite")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16, int8, int8-dynamic or auto")] = None,
     calib: Calib = None,

@@ -25,7 +25,10 @@ from .targets import Target
 #: called with a label, the steps done and the steps in all
 Progress = Callable[[str, int, int], None]
 
-TOOLS = ("rowcol-edge", "torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino", "nncf", "numpy")
+TOOLS = (
+    "rowcol-edge", "torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino", "nncf", "litert-torch",
+    "ai-edge-litert", "ai-edge-quantizer", "numpy",
+)  # fmt: skip
 
 
 def silent(label: str, done: int, total: int) -> None:

@@ -39,11 +39,11 @@ def another_python(newest: tuple[int, int] = (3, 99)) -> Path | None:
 
 
 @functools.cache
-def older_python() -> Path | None:
-    """A Python for which the oldest runtimes have wheels: 3.12 or older."""
-    if sys.version_info < (3, 13):
+def older_python(newest: tuple[int, int] = (3, 12)) -> Path | None:
+    """A Python for which the oldest runtimes have wheels: 3.12 or older, for tflite-runtime 3.11."""
+    if sys.version_info[:2] <= newest:
         return Path(sys.executable)
-    return another_python(newest=(3, 12))
+    return another_python(newest=newest)
 
 
 SYSTEM_NEEDS = {
@@ -51,6 +51,11 @@ SYSTEM_NEEDS = {
         lambda: older_python() is not None,
         "a Python between 3.10 and 3.12 with its venv module, such as python3.12 on the PATH: the oldest runtimes "
         "have no wheels for a newer one",
+    ),
+    "python-3.11": SystemNeed(
+        lambda: older_python((3, 11)) is not None,
+        "Python 3.11 or 3.10 with its venv module, such as python3.11 on the PATH: tflite-runtime has no wheels for a "
+        "newer one",
     ),
     "another-python": SystemNeed(
         lambda: another_python() is not None,
@@ -105,6 +110,14 @@ def other_python() -> Path:
 def old_python() -> Path:
     """See older_python(); for tests marked `system("python-3.12")`."""
     found = older_python()
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="session")
+def python311() -> Path:
+    """A Python of 3.11 or older; for tests marked `system("python-3.11")`."""
+    found = older_python((3, 11))
     assert found is not None
     return found
 

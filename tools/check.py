@@ -26,7 +26,7 @@ CHECKS: dict[str, list[str]] = {
 
 
 def main() -> int:
-    python = _venv.ensure(["build", "openvino", "samples"], ["dev"])
+    python = _venv.ensure(["build", "openvino", "samples", "tflite"], ["dev"])
     results = {}
     for name, (program, *arguments) in CHECKS.items():
         print(f"── {name} ──", flush=True)

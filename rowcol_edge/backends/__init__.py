@@ -4,6 +4,7 @@ backend      consumes   precisions
 onnxruntime  ONNX       fp32, fp16, int8, int8-dynamic, int8-weights, int4-weights
 openvino     ONNX       fp32, fp16, int8 (nncf)
 tensorrt     ONNX       fp32, fp16, int8 (the engine is built on the board)
+tflite       program    fp32, fp16, int8, int8-io, int8-dynamic (litert-torch, ai-edge-quantizer)
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ BACKENDS: dict[str, str] = {
     "onnxruntime": "rowcol_edge.backends.onnxruntime",
     "openvino": "rowcol_edge.backends.openvino",
     "tensorrt": "rowcol_edge.backends.tensorrt",
+    "tflite": "rowcol_edge.backends.tflite",
 }
 """Name of the runtime → module, whose ``BACKEND`` is the :class:`Backend`."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..device.manifest import PRECISIONS
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, StageError, did_you_mean
 
 if TYPE_CHECKING:
     from ..targets import RuntimeSpec, Target
@@ -55,6 +56,9 @@ class QuantSpec:
     """int8 activations rather than uint8. onnxruntime fuses uint8 × int8 on x86-64 and has its better kernels for
     int8 × int8 on Arm; the wrong one leaves most convolutions in float."""
 
+    keep_float: tuple[str, ...] = ()
+    """Layers that stay in float, by the names of `Backend.layer_errors`; int8 precisions only."""
+
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ConfigError(
@@ -90,6 +94,25 @@ class Artifact:
     """What a person should know of how it was made."""
     oldest: str = ""
     """Oldest version of the runtime that opens it, where the precision asks for more than targets usually promise."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerError:
+    """What quantization does to one layer: ``error`` is ‖a-b‖₂/‖b‖₂ of its outputs on calibration data, against float.
+
+    ``name`` is the backend's own, as `QuantSpec.keep_float` takes it.
+    """
+
+    name: str
+    error: float
+
+
+def worst_first(errors: Iterable[LayerError]) -> tuple[LayerError, ...]:
+    """StageError where an error is not finite."""
+    found = sorted(errors, key=lambda layer: (-layer.error, layer.name))
+    if not all(math.isfinite(layer.error) for layer in found):
+        raise StageError("layer errors", expected="finite activations on the calibration data", got="NaN or infinity")
+    return tuple(found)
 
 
 class Backend(Protocol):

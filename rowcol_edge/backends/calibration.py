@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,13 @@ def feeds(calibration: Calibration | None, inputs: tuple[Port, ...]) -> Iterator
             yield feed
     if empty:
         raise DataError("calibration data", expected="at least one sample", got="none")
+
+
+def spool(feeds: Iterable[Batch], names: Sequence[str], folder: Path) -> None:
+    """One ``.npz`` a batch: the other process reads them one at a time, so that no memory holds them all."""
+    folder.mkdir()
+    for number, feed in enumerate(feeds):
+        np.savez(folder / f"{number:06d}.npz", *(feed[name] for name in names))
 
 
 def _check(batch: Mapping[str, npt.NDArray[Any]], inputs: tuple[Port, ...], number: int) -> None:

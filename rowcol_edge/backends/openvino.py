@@ -13,18 +13,17 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
 
 from .. import native
 from ..errors import MissingDependencyError, StageError
 from . import calibration as calibrating
 from . import onnx_files, openvino_files, openvino_info
-from .base import Artifact, Batch, Calibration, QuantSpec, Source, check_precision
+from .base import Artifact, Calibration, QuantSpec, Source, check_precision
 from .openvino_worker import NOT_INSTALLED
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class OpenVinoBackend:
             if quant.precision == "int8":
                 job["calibration"] = str(folder / "calibration")
                 feeds = calibrating.feeds(calibration, onnx_files.inputs(source))
-                _spool(feeds, job["inputs"], folder / "calibration")
+                calibrating.spool(feeds, job["inputs"], folder / "calibration")
             (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
             failure = native.run(
                 "rowcol_edge.backends.openvino_worker",
@@ -97,13 +96,6 @@ class OpenVinoBackend:
 
 
 BACKEND = OpenVinoBackend()
-
-
-def _spool(feeds: Iterable[Batch], names: Sequence[str], folder: Path) -> None:
-    """One ``.npz`` a batch: the other process reads them one at a time, so that no memory holds them all."""
-    folder.mkdir()
-    for number, feed in enumerate(feeds):
-        np.savez(folder / f"{number:06d}.npz", *(feed[name] for name in names))
 
 
 def _multiplies_activations(proto: onnx.ModelProto) -> bool:

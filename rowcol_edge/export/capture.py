@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,23 @@ def output_names(captured: torch.export.ExportedProgram) -> list[str]:
         return ["output"]
     indices = name_outputs(pytree.tree_unflatten(range(spec.num_leaves), spec), kind=int)
     return sorted(indices, key=indices.__getitem__)
+
+
+def function(
+    captured: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]
+) -> Callable[[Mapping[str, npt.NDArray[Any]]], dict[str, npt.NDArray[Any]]]:
+    """The program as a function of named arrays; ``inputs`` and ``outputs`` are the names in its own order."""
+    module, spec = captured.module(), captured.call_spec.in_spec
+    assert spec is not None
+
+    def run(feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        tensors = _tensors(feeds)
+        args, kwargs = pytree.tree_unflatten([tensors[name] for name in inputs], spec)
+        with torch.no_grad():
+            values = pytree.tree_leaves(module(*args, **kwargs))
+        return {name: value.detach().cpu().numpy() for name, value in zip(outputs, values, strict=True)}
+
+    return run
 
 
 def name_outputs(value: Any, kind: type = torch.Tensor) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Two small networks as exported files: one of convolutions with a residual, one of tokens with attention."""
+"""Two small networks as backends start from them: one of convolutions with a residual, one of tokens with attention."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from rowcol_edge.backends import program_files
+from rowcol_edge.backends.base import Source
+from rowcol_edge.export import capture
 from rowcol_edge.export.onnx import export
 from rowcol_edge.targets import RuntimeSpec
 
@@ -78,6 +81,40 @@ def _exported(model: nn.Module, out: Path, *, dynamic_batch: bool) -> Path:
     example = {"x": np.zeros((1, 1, 16, 16), np.float32)}
     export(model, example, out, opset=RUNTIME.opset, ir_version=RUNTIME.ir_version, dynamic_batch=dynamic_batch)
     return out
+
+
+def write_source(
+    consumes: Source, model: nn.Module, example: dict[str, np.ndarray], folder: Path, *, dynamic_batch: bool = False
+) -> Path:
+    """The file of a model that a backend starts from."""
+    if consumes is Source.ONNX:
+        out = folder / "net.onnx"
+        export(model, example, out, opset=RUNTIME.opset, ir_version=RUNTIME.ir_version, dynamic_batch=dynamic_batch)
+        return out
+    captured = capture.program(model, example, dynamic_batch=dynamic_batch)
+    inputs = capture.input_names(captured, model, list(example))
+    out = folder / "net.pt2"
+    program_files.write(captured, inputs, capture.output_names(captured), out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def sources(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Source, str], Path]:
+    """The file of ``convolutions`` or ``tokens`` that a backend starts from; programs have a fixed batch."""
+    made: dict[str, Path] = {}
+
+    def source(consumes: Source, network: str) -> Path:
+        if consumes is Source.ONNX:
+            path: Path = request.getfixturevalue(network)
+            return path
+        if network not in made:
+            torch.manual_seed(0)
+            model = {"convolutions": Convolutions, "tokens": Tokens}[network]()
+            example = {"x": np.zeros((1, 1, 16, 16), np.float32)}
+            made[network] = write_source(consumes, model, example, tmp_path_factory.mktemp(network))
+        return made[network]
+
+    return source
 
 
 @pytest.fixture(scope="session")

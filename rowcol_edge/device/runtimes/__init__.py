@@ -11,6 +11,7 @@ RUNTIMES: dict[str, str] = {
     "onnxruntime": "rowcol_edge.device.runtimes.onnxruntime",
     "openvino": "rowcol_edge.device.runtimes.openvino",
     "tensorrt": "rowcol_edge.device.runtimes.tensorrt",
+    "tflite": "rowcol_edge.device.runtimes.tflite",
 }
 """Name in the manifest → module, whose ``RUNTIME`` is the :class:`Runtime`."""
 

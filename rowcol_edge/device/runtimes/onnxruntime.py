@@ -12,7 +12,7 @@ import numpy as np
 
 from ...errors import BundleError, MissingDependencyError, RowcolError
 from ..manifest import TensorSpec
-from .base import FeedCheck, RuntimeOptions
+from .base import FeedCheck, RuntimeOptions, is_at_least
 from .onnxruntime_providers import Providers, providers
 
 try:
@@ -60,6 +60,9 @@ class OnnxRuntime:
 
     def version(self) -> str:
         return str(ort.__version__)
+
+    def fulfils(self, oldest: str) -> bool:
+        return is_at_least(self.version(), oldest)
 
     def open(self, artifact: Path, options: RuntimeOptions) -> OnnxSession:
         if not artifact.is_file():

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...errors import BundleError, MissingDependencyError, RowcolError
 from ..manifest import TensorSpec
-from .base import FeedCheck, RuntimeOptions
+from .base import FeedCheck, RuntimeOptions, is_at_least
 
 try:
     import openvino as ov
@@ -52,6 +52,9 @@ class OpenVinoRuntime:
 
     def version(self) -> str:
         return str(ov.get_version()).partition("-")[0]
+
+    def fulfils(self, oldest: str) -> bool:
+        return is_at_least(self.version(), oldest)
 
     def open(self, artifact: Path, options: RuntimeOptions) -> OpenVinoSession:
         for path in (artifact, artifact.with_suffix(".bin")):

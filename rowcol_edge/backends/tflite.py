@@ -1,0 +1,189 @@
+"""TFLite: a ``.tflite`` file at fp32, fp16 or one of three kinds of int8, made by litert-torch without TensorFlow.
+
+- fp16: weights in float16, calculated in float32.
+- int8: ranges from calibration, weights per channel; inputs and outputs stay float32, and so does all of a transformer
+  that holds no weights.
+- int8-io: everything int8, for accelerators that take integers only; the device side still takes and gives float32.
+- int8-dynamic: weights in int8, ranges of activations found at each inference; all else float32.
+
+Conversion and quantization (ai-edge-quantizer) run in a process of their own. A program is converted once: the float
+file is kept beside it, and every precision starts from there. The file ends in a checksum (see `seal`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import native
+from ..device.runtimes.base import is_at_least
+from ..errors import ConfigError, MissingDependencyError, StageError, UnsupportedOpError
+from . import calibration as calibrating
+from . import program_files
+from .base import Artifact, Calibration, LayerError, QuantSpec, Source, check_precision, worst_first
+from .tflite_worker import NOT_INSTALLED, REFUSED
+
+if TYPE_CHECKING:
+    from ..targets import RuntimeSpec
+
+_TIMEOUT_S = 1800.0
+_PER_CHANNEL = "2.15"
+"""tflite-runtime, which ends at 2.14, takes the first scale of a linear layer's weight for all of its channels where it
+finds the ranges of activations itself: int8-dynamic then has one scale a tensor."""
+_ERROR_SAMPLES = 16
+_MISSING, _REFUSED = "not installed", "refused"
+
+
+class TfliteBackend:
+    """Compiles ``.pt2`` to ``.tflite``."""
+
+    name = "tflite"
+    host_runtime = "tflite"
+    consumes = Source.EXPORTED_PROGRAM
+    precisions = ("fp32", "fp16", "int8", "int8-io", "int8-dynamic")
+    suffix = ".tflite"
+
+    def compile(
+        self,
+        model: Path,
+        runtime: RuntimeSpec,
+        quant: QuantSpec,
+        calibration: Calibration | None,
+        out: Path,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Artifact:
+        """See `Backend.compile`. UnsupportedOpError names what litert-torch cannot convert, and its module;
+        ConfigError: a program whose batch is free.
+
+        The spec's other choices do not apply: weights and activations are signed, a scale for each output channel, and
+        XNNPACK widens 8-bit values to 16 bits before it multiplies, so that nothing saturates.
+        """
+        check_precision(self, quant)
+        signature = program_files.signature(model)
+        if signature.free_batch:
+            raise ConfigError(
+                "tflite with a dynamic batch",
+                expected="a fixed batch: litert-torch fixes sizes while it converts",
+                got="a free one",
+                hint="build it without --dynamic-batch",
+            )
+        with tempfile.TemporaryDirectory(prefix="rowcol-tflite-") as work:
+            folder = Path(work)
+            made = folder / "model.tflite"
+            job: dict[str, Any] = {
+                "program": str(model.resolve()),
+                "float": str(_float_file(model)),
+                "out": str(made),
+                "precision": quant.precision,
+                "keep_float": quant.keep_float,
+                "linear_per_channel": is_at_least(runtime.oldest, _PER_CHANNEL),
+                "ports": [asdict(port) for port in signature.inputs],
+                "inputs": [port.name for port in signature.inputs],
+                "outputs": list(signature.outputs),
+                "metadata": dict(metadata or {}),
+            }
+            if quant.precision in ("int8", "int8-io"):
+                job["calibration"] = str(folder / "calibration")
+                feeds = calibrating.feeds(calibration, signature.inputs)
+                calibrating.spool(feeds, job["inputs"], folder / "calibration")
+            _run(job, folder)
+            # imported only now: without the packages the worker has said so
+            from . import tflite_files
+
+            compiled = tflite_files.read(made)
+            tflite_files.check_types(compiled, quant.precision, quant.keep_float)
+            notes = tuple(json.loads(made.with_suffix(".json").read_text(encoding="utf-8")))
+            types = tflite_files.weight_types(compiled)
+            sha256, size_bytes = _publish(made, out)
+        return Artifact(out, sha256, size_bytes, types, quant.precision, notes=notes)
+
+    def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
+        """See `Backend.layer_errors`; a layer has the name of its output in the file."""
+        from . import tflite_files
+
+        signature = program_files.signature(model)
+        with tempfile.TemporaryDirectory(prefix="rowcol-tflite-") as work:
+            folder = Path(work)
+            job: dict[str, Any] = {
+                "float": str(_float_file(model)),
+                "artifact": str(artifact.resolve()),
+                "static": not tflite_files.is_dynamic(tflite_files.read(artifact)),
+                "linear_per_channel": False,
+                "keep_float": [],
+                "inputs": [port.name for port in signature.inputs],
+                "calibration": str(folder / "calibration"),
+                "out": str(folder / "errors.json"),
+            }
+            feeds = islice(calibrating.feeds(calibration, signature.inputs), _ERROR_SAMPLES)
+            calibrating.spool(feeds, job["inputs"], folder / "calibration")
+            (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+            failure = native.run(
+                "rowcol_edge.backends.tflite_errors", [folder / "job.json"], tool="litert", timeout_s=_TIMEOUT_S
+            )
+            if failure:
+                raise StageError("layer errors", expected="a model that litert can run", got=failure)
+            names, errors = json.loads((folder / "errors.json").read_text(encoding="utf-8"))
+        return worst_first(LayerError(name, error) for name, error in zip(names, errors, strict=True))
+
+
+BACKEND = TfliteBackend()
+
+
+def _float_file(model: Path) -> Path:
+    """Where the float conversion of a program lies: beside it, under a name that another program would not have."""
+    digest = hashlib.sha256(model.read_bytes()).hexdigest()[:16]
+    return model.resolve().with_name(f"{model.stem}.{digest}.tflite")
+
+
+def _run(job: dict[str, Any], folder: Path) -> None:
+    """The worker's errors as ours."""
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    made = Path(job["out"])
+    failure = native.run(
+        "rowcol_edge.backends.tflite_worker",
+        [folder / "job.json"],
+        tool="litert",
+        timeout_s=_TIMEOUT_S,
+        exit_codes={NOT_INSTALLED: _MISSING, REFUSED: _REFUSED},
+    )
+    if failure == _MISSING:
+        raise MissingDependencyError("compiling for tflite", package="rowcol-edge[tflite]")
+    if failure == _REFUSED:
+        raise _refusal(json.loads(made.with_suffix(".json").read_text(encoding="utf-8")))
+    if failure or not made.is_file():
+        raise StageError(
+            f"compile {job['precision']}",
+            expected="a model that litert-torch and ai-edge-quantizer can convert",
+            got=failure or "no file",
+            hint="the program itself is valid: torch runs it",
+        )
+
+
+def _refusal(said: Mapping[str, str]) -> StageError | UnsupportedOpError:
+    if not said["operator"]:
+        return StageError("tflite conversion", expected="a model that litert-torch can convert", got=said["error"])
+    return UnsupportedOpError(
+        f"operator {said['operator']} of module {said['module'] or 'the model itself'} has no TFLite form",
+        expected="operators that litert-torch can convert",
+        got=said["error"],
+        hint="replace it in that module by plain torch operators",
+    )
+
+
+def _publish(made: Path, out: Path) -> tuple[str, int]:
+    """Move the file to ``out`` in one step; its sha256 and size in bytes."""
+    content = made.read_bytes()
+    temporary = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return hashlib.sha256(content).hexdigest(), len(content)

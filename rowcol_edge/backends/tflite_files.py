@@ -1,0 +1,200 @@
+"""TFLite files: what a model's weights really are, held against what its precision claims, and how it is written."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import MissingDependencyError, StageError
+
+try:
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+    from ai_edge_litert.tools import flatbuffer_utils
+except ModuleNotFoundError as e:
+    raise MissingDependencyError("working with TFLite files", package="rowcol-edge[tflite]") from e
+
+_SHARE = {"fp16": 0.95, "int8": 0.90, "int8-io": 0.90, "int8-dynamic": 0.90}
+"""Least share of the weight values of `_WEIGHTED` that must have the type of the precision."""
+_WEIGHTED = {
+    "CONV_2D": (1,), "DEPTHWISE_CONV_2D": (1,), "TRANSPOSE_CONV": (1,), "FULLY_CONNECTED": (1,), "BATCH_MATMUL": (0, 1),
+}  # fmt: skip
+"""Operators that can be quantized → which of their inputs may be a weight."""
+_ALIGNMENT = 16  # of a buffer, which kernels read as vectors of numbers
+_TYPES = {value: name.lower() for name, value in vars(schema.TensorType).items() if isinstance(value, int)}
+_OPERATORS = {value: name for name, value in vars(schema.BuiltinOperator).items() if isinstance(value, int)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """A constant operand of a layer: its type and values, and the type of what it is multiplied with."""
+
+    layer: str
+    """The name of the layer's output."""
+    kind: str
+    buffer: int
+    dtype: str
+    values: int
+    activation: str
+
+
+def read(path: Path) -> Any:
+    """The model as the schema's objects. StageError: no such file, or another one."""
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise StageError(f"reading {path.name}", expected="a TFLite file", got=str(e)) from e
+    if content[4:8] != b"TFL3":
+        raise StageError(f"reading {path.name}", expected="a TFLite file", got="another kind of file")
+    return unpacked(content)
+
+
+def unpacked(content: bytes) -> Any:
+    """The flatbuffer as the schema's objects."""
+    return flatbuffer_utils.read_model_from_bytearray(content)
+
+
+def packed(model: Any) -> bytes:
+    """The model as a flatbuffer; the same model gives the same bytes."""
+    builder = _Builder(1024)
+    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+    return bytes(builder.Output())
+
+
+def name_signature(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Give the inputs and outputs of the only signature, which are in the graph's order, their names."""
+    graph, signature = model.subgraphs[0], model.signatureDefs[0]
+    for maps, tensors, names in (
+        (signature.inputs, graph.inputs, inputs),
+        (signature.outputs, graph.outputs, outputs),
+    ):
+        if not len(maps) == len(tensors) == len(names):
+            raise ValueError(f"{len(names)} inputs or outputs became {len(tensors)}")
+        for entry, tensor, name in zip(maps, tensors, names, strict=True):
+            entry.name, entry.tensorIndex = name.encode(), tensor
+
+
+def add_metadata(model: Any, entries: Mapping[str, bytes]) -> None:
+    """A named buffer for each entry, in place of one of the same name."""
+    model.metadata = [entry for entry in model.metadata or [] if _text(entry.name) not in entries]
+    for name, content in entries.items():
+        buffer, metadata = schema.BufferT(), schema.MetadataT()
+        buffer.data = np.frombuffer(content, np.uint8)
+        metadata.name, metadata.buffer = name.encode(), len(model.buffers)
+        model.buffers.append(buffer)
+        model.metadata.append(metadata)
+
+
+def metadata(model: Any) -> dict[str, bytes]:
+    """The named buffers."""
+    return {_text(entry.name): bytes(model.buffers[entry.buffer].data) for entry in model.metadata or []}
+
+
+def operators(model: Any) -> Counter[str]:
+    """How many of each operator."""
+    return Counter(kind(model, operator) for graph in model.subgraphs for operator in graph.operators)
+
+
+def weight_types(model: Any) -> dict[str, int]:
+    """Bytes of the model's constants by numpy dtype name, largest first; a buffer that tensors share counts once."""
+    found = {}
+    for graph in model.subgraphs:
+        for tensor in graph.tensors:
+            data = model.buffers[tensor.buffer].data
+            if data is not None:
+                found[tensor.buffer] = (_TYPES[tensor.type], len(data))
+    total: Counter[str] = Counter()
+    for dtype, size_bytes in found.values():
+        total[dtype] += size_bytes
+    return dict(total.most_common())
+
+
+def int8_layers(model: Any) -> dict[str, str]:
+    """Layers whose weights are int8, by the name of their output → the operator."""
+    return {weight.layer: weight.kind for weight in _weights(model) if weight.dtype == "int8"}
+
+
+def is_dynamic(model: Any) -> bool:
+    """Whether int8 weights are multiplied with float32 activations."""
+    return any(weight.dtype == "int8" and weight.activation == "float32" for weight in _weights(model))
+
+
+def check_types(model: Any, precision: str, keep_float: Sequence[str] = ()) -> None:
+    """StageError unless the model holds the types that ``precision`` claims.
+
+    fp32: only float32 weights. fp16: 95 % of the weight values of convolutions and matrix products in float16. int8,
+    int8-io: 90 % of them in int8, multiplied with int8; int8-io has no float32 input or output, int8 only such.
+    int8-dynamic: 90 % of them in int8, multiplied with float32. Layers in ``keep_float`` do not count.
+    """
+    weights = {weight.buffer: weight for weight in _weights(model) if weight.layer not in keep_float}.values()
+    values: Counter[str] = Counter()
+    for weight in weights:
+        values[f"{weight.dtype} × {weight.activation}"] += weight.values
+    wanted_kind = {
+        "fp32": "float32 × float32", "fp16": "float16 × float32", "int8": "int8 × int8", "int8-io": "int8 × int8",
+        "int8-dynamic": "int8 × float32",
+    }[precision]  # fmt: skip
+    wanted = _SHARE.get(precision, 1.0)
+    share = values[wanted_kind] / max(1, values.total())
+    if share < wanted or not values:
+        counts = ", ".join(f"{count:,} {name}" for name, count in values.most_common())
+        raise _claim(precision, f"{wanted:.0%} of the weights as {wanted_kind} activations", counts or "no weights")
+    graph = model.subgraphs[0]
+    ports = {_TYPES[graph.tensors[index].type] for index in (*graph.inputs, *graph.outputs)}
+    narrow = ports & {"int8", "uint8"} if precision != "int8-io" else ports & {"float32"}
+    if narrow:
+        expected = "int8 inputs and outputs" if precision == "int8-io" else "float32 inputs and outputs"
+        raise _claim(precision, expected, ", ".join(sorted(ports)))
+
+
+def _weights(model: Any) -> Iterator[_Weight]:
+    """Constant operands of `_WEIGHTED`, directly or through a DEQUANTIZE."""
+    for graph in model.subgraphs:
+        behind = {
+            operator.outputs[0]: operator.inputs[0]
+            for operator in graph.operators
+            if kind(model, operator) == "DEQUANTIZE"
+        }
+        for operator in graph.operators:
+            name = kind(model, operator)
+            for position in _WEIGHTED.get(name, ()):
+                index, other = operator.inputs[position], operator.inputs[1 - position]
+                tensor = graph.tensors[behind.get(index, index)]
+                if model.buffers[tensor.buffer].data is not None:
+                    activation = _TYPES[graph.tensors[other].type]
+                    layer = _text(graph.tensors[operator.outputs[0]].name)
+                    values = math.prod(tensor.shape)
+                    yield _Weight(layer, name, tensor.buffer, _TYPES[tensor.type], values, activation)
+
+
+def kind(model: Any, operator: Any) -> str:
+    code = model.operatorCodes[operator.opcodeIndex]
+    name: str = _OPERATORS[max(code.builtinCode, code.deprecatedBuiltinCode)]
+    return name
+
+
+def _text(name: bytes | str) -> str:
+    return name.decode() if isinstance(name, bytes) else name
+
+
+def _claim(precision: str, expected: str, got: str) -> StageError:
+    return StageError(
+        f"the compiled file does not hold what {precision} claims",
+        expected=expected,
+        got=got,
+        hint="use another precision for this model",
+    )
+
+
+class _Builder(flatbuffers.Builder):  # type: ignore[misc]  # ships no types
+    """Keeps the schema's alignment of buffers, which its Python classes leave out."""
+
+    def StartVector(self, elemSize: int, numElems: int, alignment: int) -> int:  # noqa: N802
+        start: int = super().StartVector(elemSize, numElems, _ALIGNMENT if elemSize == 1 else alignment)
+        return start
