@@ -74,6 +74,9 @@ def _arms(manifest: Manifest) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     rows += [_arm_row(manifest, arm) for arm in manifest.arms]
+    kept = [f"- `{arm.name}` keeps in float: {_list(arm.kept_float)}." for arm in manifest.arms if arm.kept_float]
+    if kept:
+        rows += ["\nQuantizing these layers hurt most, so they stayed as they were:\n", *kept]
     return "\n".join(rows)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..device.manifest import PRECISIONS
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, StageError, did_you_mean
 
 if TYPE_CHECKING:
     from ..targets import RuntimeSpec, Target
@@ -22,6 +23,12 @@ Batch = dict[str, npt.NDArray[Any]]
 
 Calibration = Callable[[], Iterator[Batch]]
 """Starts a new pass over the calibration batches, in the same order each time."""
+
+ERROR_SAMPLES = 32
+"""Calibration samples that are enough to tell a layer that quantization hurts from others."""
+
+BIAS_SAMPLES = 64
+"""Calibration samples for the mean error of a channel."""
 
 
 class Source(Enum):
@@ -53,6 +60,12 @@ class QuantSpec:
     signed_activations: bool = False
     """int8 activations rather than uint8. onnxruntime fuses uint8 × int8 on x86-64 and has its better kernels for
     int8 × int8 on Arm; the wrong one leaves most convolutions in float."""
+
+    keep_float: tuple[str, ...] = ()
+    """Layers that stay in float, by the names of `Backend.layer_errors`; int8 precisions only."""
+
+    correct_bias: bool = False
+    """Take the mean error of each channel out of its bias; a quantizer that does so anyway (nncf) ignores it."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -87,6 +100,25 @@ class Artifact:
     """Further files that belong to it, beside it and of the same stem."""
     notes: tuple[str, ...] = ()
     """What a person should know of how it was made."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerError:
+    """What quantization does to one layer: ``error`` is ‖a-b‖₂/‖b‖₂ of its outputs on calibration data, against float.
+
+    ``name`` is the backend's own, as `QuantSpec.keep_float` takes it.
+    """
+
+    name: str
+    error: float
+
+
+def worst_first(errors: Iterable[LayerError]) -> tuple[LayerError, ...]:
+    """StageError where an error is not finite."""
+    found = sorted(errors, key=lambda layer: (-layer.error, layer.name))
+    if not all(math.isfinite(layer.error) for layer in found):
+        raise StageError("layer errors", expected="finite activations on the calibration data", got="NaN or infinity")
+    return tuple(found)
 
 
 class Backend(Protocol):
@@ -131,6 +163,10 @@ class Backend(Protocol):
             DataError: calibration is needed and missing, empty, not finite, or does not fit the inputs.
             StageError: the result is invalid, or does not hold the types it claims. Nothing is written.
         """
+        ...
+
+    def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
+        """Of an int8 artifact that was compiled from ``model``, worst first."""
         ...
 
 

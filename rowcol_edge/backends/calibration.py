@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,16 @@ def feeds(calibration: Calibration | None, inputs: tuple[Port, ...]) -> Iterator
             yield feed
     if empty:
         raise DataError("calibration data", expected="at least one sample", got="none")
+
+
+def first_samples(feeds: Iterable[Batch], count: int) -> Iterator[Batch]:
+    """Feeds until ``count`` samples have been seen; the rest is not read."""
+    seen = 0
+    for feed in feeds:
+        yield feed
+        seen += max((len(array) for array in feed.values() if array.ndim), default=1)
+        if seen >= count:
+            return
 
 
 def _check(batch: Mapping[str, npt.NDArray[Any]], inputs: tuple[Port, ...], number: int) -> None:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import MissingDependencyError, StageError
 from . import calibration as calibrating
-from . import onnx_files
-from .base import Artifact, Calibration, QuantSpec, Source, check_precision
+from . import onnx_errors, onnx_files
+from .base import BIAS_SAMPLES, ERROR_SAMPLES, Artifact, Calibration, LayerError, QuantSpec, Source, check_precision
 from .weight_types import check_types, weight_types
 
 try:
@@ -66,9 +66,17 @@ class OnnxRuntimeBackend:
         changed = onnx_files.difference(source, result)
         if changed:
             raise StageError(stage, expected="the inputs and outputs of the model", got=changed)
-        check_types(result, quant.precision)
+        check_types(result, quant.precision, quant.keep_float)
         sha256, size_bytes = onnx_files.write(result, out)
         return Artifact(out, sha256, size_bytes, weight_types(result), quant.precision)
+
+    def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
+        """See `Backend.layer_errors`; layers are named after the module that holds their weight or bias."""
+        from . import qdq
+
+        inputs = onnx_files.inputs(onnx_files.load(model))
+        feeds = calibrating.first_samples(calibrating.feeds(calibration, inputs), ERROR_SAMPLES)
+        return onnx_errors.layer_errors(qdq.prepare(model), onnx_files.load(artifact), feeds)
 
 
 BACKEND = OnnxRuntimeBackend()
@@ -86,7 +94,12 @@ def _convert(path: Path, source: onnx.ModelProto, quant: QuantSpec, calibration:
     if quant.precision == "int8":
         from . import qdq
 
-        return qdq.quantize(path, quant, calibrating.feeds(calibration, onnx_files.inputs(source)))
+        inputs = onnx_files.inputs(source)
+        quantized = qdq.quantize(path, quant, calibrating.feeds(calibration, inputs))
+        if quant.correct_bias:
+            few = calibrating.first_samples(calibrating.feeds(calibration, inputs), BIAS_SAMPLES)
+            quantized = qdq.corrected(path, quantized, few)
+        return quantized
     if quant.precision == "int8-dynamic":
         return _dynamic(path, quant)
     copy = onnx.ModelProto()

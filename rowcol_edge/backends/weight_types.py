@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import onnx
@@ -31,13 +31,16 @@ def weight_types(proto: onnx.ModelProto) -> dict[str, int]:
     return dict(total.most_common())
 
 
-def check_types(proto: onnx.ModelProto, precision: str) -> None:
-    """StageError unless the file holds the types that ``precision`` claims.
+def check_types(proto: onnx.ModelProto, precision: str, kept_float: Collection[str] = ()) -> None:
+    """StageError unless the file holds the types that ``precision`` claims, nodes in ``kept_float`` left out.
 
     fp32: no quantizer, no narrower weights. fp16: 95 % of the floating constants. int8: quantizers, and 90 % of the
     weight values of Conv, Gemm and MatMul. int8-dynamic: the same for Gemm and MatMul, which hold most weights.
     """
-    {"fp32": _fp32, "fp16": _fp16, "int8": _static, "int8-dynamic": _dynamic}[precision](proto)
+    if precision == "int8":
+        _static(proto, kept_float)
+    else:
+        {"fp32": _fp32, "fp16": _fp16, "int8-dynamic": _dynamic}[precision](proto)
 
 
 def _fp32(proto: onnx.ModelProto) -> None:
@@ -57,11 +60,11 @@ def _fp16(proto: onnx.ModelProto) -> None:
         raise _claim("fp16", f"{_FP16_SHARE:.0%} of the floating constants in float16", f"{share:.1%}")
 
 
-def _static(proto: onnx.ModelProto) -> None:
+def _static(proto: onnx.ModelProto, kept_float: Collection[str]) -> None:
     missing = {"QuantizeLinear", "DequantizeLinear"} - _operators(proto)
     if missing:
         raise _claim("int8", "QuantizeLinear and DequantizeLinear", f"no {' and no '.join(sorted(missing))}")
-    found = _counts(proto, set(_WEIGHTED))
+    found = _counts(proto, set(_WEIGHTED), kept_float)
     if found.share < _INT8_SHARE or not found.total:
         raise _claim("int8", f"{_INT8_SHARE:.0%} of the weights of Conv, Gemm and MatMul in int8", f"{found.share:.1%}")
 
@@ -93,20 +96,22 @@ class _Counts:
         return self.int8 / self.total if self.total else 0.0
 
 
-def _counts(proto: onnx.ModelProto, operators: set[str]) -> _Counts:
+def _counts(proto: onnx.ModelProto, operators: set[str], without: Collection[str] = ()) -> _Counts:
     """Weight values of these operators, int8 and in all; a tensor that two operators share counts once."""
-    sizes = {name: math.prod(tensor.dims) for tensor, name in _weights(proto, operators)}
-    int8 = {name for tensor, name in _weights(proto, operators) if dtype_name(tensor.data_type) in _INT8}
+    sizes = {name: math.prod(tensor.dims) for tensor, name in _weights(proto, operators, without)}
+    int8 = {name for tensor, name in _weights(proto, operators, without) if dtype_name(tensor.data_type) in _INT8}
     return _Counts(sum(sizes[name] for name in int8), sum(sizes.values()))
 
 
-def _weights(proto: onnx.ModelProto, operators: set[str]) -> Iterator[tuple[onnx.TensorProto, str]]:
+def _weights(
+    proto: onnx.ModelProto, operators: set[str], without: Collection[str] = ()
+) -> Iterator[tuple[onnx.TensorProto, str]]:
     """Constant operands, directly or through a DequantizeLinear, with their names."""
     for graph in graphs(proto.graph):
         constants = {tensor.name: tensor for tensor in graph.initializer}
         behind = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
         for node in graph.node:
-            if node.op_type not in operators:
+            if node.op_type not in operators or node.name in without:
                 continue
             for index in _WEIGHTED[node.op_type]:
                 if index < len(node.input):
