@@ -8,14 +8,15 @@ After each stage the outputs on real inputs are compared with the dense PyTorch 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
 from . import evaluation, sources
 from .backends import load_backend
-from .backends.base import Artifact, QuantSpec, Source
+from .backends.base import Artifact, LayerError, QuantSpec
 from .datasets import Feeds
 from .device.runtimes import RuntimeOptions
 from .errors import ParityError
@@ -39,6 +40,9 @@ class Arm:
     Attributes:
         stages: error of each stage against the dense original, in order.
         selection: quality on the selection split, with the threshold tuned there; None without labels.
+        loss: relative error of its outputs against its own float source, on inputs that no range has seen.
+        kept_float: layers that stayed in float, worst first.
+        repaired: whether its layers were equalised before the export, and its biases corrected.
         notes: what a person should know, such as a simplifier that crashed.
     """
 
@@ -50,6 +54,9 @@ class Arm:
     plan: FactorPlan | None
     selection: Judged | None
     notes: tuple[str, ...]
+    loss: float = 0.0
+    kept_float: tuple[LayerError, ...] = ()
+    repaired: bool = False
 
     @property
     def name(self) -> str:
@@ -58,10 +65,12 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """An exported variant, from which every precision is compiled; ``outputs`` are its own on the real inputs."""
+    """An exported variant, from which every precision is compiled; ``outputs`` are its own on the real inputs, ``held``
+    those on the held-out ones."""
 
     path: Path
     outputs: Outputs
+    held: Outputs
     stages: tuple[Parity, ...]
     notes: tuple[str, ...]
 
@@ -76,14 +85,18 @@ class Workbench:
         self._progress = progress
         self._sources: dict[tuple[object, ...], _Source] = {}
         self._real: Feeds = job.calibration.take(_SAMPLES)
+        self._ranges, self._held = evaluation.held_out(job)
         self._dense: Outputs = torch_outputs(job.model.module, [self._real])
         evaluation.check_contract(job, {name: array[:1] for name, array in self._dense[0].items()})
 
     def arm(
         self, variant: str, module: nn.Module, plan: FactorPlan | None, parameters: int,
-        target: Target, runtime: RuntimeSpec, precision: str,
+        target: Target, runtime: RuntimeSpec, precision: str, keep_float: Sequence[LayerError] = (),
+        repaired: bool = False,
     ) -> Arm:  # fmt: skip
-        """Make one arm.
+        """Make one arm, with the layers ``keep_float`` not quantized.
+
+        ``repaired`` says that the layers of ``module`` are equalised; the biases are corrected too then.
 
         Raises:
             UnsupportedOpError: an operator the exporter cannot take; names the module.
@@ -91,14 +104,18 @@ class Workbench:
             StageError: a stage failed, or the file does not hold the types it claims.
         """
         name = f"{variant}@{precision}"
-        source = self._source(variant, module, plan, runtime)
+        source = self._source(variant, module, plan, runtime, repaired)
         self._progress(f"compile {name}", 0, 1)
         backend = load_backend(runtime.name)
         artifact = backend.compile(
             source.path,
             runtime,
-            QuantSpec.for_target(precision, target),
-            self._job.calibration.batches,
+            replace(
+                QuantSpec.for_target(precision, target),
+                keep_float=tuple(layer.name for layer in keep_float),
+                correct_bias=repaired,
+            ),
+            self._ranges,
             self._file(name, backend.suffix),
             self._metadata(name, plan),
         )
@@ -108,10 +125,21 @@ class Workbench:
             stage = compare(f"compile {precision}", self._dense, outputs, _LOSSY)
             if precision == "fp32":
                 _exact(f"{name}: compile", source.outputs, outputs)
+            loss = compare(name, source.held, [run(self._held)], _LOSSY).relative_error
             selection = self._judged(run, name)
         stages = (*source.stages, stage)
         notes = (*source.notes, *(f"{name}: {note}" for note in artifact.notes), *_left(name, stages))
-        return Arm(variant, precision, artifact, stages, parameters, plan, selection, notes)
+        return Arm(
+            variant, precision, artifact, stages, parameters, plan, selection, notes, loss, tuple(keep_float), repaired
+        )
+
+    def layer_errors(self, arm: Arm, runtime: RuntimeSpec) -> tuple[LayerError, ...]:
+        """What quantization does to each layer of an int8 arm, worst first."""
+        self._progress(f"layer errors {arm.name}", 0, 1)
+        source = self._sources[_key(arm.variant, arm.plan, runtime, arm.repaired)]
+        errors = load_backend(runtime.name).layer_errors(source.path, arm.artifact.path, self._ranges)
+        self._progress(f"layer errors {arm.name}", 1, 1)
+        return errors
 
     def _metadata(self, name: str, plan: FactorPlan | None) -> dict[str, str]:
         """What a file of this arm says of itself, by key; structured values as JSON."""
@@ -129,38 +157,38 @@ class Workbench:
             said["rowcol_edge.plan_digest"] = plan.digest
         return said
 
-    def _source(self, variant: str, module: nn.Module, plan: FactorPlan | None, runtime: RuntimeSpec) -> _Source:
-        consumes = load_backend(runtime.name).consumes
-        key = (plan.digest if plan else variant, *sources.key(consumes, runtime))
+    def _source(
+        self, variant: str, module: nn.Module, plan: FactorPlan | None, runtime: RuntimeSpec, repaired: bool
+    ) -> _Source:
+        key = _key(variant, plan, runtime, repaired)
         if key not in self._sources:
-            self._sources[key] = self._exported(variant, module, plan is not None, runtime, consumes)
+            self._sources[key] = self._exported(variant, module, plan is not None, runtime)
         return self._sources[key]
 
-    def _exported(
-        self, variant: str, module: nn.Module, factored: bool, runtime: RuntimeSpec, consumes: Source
-    ) -> _Source:
+    def _exported(self, variant: str, module: nn.Module, factored: bool, runtime: RuntimeSpec) -> _Source:
         """Make the file the backend starts from, and compare after each step."""
         self._progress(f"export {variant}", 0, 1)
         tolerance = _LOSSY if factored else _EXACT
         outputs: Outputs = torch_outputs(module, [self._real])
         stages = [compare("factor" if factored else "fold", self._dense, outputs, tolerance)]
         notes: list[str] = []
-        path = Path()
+        last: sources.Step | None = None
         request = sources.Request(
             module,
             self._job.calibration.example(),
-            self._real,
             runtime,
             self._job.options.dynamic_batch,
             lambda suffix: self._file(variant, suffix),
         )
-        for step in sources.steps(consumes, request):
-            _exact(f"{variant}: {step.stage}", outputs, step.outputs)
-            stages.append(compare(step.stage, self._dense, step.outputs, tolerance))
+        for step in sources.steps(load_backend(runtime.name).consumes, request):
+            found = step.run(self._real)
+            _exact(f"{variant}: {step.stage}", outputs, found)
+            stages.append(compare(step.stage, self._dense, found, tolerance))
             notes += [f"{variant}: {step.note}"] if step.note else []
-            path, outputs = step.path, step.outputs
+            outputs, last = found, step
+        assert last is not None  # every kind of source takes a step
         self._progress(f"export {variant}", 1, 1)
-        return _Source(path, outputs, tuple(stages), tuple(notes))
+        return _Source(last.path, outputs, last.run(self._held), tuple(stages), tuple(notes))
 
     def _judged(self, run: evaluation.Run, name: str) -> Judged | None:
         job = self._job
@@ -172,6 +200,11 @@ class Workbench:
     def _file(self, stem: str, suffix: str) -> Path:
         """A path in the work folder that no other stage has."""
         return self._work / f"{len(list(self._work.iterdir())):03d}-{stem}{suffix}"
+
+
+def _key(variant: str, plan: FactorPlan | None, runtime: RuntimeSpec, repaired: bool) -> tuple[object, ...]:
+    consumes = load_backend(runtime.name).consumes
+    return (plan.digest if plan else variant, repaired, *sources.key(consumes, runtime))
 
 
 def runtime_options(target: Target, runtime: RuntimeSpec) -> RuntimeOptions:

@@ -112,6 +112,9 @@ def _arms(manifest: Manifest) -> str:
             "graph was checked; its quality and recorded outputs come from a CPU that stood in. `verify` is the first "
             "run: start with it."
         )
+    kept = [f"- `{arm.name}` keeps in float: {_list(arm.kept_float)}." for arm in manifest.arms if arm.kept_float]
+    if kept:
+        rows += ["\nQuantizing these layers hurt most, so they stayed as they were:\n", *kept]
     return "\n".join(rows)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,7 +55,7 @@ def key(job: Job, target: Target) -> str:
 
 def write(
     out: Path, job: Job, target: Target, runtime: RuntimeSpec, arms: Sequence[Arm], choice: Choice, original: Quality,
-    *, notes: Sequence[str] = (), progress: Progress = silent,
+    *, notes: Sequence[str] = (), precision: Mapping[str, Any] | None = None, progress: Progress = silent,
 ) -> Path:  # fmt: skip
     """Judge the arms on the test split – the only time it is looked at – and write the bundle.
 
@@ -63,6 +63,7 @@ def write(
         arms: the default arm first.
         original: the dense PyTorch original; without its ``test`` the test split stays untouched.
         notes: said in the manifest beside the arms' own.
+        precision: how the precision was chosen, where it was not named.
     """
     inputs = job.calibration.take(_GOLDEN_SAMPLES)
     golden: dict[str, dict[str, npt.NDArray[Any]]] = {}
@@ -101,7 +102,7 @@ def write(
         golden_outputs={arm.name: f"golden/{arm.name}.npz" for arm in arms},
         tool_versions=tool_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        build=_record(job, target, arms, choice, notes),
+        build=_record(job, target, arms, choice, notes, precision),
     )
     extra: dict[str, Path | bytes] = {
         f"arms/{arm.name}{companion.suffix}": companion for arm in arms for companion in arm.artifact.companions
@@ -145,7 +146,8 @@ def _entry(arm: Arm, job: Job, target: Target, runtime: RuntimeSpec, original: Q
         quality=quality,
         threshold=arm.selection.threshold if arm.selection else None,
         plan_digest=arm.plan.digest if arm.plan else None,
-        checked=_checked(runtime),
+        checked=RUN if runs_here(runtime) else GRAPH_CHECKED,
+        kept_float=tuple(layer.name for layer in arm.kept_float),
     )
 
 
@@ -162,15 +164,18 @@ def _install(runtime: RuntimeSpec, oldest: str, package: str) -> str:
     return f'{runtime.install}\npython3 -m pip install --upgrade "{package}>={oldest}"'
 
 
-def _checked(runtime: RuntimeSpec) -> str:
-    """Building runs an artifact on this machine's CPU, whatever it is for."""
-    own = load_backend(runtime.name).host_runtime == runtime.name
-    return RUN if own and set(runtime.providers) <= _CPU else GRAPH_CHECKED
+def runs_here(runtime: RuntimeSpec) -> bool:
+    """Building runs an artifact on this machine's CPU: is that the runtime and the kind of device it is for?"""
+    return load_backend(runtime.name).host_runtime == runtime.name and set(runtime.providers) <= _CPU
 
 
-def _record(job: Job, target: Target, arms: Sequence[Arm], choice: Choice, notes: Sequence[str]) -> dict[str, Any]:
+def _record(
+    job: Job, target: Target, arms: Sequence[Arm], choice: Choice, notes: Sequence[str],
+    precision: Mapping[str, Any] | None,
+) -> dict[str, Any]:  # fmt: skip
     """How the bundle came about, for people."""
-    return {
+    chosen = {} if precision is None else {"precision": dict(precision)}
+    return chosen | {
         "key": key(job, target),
         "model": job.model.reference,
         "model_digest": job.model.digest,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .backends.base import Calibration
 from .datasets import Feeds, Split
 from .device.bundle import split_feeds
 from .device.decode import decode
@@ -18,6 +19,8 @@ from .device.runtimes import RuntimeOptions, load_runtime
 from .errors import BundleError, ConfigError, DataError
 from .job import Job, Progress, silent
 from .quality import Metric, Predictions, paired_drop
+
+_HELD = 32
 
 #: takes a batch of inputs, returns the named outputs
 Run = Callable[[Feeds], dict[str, npt.NDArray[Any]]]
@@ -120,6 +123,32 @@ def quality_record(job: Job, judged: Judged, reference: Judged | None) -> dict[s
         if paired.flips is not None:
             record |= {"flips": paired.flips, "flips_bad": paired.flips_bad}
     return record
+
+
+def held_out(job: Job) -> tuple[Calibration, Feeds]:
+    """Batches that ranges are calibrated on, and up to 32 inputs that are not among them.
+
+    They are from the selection split, or else the end of the calibration data, at most a quarter of it. Fewer than four
+    calibration samples have to do for both.
+    """
+    if job.selection is not None:
+        return job.calibration.batches, job.selection.take(_HELD)
+    kept = len(job.calibration) - min(_HELD, len(job.calibration) // 4)
+    if kept == len(job.calibration):
+        return job.calibration.batches, job.calibration.take(_HELD)
+    last = [end for _, end in _parted(job.calibration, kept) if end]
+    held = {name: np.concatenate([end[name] for end in last]) for name in last[0]}
+    return (lambda: (start for start, _ in _parted(job.calibration, kept) if start)), held
+
+
+def _parted(split: Split, count: int) -> Iterator[tuple[Feeds, Feeds]]:
+    """Each batch cut in two: what belongs to the first ``count`` samples of the split, and the rest; empty if none."""
+    for feeds in split.batches():
+        size = len(next(iter(feeds.values())))
+        start = {name: array[:count] for name, array in feeds.items()} if count > 0 else {}
+        end = {name: array[max(0, count) :] for name, array in feeds.items()} if count < size else {}
+        yield start, end
+        count -= size
 
 
 @contextmanager

@@ -7,7 +7,7 @@ dense original ─────────────────────�
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,28 +16,29 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from . import bundling, config, evaluation, search
+from . import bundling, config, evaluation, keeping, precision, search
 from .arms import Arm, Workbench
+from .backends.base import LayerError
 from .budgets import Budget
+from .calling import feed
 from .config import BuildOptions
-from .device import measure
 from .device.bundle import Bundle
 from .device.manifest import MANIFEST_NAME, Manifest
-from .device.profile import Comparison, Profile
-from .device.stats import FASTER
-from .errors import BudgetError, BundleError, ConfigError, ModelError, RowcolError, StageError
+from .errors import BudgetError, BundleError, ConfigError, ModelError
 from .evaluation import Judged
 from .export.onnx import program
 from .export.parity import torch_run
 from .factoring.apply import apply
+from .factoring.equalize import equalize
+from .factoring.graph import trace
 from .factoring.plan import FactorPlan
 from .factoring.study import Study, study
 from .job import Job, Progress, check_out, prepare, silent
 from .models import LoadedModel
+from .precision import Selection
 from .search import Choice, Trial
 from .targets import RuntimeSpec, Target
 
-_AUTO_BLOCKS = 6
 _FITTINGS = 4
 
 
@@ -166,7 +167,8 @@ class _Ready:
     runtime: RuntimeSpec
     arms: tuple[Arm, ...]
     choice: Choice
-    notes: tuple[str, ...]
+    selected: Selection | None
+    """How its precision was chosen; None where it was named."""
 
 
 class _Chooser:
@@ -217,84 +219,112 @@ class _Line:
         """Every arm for a target, within the budgets, ready to be written."""
         job = self.job
         runtime = target.runtime(job.options.runtime)
-        precision = job.options.precision
-        notes: tuple[str, ...] = ()
-        if precision == "auto":
-            precision, notes = self._fastest(target, runtime)
-        factored, choice = self._factored(target, runtime, precision)
+        selected: Selection | None = None
+        if job.options.precision == "auto":
+            precision.check_measurable(target, runtime)
+            factored, choice, selected = precision.fastest(
+                lambda name: self._factored(target, runtime, name),
+                job, target, runtime, self.chooser.reference, self.progress,
+            )  # fmt: skip
+        else:
+            factored, choice = self._factored(target, runtime, job.options.precision)
         arms = [factored]
         if job.options.dense:
-            arms += [self._arm("dense", None, target, runtime, p) for p in dict.fromkeys((precision, "fp32"))]
-        return _Ready(target, runtime, tuple(arms), choice, notes)
+            for name in dict.fromkeys((factored.precision, "fp32")):
+                arm = self._arm("dense", None, target, runtime, name)
+                arms.append(self._kept(arm, target, runtime) or arm)
+        return _Ready(target, runtime, tuple(arms), choice, selected)
 
     def write(self, ready: _Ready, out: Path) -> Built:
         """The bundle, and the only look at the test split."""
         path = bundling.path(out, ready.target, ready.runtime.name)
         bundling.write(
             path, self.job, ready.target, ready.runtime, ready.arms, ready.choice, self._original(),
-            notes=ready.notes, progress=self.progress,
+            notes=[note for arm in ready.arms for note in keeping.notes(arm)],
+            precision=None if ready.selected is None else ready.selected.to_dict(), progress=self.progress,
         )  # fmt: skip
         with Bundle.open(path) as bundle:
             return Built(path, bundle.manifest, reused=False)
 
-    def _fastest(self, target: Target, runtime: RuntimeSpec) -> tuple[str, tuple[str, ...]]:
-        """The precision of the factored arm that keeps the budgets: the smallest file, unless another one is
-        measurably faster; and what was measured."""
-        arms: list[Arm] = []
-        choice: Choice | None = None
-        missed: list[RowcolError] = []
-        for precision in runtime.precisions:
-            try:
-                arm, choice = self._factored(target, runtime, precision)
-            except (BudgetError, StageError) as e:  # over the budget, or not for this kind of network
-                missed.append(e)
-                continue
-            arms.append(arm)
-        if choice is None:
-            raise missed[0]
-        smallest = min(arms, key=lambda arm: arm.artifact.size_bytes)
-        with tempfile.TemporaryDirectory(prefix="rowcol-auto-") as folder:
-            path = Path(folder) / "candidates"
-            bundling.write(
-                path, self.job, target, runtime, arms, choice, bundling.Quality(self.chooser.reference, None)
-            )
-            with Bundle.open(path) as bundle:
-                measured = measure.profile(bundle, baseline=smallest.name, blocks=_AUTO_BLOCKS, progress=self.progress)
-        ratios = {c.arm: c for c in measured.comparisons if c.baseline == smallest.name}
-        faster = [arm for arm in arms if arm.name in ratios and ratios[arm.name].verdict == FASTER]
-        best = min(faster, key=lambda arm: ratios[arm.name].ratio or 1.0, default=smallest)
-        figures = ", ".join(_figure(arm, measured, ratios) for arm in arms)
-        said = [f"precision auto chose {best.precision}: {figures}; evidence {measured.evidence}"]
-        said += [f"precision auto left out: {e.what}: {e.got}" for e in missed]
-        return best.precision, tuple(said)
+    def _arm(
+        self, variant: str, plan: FactorPlan | None, target: Target, runtime: RuntimeSpec, precision: str,
+        keep_float: Sequence[LayerError] = (), repaired: bool = False,
+    ) -> Arm:  # fmt: skip
+        module = self._module(plan)
+        parameters = self.study.parameters - (0 if plan is None else plan.saved_parameters)
+        if repaired:
+            module = equalize(module, trace(module, feed(module, self.job.calibration.example())))
+        return self.bench.arm(variant, module, plan, parameters, target, runtime, precision, keep_float, repaired)
 
-    def _arm(self, variant: str, plan: FactorPlan | None, target: Target, runtime: RuntimeSpec, precision: str) -> Arm:
-        module, parameters = self.study.folded, self.study.parameters
-        if plan is not None and plan.projected:
-            module, parameters = apply(module, plan, self.study.spaces), parameters - plan.saved_parameters
-        return self.bench.arm(variant, module, plan, parameters, target, runtime, precision)
+    def _module(self, plan: FactorPlan | None) -> nn.Module:
+        if plan is None or not plan.projected:
+            return self.study.folded
+        return apply(self.study.folded, plan, self.study.spaces)
 
     def _factored(self, target: Target, runtime: RuntimeSpec, precision: str) -> tuple[Arm, Choice]:
-        """The factored arm; where quantization takes it over the drop, a more careful plan, until the budget holds."""
+        """The factored arm, within the budgets.
+
+        Where quantization takes it over the drop, either its worst layers stay in float or the plan becomes more
+        careful, whichever is smaller. A layer in float costs three more bytes for each of its weights, a careful plan
+        all the weights that it adds, and both cost time in proportion to that: so bytes decide for both. A layer is
+        tried first, because the worst ones are often small (the first convolution, the head).
+        """
         choice = self.chooser.choice(target.rank_multiple, precision)
         limit = self.job.budgets.get("drop")
         index, stride = len(choice.plans) - 1, 1
+        found: list[tuple[int, int, Arm]] = []
         tried: list[tuple[float, str]] = []
         while True:
             arm = self._arm("factored", choice.plans[index], target, runtime, precision)
-            lost = self._drop(arm)
-            if limit is None or lost is None or lost <= limit.limit + 1e-9:
+            held = self._kept(arm, target, runtime)
+            if held is not None:
+                found.append((held.artifact.size_bytes, -index, held))
+            else:
+                tried.append((self._drop(arm) or 0.0, choice.plans[index].made_by))
+            careful = max(0, index - stride)
+            more = choice.plans[index].saved_parameters - choice.plans[careful].saved_parameters
+            size = arm.artifact.size_bytes + more * search.BYTES_PER_WEIGHT[precision]
+            if index == 0 or (found and min(found)[0] <= size):
                 break
-            tried.append((lost, choice.plans[index].made_by))
-            if index == 0:
-                raise _missed(self.job, limit, precision, target, min(tried))
-            index, stride = max(0, index - stride), stride + 1
-        plan = choice.plans[index]
+            index, stride = careful, stride + 1
+        if not found:
+            assert limit is not None  # without it the first arm holds
+            raise _missed(self.job, limit, precision, target, min(tried))
+        _, index, arm = min(found, key=lambda entry: entry[:2])
+        index, plan = -index, choice.plans[-index]
         if limit is None:
             arm, plan = self._fitted(arm, plan, target, runtime)
         search.check_costs(self.study, plan, self.job.budgets)
         _check_size(self.job, arm, target)
         return arm, replace(choice, plans=(*choice.plans[:index], plan))
+
+    def _kept(self, arm: Arm, target: Target, runtime: RuntimeSpec) -> Arm | None:
+        """The arm, if need be repaired or with its worst layers in float; None where it does not hold the drop then.
+
+        The need is a missed drop, or outputs that are off by more than `keeping.TOLERANCE` where that can be changed.
+        A repair (equalised layers, corrected biases) costs nothing on the board, so it comes first.
+        """
+        within = self._within(arm)
+        if (within and arm.loss <= keeping.TOLERANCE) or arm.precision not in keeping.PRECISIONS:
+            return arm if within else None
+
+        def made(layers: Sequence[LayerError] = (), *, repaired: bool, precision: str = arm.precision) -> Arm:
+            return self._arm(arm.variant, arm.plan, target, runtime, precision, layers, repaired)
+
+        def holds(other: Arm) -> bool:
+            return self._within(other) and (not within or other.loss <= keeping.TOLERANCE)
+
+        base = keeping.better(arm, made(repaired=True))
+        if holds(base):
+            return base
+        static = base if base.precision == "int8" else made(repaired=base.repaired, precision="int8")
+        errors = self.bench.layer_errors(static, runtime)
+        found = keeping.fewest(errors, lambda layers: made(layers, repaired=base.repaired), holds)
+        return found or (arm if within else None)
+
+    def _within(self, arm: Arm) -> bool:
+        limit, lost = self.job.budgets.get("drop"), self._drop(arm)
+        return limit is None or lost is None or lost <= limit.limit + 1e-9
 
     def _fitted(self, arm: Arm, plan: FactorPlan, target: Target, runtime: RuntimeSpec) -> tuple[Arm, FactorPlan]:
         """Smaller plans until the file is within its limit: what the graph weighs is known only once it is compiled."""
@@ -310,6 +340,7 @@ class _Line:
             except BudgetError:
                 break  # _check_size says by how much the smallest file misses the limit
             arm = self._arm("factored", plan, target, runtime, arm.precision)
+            arm = self._kept(arm, target, runtime) or arm
         return arm, plan
 
     def _drop(self, arm: Arm) -> float | None:
@@ -326,14 +357,6 @@ class _Line:
             )
             self._test = evaluation.judge(predictions, self.job, reference.threshold)
         return bundling.Quality(reference, self._test)
-
-
-def _figure(arm: Arm, measured: Profile, ratios: Mapping[str, Comparison]) -> str:
-    text = f"{arm.name} {measured.arms[arm.name].latency.median_ns / 1e6:.2f} ms"
-    found = ratios.get(arm.name)
-    if found is None or found.ratio is None:
-        return text
-    return f"{text} ({found.ratio:.2f} [{found.ci_low:.2f}, {found.ci_high:.2f}] of {found.baseline}, {found.verdict})"
 
 
 def _missed(job: Job, budget: Budget, precision: str, target: Target, best: tuple[float, str]) -> BudgetError:

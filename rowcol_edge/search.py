@@ -24,7 +24,7 @@ from .job import Job, Progress
 #: an extra operator costs time too, so a layer must save more than the count says before it is worth factoring
 BREAK_EVEN = 0.75
 DEFAULT_ENERGY = 0.999
-_BYTES_PER_WEIGHT = {
+BYTES_PER_WEIGHT = {
     "fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8-io": 1.0, "int8-dynamic": 1.0,
     "int8-weights": 1.0, "int4-weights": 0.5,
 }  # fmt: skip
@@ -104,7 +104,7 @@ def _judged(study: Study, job: Job, plan: FactorPlan, reference: Judged | None, 
 
 def smaller(study: Study, plan: FactorPlan, excess_bytes: float, precision: str) -> FactorPlan:
     """A plan whose compiled file is smaller by ``excess_bytes``; BudgetError where ranks cannot go that low."""
-    count = study.parameters - plan.saved_parameters - int(1.05 * excess_bytes / _BYTES_PER_WEIGHT[precision]) - 1
+    count = study.parameters - plan.saved_parameters - int(1.05 * excess_bytes / BYTES_PER_WEIGHT[precision]) - 1
     return ranks.plan_by_parameters(
         study.infos,
         study.spaces,
@@ -208,7 +208,7 @@ def _by_cost(study: Study, budgets: Budgets, multiple: int, precision: str, mode
 def _parameter_limit(study: Study, budget: Budget, precision: str) -> int:
     if budget.kind == "params":
         return int(budget.absolute(study.parameters))
-    return max(1, int(budget.limit / _BYTES_PER_WEIGHT[precision]))
+    return max(1, int(budget.limit / BYTES_PER_WEIGHT[precision]))
 
 
 def _by_macs(study: Study, budget: Budget, counts: Sequence[int], multiple: int, model: str) -> FactorPlan:

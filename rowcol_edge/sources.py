@@ -1,4 +1,4 @@
-"""From a module to the file that a backend starts from, step by step, each with its outputs on real inputs.
+"""From a module to the file that a backend starts from, step by step.
 
 onnx               module ─ export ─ simplify ─▶ .onnx
 exported_program   module ─ export ─▶ .pt2
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,11 @@ from .targets import RuntimeSpec
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A file on the way; ``note`` is what a person should know of it."""
+    """A file on the way; ``run`` gives its outputs for a batch, ``note`` is what a person should know of it."""
 
     stage: str
     path: Path
-    outputs: Outputs
+    run: Callable[[Feeds], Outputs]
     note: str = ""
 
 
@@ -39,7 +40,6 @@ class Request:
 
     module: nn.Module
     example: Feeds
-    real: Feeds
     runtime: RuntimeSpec
     dynamic_batch: bool
     file: Callable[[str], Path]
@@ -58,10 +58,6 @@ def key(source: Source, runtime: RuntimeSpec) -> tuple[object, ...]:
 def _onnx(request: Request) -> Iterator[Step]:
     """onnxruntime runs the files whatever the target's runtime is."""
 
-    def outputs(path: Path) -> Outputs:
-        with evaluation.opened(path, "onnxruntime", RuntimeOptions()) as run:
-            return [run(request.real)]
-
     raw = request.file(".onnx")
     onnx.export(
         request.module,
@@ -71,10 +67,15 @@ def _onnx(request: Request) -> Iterator[Step]:
         ir_version=request.runtime.ir_version,
         dynamic_batch=request.dynamic_batch,
     )
-    yield Step("export", raw, outputs(raw))
+    yield Step("export", raw, partial(_run, raw))
     simplified = simplify.simplify(raw, request.file(".onnx"))
     note = "" if simplified.applied else f"not simplified: {simplified.reason}"
-    yield Step("simplify", simplified.path, outputs(simplified.path), note)
+    yield Step("simplify", simplified.path, partial(_run, simplified.path), note)
+
+
+def _run(path: Path, feeds: Feeds) -> Outputs:
+    with evaluation.opened(path, "onnxruntime", RuntimeOptions()) as run:
+        return [run(feeds)]
 
 
 def _program(request: Request) -> Iterator[Step]:
@@ -84,9 +85,12 @@ def _program(request: Request) -> Iterator[Step]:
     path = request.file(".pt2")
     program_files.write(captured, inputs, names, path)
     run = capture.function(captured, inputs, names)
-    fixed = not request.dynamic_batch
-    parts = [run(part) for part in _samples(request.real)] if fixed else [run(request.real)]
-    yield Step("export", path, [{name: np.concatenate([part[name] for part in parts]) for name in names}])
+
+    def outputs(feeds: Feeds) -> Outputs:
+        parts = [run(part) for part in ([feeds] if request.dynamic_batch else _samples(feeds))]
+        return [{name: np.concatenate([part[name] for part in parts]) for name in names}]
+
+    yield Step("export", path, outputs)
 
 
 def _samples(feeds: Feeds) -> Iterator[Feeds]:

@@ -83,3 +83,57 @@ def widened_target(folder: Path, name: str, precision: str) -> str:
         text = text.replace("precisions = [", f'precisions = ["{precision}", ')
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+class UnevenNet(nn.Module):
+    """Three convolutions, the middle one depthwise, through ReLU, whose channels differ by orders of magnitude."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 16, 3, padding=1)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.last = nn.Conv2d(16, 16, 1)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.depthwise(torch.relu(self.first(x))))
+        return self.head(torch.sigmoid(self.last(x)).mean((2, 3)))
+
+
+def uneven_net() -> UnevenNet:
+    torch.manual_seed(3)
+    net, scale = UnevenNet().eval(), torch.logspace(-2, 1.5, 16)
+    with torch.no_grad():
+        net.first.weight.mul_(scale.view(-1, 1, 1, 1))
+        net.first.bias.mul_(scale)
+        net.depthwise.weight.div_(scale.view(-1, 1, 1, 1))
+    return net
+
+
+class OutlierNet(nn.Module):
+    """What ``reader`` gets has one channel thousands of times as strong as the others, and it listens to all of them:
+    with one scale for all of them, int8 loses the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, padding=1)
+        self.reader = nn.Conv2d(16, 16, 3, padding=1)
+        self.more = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(4))
+        self.head = nn.Linear(16, 2)
+        self.register_buffer("gain", torch.ones(16, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.reader(torch.relu(self.stem(x)) * self.gain))
+        for layer in self.more:
+            x = torch.relu(layer(x))
+        return self.head(x.mean((2, 3)))
+
+
+def outlier_net() -> OutlierNet:
+    torch.manual_seed(1)
+    net = OutlierNet().eval()
+    with torch.no_grad():
+        net.gain[0] = 5000.0
+        net.reader.weight[:, 0] /= 5000.0
+        net.reader.weight *= 4.0
+    return net

@@ -24,6 +24,12 @@ Batch = dict[str, npt.NDArray[Any]]
 Calibration = Callable[[], Iterator[Batch]]
 """Starts a new pass over the calibration batches, in the same order each time."""
 
+ERROR_SAMPLES = 32
+"""Calibration samples that are enough to tell a layer that quantization hurts from others."""
+
+BIAS_SAMPLES = 64
+"""Calibration samples for the mean error of a channel."""
+
 
 class Source(Enum):
     """What a backend starts from."""
@@ -58,6 +64,9 @@ class QuantSpec:
 
     keep_float: tuple[str, ...] = ()
     """Layers that stay in float, by the names of `Backend.layer_errors`; int8 precisions only."""
+
+    correct_bias: bool = False
+    """Take the mean error of each channel out of its bias; a quantizer that does so anyway (nncf) ignores it."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -157,6 +166,10 @@ class Backend(Protocol):
             DataError: calibration is needed and missing, empty, not finite, or does not fit the inputs.
             StageError: the result is invalid, or does not hold the types it claims. Nothing is written.
         """
+        ...
+
+    def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
+        """Of an int8 artifact that was compiled from ``model``, worst first."""
         ...
 
 

@@ -42,6 +42,16 @@ def spool(feeds: Iterable[Batch], names: Sequence[str], folder: Path) -> None:
         np.savez(folder / f"{number:06d}.npz", *(feed[name] for name in names))
 
 
+def first_samples(feeds: Iterable[Batch], count: int) -> Iterator[Batch]:
+    """Feeds until ``count`` samples have been seen; the rest is not read."""
+    seen = 0
+    for feed in feeds:
+        yield feed
+        seen += max((len(array) for array in feed.values() if array.ndim), default=1)
+        if seen >= count:
+            return
+
+
 def _check(batch: Mapping[str, npt.NDArray[Any]], inputs: tuple[Port, ...], number: int) -> None:
     names = [port.name for port in inputs]
     if set(batch) != set(names):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ def check_opset(source: onnx.ModelProto, runtime: RuntimeSpec, stage: str) -> No
 
 def finish(
     source: onnx.ModelProto, result: onnx.ModelProto, runtime: RuntimeSpec, precision: str, stage: str,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None, kept_float: Collection[str] = (),
 ) -> onnx.ModelProto:  # fmt: skip
     """``result`` cleaned and checked, in place, against the model it was made of.
 
@@ -45,7 +45,7 @@ def finish(
     changed = onnx_files.difference(source, result)
     if changed:
         raise StageError(stage, expected="the inputs and outputs of the model", got=changed)
-    check_types(result, precision)
+    check_types(result, precision, kept_float)
     return result
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import MissingDependencyError
 from . import calibration as calibrating
-from . import onnx_artifacts, onnx_files
-from .base import Artifact, Calibration, QuantSpec, Source, check_precision
+from . import onnx_artifacts, onnx_errors, onnx_files
+from .base import BIAS_SAMPLES, ERROR_SAMPLES, Artifact, Calibration, LayerError, QuantSpec, Source, check_precision
 from .float16 import half
 
 try:
@@ -34,6 +34,7 @@ _BITS = {"int8-weights": 8, "int4-weights": 4}
 _OLDEST = {"int8-weights": "1.23.0"}
 """First versions whose CPU has the operators of a precision: before 1.23.0 MatMulNBits takes 4 bits, not 8 (each minor
 version from 1.17.0 on was tried)."""
+
 
 class OnnxRuntimeBackend:
     """Compiles ``.onnx`` to ``.onnx``."""
@@ -59,9 +60,17 @@ class OnnxRuntimeBackend:
         stage = f"compile {quant.precision}"
         onnx_artifacts.check_opset(source, runtime, stage)
         result = _convert(model, source, quant, calibration)
-        onnx_artifacts.finish(source, result, runtime, quant.precision, stage, metadata)
+        onnx_artifacts.finish(source, result, runtime, quant.precision, stage, metadata, quant.keep_float)
         made = onnx_artifacts.write(result, quant.precision, out)
         return replace(made, oldest=_OLDEST.get(quant.precision, ""))
+
+    def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
+        """See `Backend.layer_errors`; layers are named after the module that holds their weight or bias."""
+        from . import qdq
+
+        inputs = onnx_files.inputs(onnx_files.load(model))
+        feeds = calibrating.first_samples(calibrating.feeds(calibration, inputs), ERROR_SAMPLES)
+        return onnx_errors.layer_errors(qdq.prepare(model), onnx_files.load(artifact), feeds)
 
 
 BACKEND = OnnxRuntimeBackend()
@@ -72,7 +81,12 @@ def _convert(path: Path, source: onnx.ModelProto, quant: QuantSpec, calibration:
     if quant.precision == "int8":
         from . import qdq
 
-        return qdq.quantize(path, quant, calibrating.feeds(calibration, onnx_files.inputs(source)))
+        inputs = onnx_files.inputs(source)
+        quantized = qdq.quantize(path, quant, calibrating.feeds(calibration, inputs))
+        if quant.correct_bias:
+            few = calibrating.first_samples(calibrating.feeds(calibration, inputs), BIAS_SAMPLES)
+            quantized = qdq.corrected(path, quantized, few)
+        return quantized
     if quant.precision == "int8-dynamic":
         return _dynamic(path, quant)
     copy = onnx.ModelProto()

@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,16 @@ from .. import native
 from ..errors import MissingDependencyError, StageError
 from . import calibration as calibrating
 from . import onnx_files, openvino_files, openvino_info
-from .base import Artifact, Calibration, QuantSpec, Source, check_precision
+from .base import (
+    ERROR_SAMPLES,
+    Artifact,
+    Calibration,
+    LayerError,
+    QuantSpec,
+    Source,
+    check_precision,
+    worst_first,
+)
 from .openvino_worker import NOT_INSTALLED
 
 if TYPE_CHECKING:
@@ -66,6 +76,7 @@ class OpenVinoBackend:
                 "transformer": _multiplies_activations(source),
                 "inputs": [port.name for port in onnx_files.inputs(source)],
                 "rt_info": openvino_info.entries(metadata or {}, onnx_files.inputs(source)),
+                "keep_float": quant.keep_float,
             }
             if quant.precision == "int8":
                 job["calibration"] = str(folder / "calibration")
@@ -88,11 +99,35 @@ class OpenVinoBackend:
                     got=failure or "no file",
                     hint="the ONNX file itself is valid: onnxruntime runs it",
                 )
-            openvino_files.check_types(made, quant.precision)
+            openvino_files.check_types(made, quant.precision, quant.keep_float)
             notes = tuple(json.loads(made.with_suffix(".json").read_text(encoding="utf-8")))
             types = openvino_files.weight_types(made)
             sha256, size_bytes = _publish(made, out)
         return Artifact(out, sha256, size_bytes, types, quant.precision, (out.with_suffix(".bin"),), notes)
+
+    def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
+        """See `Backend.layer_errors`; layers have the names of the IR's operators."""
+        ports = onnx_files.inputs(onnx_files.load(model))
+        single = tuple(replace(port, shape=port.shape and (port.shape[0] or 1, *port.shape[1:])) for port in ports)
+        with tempfile.TemporaryDirectory(prefix="rowcol-openvino-") as work:
+            folder = Path(work)
+            job = {
+                "model": str(model.resolve()),
+                "artifact": str(artifact.resolve()),
+                "calibration": str(folder / "calibration"),
+                "inputs": [port.name for port in ports],
+                "out": str(folder / "errors.json"),
+            }
+            feeds = calibrating.first_samples(calibrating.feeds(calibration, single), ERROR_SAMPLES)
+            calibrating.spool(feeds, job["inputs"], folder / "calibration")
+            (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+            failure = native.run(
+                "rowcol_edge.backends.openvino_errors", [folder / "job.json"], tool="openvino", timeout_s=_TIMEOUT_S
+            )
+            if failure:
+                raise StageError("layer errors", expected="a model that openvino can run", got=failure)
+            names, errors = json.loads((folder / "errors.json").read_text(encoding="utf-8"))
+        return worst_first(LayerError(name, error) for name, error in zip(names, errors, strict=True))
 
 
 BACKEND = OpenVinoBackend()

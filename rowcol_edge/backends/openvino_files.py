@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -25,6 +25,7 @@ _SHARE = {"fp16": 0.95, "int8": 0.90}
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
+    name: str
     kind: str
     dtype: str
     size_bytes: int
@@ -41,15 +42,15 @@ def weight_types(path: Path) -> dict[str, int]:
     return dict(total.most_common())
 
 
-def check_types(path: Path, precision: str) -> None:
-    """StageError unless the IR holds the types that ``precision`` claims.
+def check_types(path: Path, precision: str, kept_float: Collection[str] = ()) -> None:
+    """StageError unless the IR holds the types that ``precision`` claims, operators in ``kept_float`` left out.
 
     fp32: only float32 weights, no quantizer. fp16: 95 % of the weight values of convolutions and MatMuls. int8: 90 % of
     them, and quantizers.
     """
     layers = _layers(path)
     values: Counter[str] = Counter()
-    for layer in _weights(layers):
+    for layer in _weights(layers, kept_float):
         values[layer.dtype] += layer.size_bytes // _ITEMSIZE.get(layer.dtype, 1)
     quantized = any(layer.kind == "FakeQuantize" for layer in layers.values())
     if precision == "fp32":
@@ -76,6 +77,7 @@ def _layers(path: Path) -> dict[str, _Layer]:
         attributes = {} if data is None else data.attrib
         dtype = attributes.get("element_type", "")
         found[name] = _Layer(
+            layer.get("name", ""),
             layer.get("type", ""),
             _DTYPES.get(dtype, dtype),
             int(attributes.get("size", "0")),
@@ -84,11 +86,11 @@ def _layers(path: Path) -> dict[str, _Layer]:
     return found
 
 
-def _weights(layers: dict[str, _Layer]) -> Iterator[_Layer]:
+def _weights(layers: dict[str, _Layer], without: Collection[str]) -> Iterator[_Layer]:
     """The constants behind the operands of convolutions and MatMuls, each once."""
     seen = set()
     for layer in layers.values():
-        if layer.kind not in _WEIGHTED:
+        if layer.kind not in _WEIGHTED or layer.name in without:
             continue
         for name in layer.inputs:
             while layers[name].kind in _BETWEEN:

@@ -60,6 +60,7 @@ def _quantized(model: Any, job: dict[str, Any]) -> tuple[Any, list[str]]:
             nncf.Dataset(files, feed),
             subset_size=len(files),
             model_type=nncf.ModelType.TRANSFORMER if job["transformer"] else None,
+            ignored_scope=nncf.IgnoredScope(names=job["keep_float"]),
             target_device=nncf.TargetDevice.ANY,
             advanced_parameters=AdvancedQuantizationParameters(
                 overflow_fix=OverflowFix.ENABLE if job["reduce_range"] else OverflowFix.DISABLE,

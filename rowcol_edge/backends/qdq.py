@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ import numpy as np
 import onnx
 from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, create_calibrator, quant_pre_process
 
-from ..errors import StageError
+from ..errors import ConfigError, StageError, did_you_mean
+from . import onnx_bias
 from .base import Batch, QuantSpec
+from .onnx_errors import WEIGHTED
 
 _JOINS = ("Add", "Concat")
 _FOLLOW = ("Relu", "Clip", "LeakyRelu", "MaxPool", "AveragePool", "Resize")
@@ -40,13 +42,13 @@ def quantize(source: Path, quant: QuantSpec, feeds: Iterator[Batch]) -> onnx.Mod
 
     Raises:
         StageError: an activation that is NaN or infinite on the calibration data.
+        ConfigError: a layer to keep in float that the model does not have.
     """
     with tempfile.TemporaryDirectory(prefix="rowcol-qdq-") as work:
+        model = prepare(source)
+        _check_names(model, quant.keep_float)
         prepared = Path(work) / "prepared.onnx"
-        # Its basic graph optimizations turn MatMul + Add into Gemm, the linear layer that runtimes have int8 kernels
-        # for. Left to the runtime, that rewrite happens after the weights are int8 and brings them back to float.
-        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-        model = onnx.load(str(prepared))
+        onnx.save(model, str(prepared))
         ranges = calibrate(prepared, Path(work) / "observed.onnx", feeds)
         quantizer = QDQQuantizer(
             model,
@@ -56,7 +58,7 @@ def quantize(source: Path, quant: QuantSpec, feeds: Iterator[Batch]) -> onnx.Mod
             QuantType.QInt8 if quant.signed_activations else QuantType.QUInt8,
             ranges,
             [],
-            kept_float(model.graph),
+            [*kept_float(model.graph), *quant.keep_float],
             list(OPERATORS),
             {
                 "ActivationSymmetric": False,
@@ -67,6 +69,51 @@ def quantize(source: Path, quant: QuantSpec, feeds: Iterator[Batch]) -> onnx.Mod
         quantizer.quantize_model()
         quantized: onnx.ModelProto = quantizer.model.model
     return quantized
+
+
+def corrected(source: Path, quantized: onnx.ModelProto, feeds: Iterable[Batch]) -> onnx.ModelProto:
+    """A copy of what `quantize` made of the file, with corrected biases."""
+    return onnx_bias.correct(prepare(source), quantized, feeds)
+
+
+def prepare(source: Path) -> onnx.ModelProto:
+    """The float model that is quantized, its layers named after the module that holds their weight or bias.
+
+    The basic graph optimizations of onnxruntime turn MatMul + Add into Gemm, the linear layer that runtimes have int8
+    kernels for. Left to the runtime, that rewrite happens after the weights are int8 and brings them back to float.
+    """
+    with tempfile.TemporaryDirectory(prefix="rowcol-prepare-") as work:
+        prepared = Path(work) / "prepared.onnx"
+        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+        model = onnx.load(str(prepared))
+    taken = {node.name for node in model.graph.node}
+    for node in model.graph.node:
+        module = _module(node) if node.op_type in WEIGHTED else ""
+        if module and module not in taken:
+            node.name = module
+            taken.add(module)
+    return model
+
+
+def _module(node: onnx.NodeProto) -> str:
+    """``conv1`` for a layer that reads ``conv1.weight`` or ``conv1.bias``; empty if neither has kept its name."""
+    for name in node.input[1:]:
+        module, _, parameter = name.rpartition(".")
+        if module and parameter in ("weight", "bias"):
+            return str(module)
+    return ""
+
+
+def _check_names(model: onnx.ModelProto, names: Iterable[str]) -> None:
+    layers = {node.name for node in model.graph.node if node.op_type in WEIGHTED}
+    for name in names:
+        if name not in layers:
+            raise ConfigError(
+                "layer to keep in float",
+                expected="a layer of the model",
+                got=repr(name),
+                hint=did_you_mean(name, layers),
+            )
 
 
 class _Once:

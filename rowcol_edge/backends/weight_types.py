@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import onnx
@@ -39,18 +39,22 @@ def weight_types(proto: onnx.ModelProto) -> dict[str, int]:
     return dict(total.most_common())
 
 
-def check_types(proto: onnx.ModelProto, precision: str) -> None:
-    """StageError unless the file holds the types that ``precision`` claims.
+def check_types(proto: onnx.ModelProto, precision: str, kept_float: Collection[str] = ()) -> None:
+    """StageError unless the file holds the types that ``precision`` claims, nodes in ``kept_float`` left out.
 
     fp32: no quantizer, no narrower weights. fp16: 95 % of the floating constants. int8: quantizers, and 90 % of the
     weight values of Conv, Gemm and MatMul. int8-dynamic: the same for Gemm and MatMul, which hold most weights.
     int8-weights and int4-weights: those of Gemm and MatMul in blocks of that width, and no quantizer.
     """
-    checks = {
-        "fp32": _fp32, "fp16": _fp16, "int8": _static, "int8-dynamic": _dynamic,
-        "int8-weights": _int8_weights, "int4-weights": _int4_weights,
-    }  # fmt: skip
-    checks[precision](proto)
+    checks: dict[str, Callable[[], None]] = {
+        "fp32": lambda: _fp32(proto),
+        "fp16": lambda: _fp16(proto),
+        "int8": lambda: _static(proto, kept_float),
+        "int8-dynamic": lambda: _dynamic(proto),
+        "int8-weights": lambda: _only_weights(proto, precision, _INT8),
+        "int4-weights": lambda: _only_weights(proto, precision, _UINT4),
+    }
+    checks[precision]()
 
 
 def _fp32(proto: onnx.ModelProto) -> None:
@@ -70,11 +74,11 @@ def _fp16(proto: onnx.ModelProto) -> None:
         raise _claim("fp16", f"{_FP16_SHARE:.0%} of the floating constants in float16", f"{share:.1%}")
 
 
-def _static(proto: onnx.ModelProto) -> None:
+def _static(proto: onnx.ModelProto, kept_float: Collection[str]) -> None:
     missing = {"QuantizeLinear", "DequantizeLinear"} - _operators(proto)
     if missing:
         raise _claim("int8", "QuantizeLinear and DequantizeLinear", f"no {' and no '.join(sorted(missing))}")
-    found = _counts(proto, set(_WEIGHTED))
+    found = _counts(proto, set(_WEIGHTED), without=kept_float)
     if found.share < _INT8_SHARE or not found.total:
         raise _claim("int8", f"{_INT8_SHARE:.0%} of the weights of Conv, Gemm and MatMul in int8", f"{found.share:.1%}")
 
@@ -84,14 +88,6 @@ def _dynamic(proto: onnx.ModelProto) -> None:
     if "DynamicQuantizeLinear" not in _operators(proto):
         raise _claim("int8-dynamic", "DynamicQuantizeLinear", "no such operator")
     _linear_layers(proto, "int8-dynamic", _INT8)
-
-
-def _int8_weights(proto: onnx.ModelProto) -> None:
-    _only_weights(proto, "int8-weights", _INT8)
-
-
-def _int4_weights(proto: onnx.ModelProto) -> None:
-    _only_weights(proto, "int4-weights", _UINT4)
 
 
 def _only_weights(proto: onnx.ModelProto, precision: str, kinds: tuple[str, ...]) -> None:
@@ -136,19 +132,21 @@ class _Counts:
         return self.narrow / self.total if self.total else 0.0
 
 
-def _counts(proto: onnx.ModelProto, operators: set[str], kinds: tuple[str, ...] = _INT8) -> _Counts:
+def _counts(
+    proto: onnx.ModelProto, operators: set[str], kinds: tuple[str, ...] = _INT8, without: Collection[str] = ()
+) -> _Counts:
     """Weight values of these operators, those of the types and all; one that two operators share counts once."""
-    weights = {weight.name: weight for weight in _weights(proto, operators)}.values()
+    weights = {weight.name: weight for weight in _weights(proto, operators, without)}.values()
     return _Counts(sum(w.values for w in weights if w.dtype in kinds), sum(w.values for w in weights))
 
 
-def _weights(proto: onnx.ModelProto, operators: set[str]) -> Iterator[_Weight]:
+def _weights(proto: onnx.ModelProto, operators: set[str], without: Collection[str] = ()) -> Iterator[_Weight]:
     """Constant operands, directly or through a DequantizeLinear."""
     for graph in graphs(proto.graph):
         constants = {tensor.name: tensor for tensor in graph.initializer}
         behind = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
         for node in graph.node:
-            if node.op_type not in operators:
+            if node.op_type not in operators or node.name in without:
                 continue
             for index in _WEIGHTED[node.op_type]:
                 if index < len(node.input):

@@ -28,6 +28,7 @@ _LAYER_OPS = frozenset(
 )
 _NORM_OPS = frozenset((_aten.batch_norm.default,))
 _DROPOUT_OPS = frozenset((_aten.dropout.default, _aten.feature_dropout.default))
+_RELU_OPS = frozenset((_aten.relu.default, _aten.relu_.default))
 _SAME_OPS = frozenset((_aten.clone.default, _aten.contiguous.default, _aten.alias.default, _aten.detach.default))
 
 
@@ -62,12 +63,21 @@ class FactoredPair:
 
 
 @dataclass(frozen=True, slots=True)
+class Coupling:
+    """Two consecutive layers with at most a ReLU in between: a channel's scale passes from one to the other."""
+
+    first: str
+    second: str
+
+
+@dataclass(frozen=True, slots=True)
 class LayerGraph:
-    """Layers in call order (never-called ones last), foldable batch norms, already factored pairs."""
+    """Layers in call order (never-called ones last), foldable batch norms, already factored pairs, couplings."""
 
     layers: tuple[GraphLayer, ...]
     batchnorms: tuple[BatchNormPair, ...]
     factored: tuple[FactoredPair, ...]
+    couplings: tuple[Coupling, ...] = ()
 
     def layer(self, name: str) -> GraphLayer | None:
         """The layer of that name, None if the model has none."""
@@ -169,7 +179,8 @@ class _Reader:
             for layer in once.values()
             if layer.consumer in once and self._foldable(layer, layer.consumer)
         )
-        return LayerGraph(layers, norms, self._factored(once, {pair.layer: pair.norm for pair in norms}))
+        factored = self._factored(once, {pair.layer: pair.norm for pair in norms})
+        return LayerGraph(layers, norms, factored, self._couplings(once))
 
     def _layer(self, name: str) -> GraphLayer:
         nodes = self.nodes.get(name, [])
@@ -191,7 +202,15 @@ class _Reader:
             consumer=self._consumer(nodes[0]) if len(nodes) == 1 else "",
         )
 
-    def _consumer(self, node: fx.Node) -> str:
+    def _couplings(self, once: Mapping[str, GraphLayer]) -> tuple[Coupling, ...]:
+        behind = {name: self._consumer(self.nodes[name][0], _SAME_OPS | _RELU_OPS) for name in once}
+        return tuple(
+            Coupling(first, second)
+            for first, second in behind.items()
+            if second in once and _coupled(self.modules[first], self.modules[second])
+        )
+
+    def _consumer(self, node: fx.Node, through: frozenset[object] = _SAME_OPS) -> str:
         """The layer that alone reads ``node``, looking through operators that do nothing in eval mode."""
         while len(node.users) == 1:
             user = next(iter(node.users))
@@ -199,7 +218,7 @@ class _Reader:
                 name = self._module_of(user)
                 if name:
                     return name
-                idle = user.target in _SAME_OPS or (user.target in _DROPOUT_OPS and user.args[2] is False)
+                idle = user.target in through or (user.target in _DROPOUT_OPS and user.args[2] is False)
                 if user.op == "call_function" and idle:
                     node = user
                     continue
@@ -246,6 +265,14 @@ def _owners(model: nn.Module, signature: ExportGraphSignature, owner: Mapping[in
         if tensor is not None and id(tensor) in owner:
             owners[placeholder] = owner[id(tensor)]
     return owners
+
+
+def _coupled(first: nn.Module, second: nn.Module) -> bool:
+    """Is each output channel of the first an input channel of the second?"""
+    if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
+        return first.out_features == second.in_features
+    convolutions = isinstance(first, _ConvNd) and isinstance(second, _ConvNd)
+    return convolutions and not first.transposed and not second.transposed and first.out_channels == second.in_channels
 
 
 def _bottleneck(first: nn.Module, second: nn.Module) -> int:

@@ -114,6 +114,11 @@ def compare(bundles: Sequence[Bundle]) -> ComparisonTable:
         profile, about = best_profile(bundle)
         notes += about
         rows += [_row(bundle, arm, profile) for arm in bundle.manifest.arms]
+        notes += [
+            f"{bundle.source}: {arm.name} keeps {', '.join(arm.kept_float)} in float"
+            for arm in bundle.manifest.arms
+            if arm.kept_float
+        ]
         if profile is None:
             notes.append(f"{bundle.source} has no profile of this build: rowcol-edge profile {bundle.source}")
         else:

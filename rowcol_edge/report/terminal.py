@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,9 +172,34 @@ def built(bundles: Sequence[Built]) -> None:
         for checked in dict.fromkeys(arm.checked for arm in manifest.arms if arm.checked != RUN):
             names = ", ".join(arm.name for arm in manifest.arms if arm.checked == checked)
             console.print(f"  {checked}: {names}", markup=False)
+        if "precision" in manifest.build:
+            _candidates(console, manifest.build["precision"])
         for note in manifest.build.get("notes", []):
             console.print(f"  note: {note}", markup=False)
         console.print(f"  next: rowcol-edge profile {one.path}", markup=False)
+
+
+def _candidates(console: Console, chosen: Mapping[str, Any]) -> None:
+    """What ``--precision auto`` tried, and on which evidence it chose."""
+    table = _table(
+        f"precision {chosen['chosen']}: the smallest file, unless a larger one is measurably faster",
+        [("precision", "l"), ("file", "r"), ("drop", "r"), ("latency", "r"),
+         (f"ratio to {chosen['smallest']} [95 %]", "r"), ("", "l")],
+    )  # fmt: skip
+    for tried in chosen["candidates"]:
+        measured, dropped = not tried["left_out"], tried["drop_pp"]
+        ratio = f"{tried['ratio']:.2f} [{tried['ci_low']:.2f}, {tried['ci_high']:.2f}]" if tried["ratio"] else "–"
+        kept = f"in float: {', '.join(tried['kept_float'])}" if tried["kept_float"] else ""
+        table.add_row(
+            tried["precision"] + (" *" if tried["precision"] == chosen["chosen"] else ""),
+            f"{tried['size_bytes'] / 1e6:.2f} MB" if measured else "–",
+            f"{dropped:+.2f} pp" if dropped is not None else "–",
+            f"{tried['latency_ns'] / 1e6:.2f} ms" if measured else "–",
+            ratio,
+            "; ".join(filter(None, (tried["verdict"], kept, tried["left_out"]))),
+        )
+    console.print(table)
+    console.print(f"  evidence {chosen['evidence']}: {chosen['evidence_note']}", markup=False)
 
 
 def _drop(record: dict[str, Any] | None) -> str:

@@ -1,0 +1,102 @@
+"""Which layer of an int8 artifact hurts, for every backend that says so, and what keeping it in float brings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from rowcol_edge.backends import load_backend
+from rowcol_edge.backends.base import LayerError, QuantSpec, worst_first
+from rowcol_edge.device.bundle import split_feeds
+from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
+from rowcol_edge.errors import ConfigError, StageError
+from rowcol_edge.export.onnx import export
+from rowcol_edge.targets import RuntimeSpec
+
+from ..nets import outlier_net
+from .conftest import Batches
+
+BACKENDS = ("onnxruntime", "openvino")
+OPTIONS = {"openvino": {"INFERENCE_PRECISION_HINT": "f32"}}
+
+
+@pytest.fixture(scope="module")
+def outlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("onnx") / "outlier.onnx"
+    export(outlier_net(), {"x": np.zeros((1, 1, 16, 16), np.float32)}, out, opset=18, ir_version=9)
+    return out
+
+
+def outputs(name: str, artifact: Path, images: np.ndarray) -> np.ndarray:
+    with load_runtime(name).open(artifact, RuntimeOptions(threads=1, properties=OPTIONS.get(name, {}))) as session:
+        return np.concatenate([session.run(feed)["output"] for feed in split_feeds(session.inputs, {"x": images})])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_layers_at_an_outlier_are_named_and_float_there_recovers_the_outputs(
+    name: str, outlier: Path, tmp_path: Path, runtime: RuntimeSpec, batches: Batches, unseen: np.ndarray
+) -> None:
+    backend = load_backend(name)
+    expected = outputs("onnxruntime", outlier, unseen)
+
+    def error(keep: tuple[str, ...]) -> float:
+        made = backend.compile(
+            outlier, runtime, QuantSpec("int8", keep_float=keep), batches, tmp_path / f"a{backend.suffix}"
+        )
+        return float(np.linalg.norm(outputs(name, made.path, unseen) - expected) / np.linalg.norm(expected))
+
+    plain = error(())
+    found = backend.layer_errors(outlier, tmp_path / f"a{backend.suffix}", batches)
+    assert len(found) == 7
+    assert [layer.error for layer in found] == sorted((layer.error for layer in found), reverse=True)
+    assert found[0].error > 0.3  # what the reader gets is lost
+    assert error((found[0].name,)) < 0.2 * plain
+    assert error((found[-1].name,)) > 0.5 * plain
+
+
+def test_an_onnx_layer_has_the_name_of_its_module(
+    outlier: Path, tmp_path: Path, runtime: RuntimeSpec, batches: Batches
+) -> None:
+    backend = load_backend("onnxruntime")
+    out = tmp_path / "a.onnx"
+    backend.compile(outlier, runtime, QuantSpec("int8"), batches, out)
+    assert backend.layer_errors(outlier, out, batches)[0].name == "reader"
+    backend.compile(outlier, runtime, QuantSpec("int8", keep_float=("reader",)), batches, out)
+    nodes = {node.name: node for node in onnx.load(str(out)).graph.node}
+    assert nodes["reader"].input[1] == "reader.weight"
+    assert nodes["more.0"].input[1].startswith("more.0.weight_")
+    assert "reader" not in {layer.name for layer in backend.layer_errors(outlier, out, batches)}
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_attention_has_errors_too(
+    name: str, tokens: Path, tmp_path: Path, runtime: RuntimeSpec, batches: Batches
+) -> None:
+    backend = load_backend(name)
+    made = backend.compile(tokens, runtime, QuantSpec("int8"), batches, tmp_path / f"a{backend.suffix}")
+    found = backend.layer_errors(tokens, made.path, batches)
+    assert len(found) >= 7
+    assert 0.0 < found[0].error < 0.2
+
+
+def test_an_unknown_layer_is_refused_with_the_nearest_name(
+    outlier: Path, tmp_path: Path, runtime: RuntimeSpec, batches: Batches
+) -> None:
+    with pytest.raises(ConfigError, match="did you mean reader"):
+        load_backend("onnxruntime").compile(
+            outlier, runtime, QuantSpec("int8", keep_float=("readr",)), batches, tmp_path / "a.onnx"
+        )
+    with pytest.raises(StageError, match="no_such_layer"):
+        load_backend("openvino").compile(
+            outlier, runtime, QuantSpec("int8", keep_float=("no_such_layer",)), batches, tmp_path / "a.xml"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_that_is_no_number_is_none() -> None:
+    with pytest.raises(StageError, match="NaN or infinity"):
+        worst_first([LayerError("a", float("nan"))])
+    assert worst_first([LayerError("a", 0.1), LayerError("b", 0.2)])[0].name == "b"

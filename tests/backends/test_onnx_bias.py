@@ -1,0 +1,54 @@
+"""Bias correction takes the mean error of a channel out, and with it part of the error at the outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from rowcol_edge.backends import load_backend, onnx_bias, onnx_files, qdq
+from rowcol_edge.backends.base import QuantSpec
+from rowcol_edge.backends.calibration import feeds
+from rowcol_edge.export.onnx import export
+from rowcol_edge.targets import RuntimeSpec
+
+from ..nets import uneven_net
+from .conftest import Batches
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("onnx") / "uneven.onnx"
+    export(uneven_net(), {"x": np.zeros((1, 1, 16, 16), np.float32)}, out, opset=18, ir_version=9)
+    return out
+
+
+def outputs(proto: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.concatenate([session.run(None, {"x": image[None]})[0] for image in images])
+
+
+def test_it_repairs_weights_that_share_one_scale(
+    uneven: Path, tmp_path: Path, runtime: RuntimeSpec, batches: Batches, unseen: np.ndarray
+) -> None:
+    made = load_backend("onnxruntime").compile(
+        uneven, runtime, QuantSpec("int8", per_channel=False), batches, tmp_path / "a.onnx"
+    )
+    quantized, prepared = onnx_files.load(made.path), qdq.prepare(uneven)
+    before = quantized.SerializeToString(deterministic=True)
+    corrected = onnx_bias.correct(prepared, quantized, feeds(batches, onnx_files.inputs(prepared)))
+    assert quantized.SerializeToString(deterministic=True) == before
+    changed = [
+        a.name
+        for a, b in zip(quantized.graph.initializer, corrected.graph.initializer, strict=True)
+        if a.raw_data != b.raw_data
+    ]
+    assert changed
+    assert all("bias" in name for name in changed)
+    wanted = outputs(prepared, unseen)
+    assert np.linalg.norm(outputs(corrected, unseen) - wanted) < 0.8 * np.linalg.norm(
+        outputs(quantized, unseen) - wanted
+    )
