@@ -319,7 +319,9 @@ def test_a_bundle_for_a_runtime_that_only_its_board_has_says_that_it_never_ran(
     )
     board = replace(pi, name="board", runtimes=(runtime,), recipes=("deepstream", "gstreamer"))
     monkeypatch.setattr(targets, "load", lambda name: board)
-    built = rowcol_edge.build(net, out=str(tmp_path), target="board", precision="int8", energy=0.99, **splits)[0]
+    options: dict[str, Any] = {"target": "board", "runtime": "tensorrt", "precision": "int8", "energy": 0.99}
+    options["preprocess"] = "mode=L,size=16x16,mean=0.5,std=0.25"
+    built = rowcol_edge.build(net, out=str(tmp_path), **options, **splits)[0]
     assert {arm.checked for arm in built.manifest.arms} == {GRAPH_CHECKED}
     assert "graph-checked, not run" in (built.path / "README.md").read_text(encoding="utf-8")
     with Bundle.open(built.path) as bundle:
