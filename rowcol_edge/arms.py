@@ -31,6 +31,8 @@ _SAMPLES = 16
 _EXACT = 1e-3
 #: relative error against the dense original from which the report names a stage that is allowed to lose
 _LOSSY = 0.3
+#: of the ONNX file that outputs are compared on where the target's runtime reads none
+_OPSET, _IR_VERSION = 18, 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class Workbench:
         self._original = original
         self._work = work
         self._progress = progress
-        self._sources: dict[tuple[str, int, int], _Source] = {}
+        self._sources: dict[tuple[str, int | None, int | None], _Source] = {}
         self._real: Feeds = job.calibration.take(_SAMPLES)
         self._dense: Outputs = torch_outputs(job.model.module, [self._real])
         evaluation.check_contract(job, {name: array[:1] for name, array in self._dense[0].items()})
@@ -145,8 +147,8 @@ class Workbench:
             module,
             self._job.calibration.example(),
             raw,
-            opset=runtime.opset,
-            ir_version=runtime.ir_version,
+            opset=runtime.opset or _OPSET,
+            ir_version=runtime.ir_version or _IR_VERSION,
             dynamic_batch=self._job.options.dynamic_batch,
         )
         exported = self._outputs(raw)

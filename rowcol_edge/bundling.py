@@ -22,7 +22,7 @@ from .evaluation import Judged
 from .factoring.plan import FactorPlan
 from .job import Job, Progress, silent, tool_versions
 from .search import Choice
-from .targets import RuntimeSpec, Target
+from .targets import RuntimeSpec, Target, install_lines
 
 _GOLDEN_SAMPLES = 4
 PLAN_NAME = "plan.toml"
@@ -83,7 +83,7 @@ def write(
             opset=runtime.opset,
             ir_version=runtime.ir_version,
             threads=target.threads,
-            install=runtime.install,
+            install=install_lines(runtime),
             providers=runtime.providers,
             properties=runtime.properties,
         ),

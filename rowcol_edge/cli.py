@@ -18,6 +18,7 @@ from .errors import InputError, MissingDependencyError, RowcolError
 
 if TYPE_CHECKING:
     from .job import Progress
+    from .targets import Target
 
 app = typer.Typer(
     name="rowcol-edge",
@@ -55,11 +56,19 @@ Out = Annotated[str | None, typer.Option(help="folder that receives the results"
 
 
 @app.command()
-def targets(json: Json = False) -> None:
+def targets(
+    name: Annotated[
+        str | None, typer.Argument(help="all that is known of this one, and how its runtimes install")
+    ] = None,
+    json: Json = False,
+) -> None:
     """List the boards and the embedded samples."""
     from . import samples
     from . import targets as boards
 
+    if name is not None:
+        _show_target(boards.load(name), json)
+        return
     found = [boards.load(name) for name in boards.available()]
     if json:
         _print_json({"targets": [t.to_dict() for t in found], "samples": list(samples.available())})
@@ -67,6 +76,15 @@ def targets(json: Json = False) -> None:
     from .report import terminal
 
     terminal.targets(found, [samples.load(name) for name in samples.available()])
+
+
+def _show_target(target: Target, json: bool) -> None:
+    if json:
+        _print_json(target.to_dict())
+        return
+    from .report import terminal
+
+    terminal.target(target)
 
 
 @app.command()

@@ -59,10 +59,11 @@ class OnnxRuntimeBackend:
         check_precision(self, quant)
         source = onnx_files.load(model)
         stage = f"compile {quant.precision}"
-        _check_opset(source, runtime, stage)
+        opset, ir_version = runtime.onnx()
+        _check_opset(source, opset, stage)
         result = _convert(model, source, quant, calibration)
         _clean(result)
-        onnx_files.check(result, stage, opset_version=runtime.opset, ir_version=runtime.ir_version)
+        onnx_files.check(result, stage, opset_version=opset, ir_version=ir_version)
         changed = onnx_files.difference(source, result)
         if changed:
             raise StageError(stage, expected="the inputs and outputs of the model", got=changed)
@@ -74,11 +75,9 @@ class OnnxRuntimeBackend:
 BACKEND = OnnxRuntimeBackend()
 
 
-def _check_opset(source: onnx.ModelProto, runtime: RuntimeSpec, stage: str) -> None:
-    if onnx_files.opset(source) != runtime.opset:
-        raise StageError(
-            stage, expected=f"a model at opset {runtime.opset}", got=f"one at opset {onnx_files.opset(source)}"
-        )
+def _check_opset(source: onnx.ModelProto, opset: int, stage: str) -> None:
+    if onnx_files.opset(source) != opset:
+        raise StageError(stage, expected=f"a model at opset {opset}", got=f"one at opset {onnx_files.opset(source)}")
 
 
 def _convert(path: Path, source: onnx.ModelProto, quant: QuantSpec, calibration: Calibration | None) -> onnx.ModelProto:

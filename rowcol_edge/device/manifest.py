@@ -89,14 +89,14 @@ class ArmEntry:
 class RuntimeEntry:
     """The runtime the artifacts were compiled for, and the oldest version of it that is promised to open them.
 
-    ``opset`` and ``ir_version`` are those of the ONNX file that is opened, or that was converted. ``properties`` are
-    settings in the runtime's own words.
+    ``opset`` and ``ir_version`` are those of the ONNX file that is opened, or that was converted; None where no ONNX is
+    read. ``properties`` are settings in the runtime's own words.
     """
 
     name: str
     oldest: str
-    opset: int
-    ir_version: int
+    opset: int | None
+    ir_version: int | None
     threads: int
     install: str
     providers: tuple[str, ...] = ()
@@ -248,8 +248,8 @@ def _runtime(fields: Fields) -> RuntimeEntry:
     entry = RuntimeEntry(
         name=fields.text("name"),
         oldest=fields.text("oldest"),
-        opset=fields.integer("opset", 1),
-        ir_version=fields.integer("ir_version", 1),
+        opset=fields.optional_integer("opset", 1),
+        ir_version=fields.optional_integer("ir_version", 1),
         threads=fields.integer("threads"),
         install=fields.text("install"),
         providers=fields.texts("providers"),
