@@ -88,6 +88,28 @@ def _show_target(target: Target, json: bool) -> None:
 
 
 @app.command()
+def doctor(
+    target: Annotated[str | None, typer.Argument(help="a board: what building for it needs here and there")] = None,
+    json: Json = False,
+) -> None:
+    """Say what is installed and what is missing, and what to do about it.
+
+    On the board: python3 rowcol-edge-device.pyz doctor [BUNDLE].
+    """
+    from . import api
+
+    found = api.doctor(target)
+    if json:
+        _print_json(found.to_dict())
+    else:
+        from .report import terminal
+
+        terminal.diagnosis(found)
+    if found.stopped:
+        raise typer.Exit(RowcolError.exit_code)
+
+
+@app.command()
 def inspect(
     model: Model,
     weights: Weights = None,
@@ -177,6 +199,10 @@ def build(
     ] = None,
     dense: Annotated[bool | None, typer.Option("--dense/--no-dense", help="package the dense arms too")] = None,
     zip: Annotated[bool | None, typer.Option("--zip/--no-zip", help="also write BUNDLE.zip")] = None,  # noqa: A002
+    wheelhouse: Annotated[
+        bool | None,
+        typer.Option("--wheelhouse/--no-wheelhouse", help="also put the runtime's wheels beside the bundle"),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="a rowcol.toml; options given here come on top")] = None,
     force: Annotated[bool, typer.Option("--force", help="build again even if nothing has changed")] = False,
     json: Json = False,
@@ -192,6 +218,7 @@ def build(
         "calib": calib, "select": select, "test": test, "metric": metric, "budget": budget, "energy": energy,
         "plan": plan, "contract": contract, "labels": labels, "positive": positive, "preprocess": preprocess,
         "dynamic_batch": dynamic_batch, "dense": dense, "zip": zip,
+        "wheelhouse": wheelhouse,
     }  # fmt: skip
     given = {key: value for key, value in said.items() if value is not None}
     with _progress() as progress:

@@ -44,6 +44,7 @@ class Options(TypedDict, total=False):
     dynamic_batch: bool | None
     dense: bool | None
     zip: bool | None
+    wheelhouse: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class BuildOptions:
         plan: apply this plan file instead of searching.
         contract: what the outputs mean: classify, segment, anomaly_map, detect or embed.
         dense: also package the dense arms.
+        wheelhouse: also put the runtime's wheels, for the target's Pythons, beside the bundle.
     """
 
     model: str
@@ -83,6 +85,7 @@ class BuildOptions:
     dynamic_batch: bool = False
     dense: bool = True
     zip: bool = True
+    wheelhouse: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -180,7 +183,7 @@ def parse_preprocess(text: str) -> Preprocess:
 
 
 _TUPLES = ("target", "labels")
-_FLAGS = ("dynamic_batch", "dense", "zip")
+_FLAGS = ("dynamic_batch", "dense", "zip", "wheelhouse")
 
 
 def _checked(key: str, value: Any, where: str) -> Any:

@@ -199,12 +199,17 @@ def parse(values: Mapping[str, Any], *, name: str, source: str) -> Target:
 
 def install_lines(runtime: RuntimeSpec) -> str:
     """Shell lines that install a runtime on the board, from the data of its target."""
-    lines = [*runtime.system, runtime.venv, _ACTIVATE, _pip(runtime, runtime.requirements)]
+    lines = [*activate(runtime), _pip(runtime, runtime.requirements)]
     lines += [
         f"# {other.why} (Python {', '.join(other.pythons)}): {_pip(runtime, other.requirements)}"
         for other in runtime.alternatives
     ]
     return "\n".join(lines)
+
+
+def activate(runtime: RuntimeSpec) -> list[str]:
+    """The lines before that of pip: what the system needs, and the virtual environment."""
+    return [*runtime.system, runtime.venv, _ACTIVATE]
 
 
 def _pip(runtime: RuntimeSpec, requirements: tuple[str, ...]) -> str:

@@ -176,7 +176,7 @@ class Manifest:
             schema=schema,
             name=fields.text("name"),
             target=fields.table("target"),
-            runtime=_runtime(fields.child("runtime")),
+            runtime=runtime_entry(fields.child("runtime")),
             inputs=tuple(_tensor(f) for f in fields.children("inputs")),
             outputs=tuple(_tensor(f) for f in fields.children("outputs")),
             preprocess=fields.optional_table("preprocess"),
@@ -244,7 +244,8 @@ def _file(fields: Fields) -> FileEntry:
     return entry
 
 
-def _runtime(fields: Fields) -> RuntimeEntry:
+def runtime_entry(fields: Fields) -> RuntimeEntry:
+    """What the key ``runtime`` of a manifest holds."""
     entry = RuntimeEntry(
         name=fields.text("name"),
         oldest=fields.text("oldest"),

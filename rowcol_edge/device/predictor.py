@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -20,6 +19,7 @@ from .npz import read_npz
 from .preprocess import Preprocess
 from .runtimes import Runtime, RuntimeOptions, Session, load_runtime
 from .runtimes.base import fits
+from .versions import numbers
 
 
 class Predictor:
@@ -177,22 +177,13 @@ def open_arm(bundle: Bundle, arm: ArmEntry, *, threads: int | None = None) -> Se
 def check_version(bundle: Bundle, runtime: Runtime) -> None:
     """BundleError if the installed runtime is older than the oldest one the bundle was made for."""
     entry = bundle.manifest.runtime
-    if _numbers(runtime.version()) < _numbers(entry.oldest):
+    if numbers(runtime.version()) < numbers(entry.oldest):
         raise BundleError(
             f"package {runtime.package}",
             expected=f"{entry.oldest} or newer",
             got=runtime.version(),
             hint=f"install it with: {entry.install}",
         )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """``1.17.3rc1`` → (1, 17, 3); trailing zeros do not count."""
-    match = re.match(r"\d+(\.\d+)*", version)
-    numbers = [int(part) for part in match.group().split(".")] if match else []
-    while numbers and not numbers[-1]:
-        numbers.pop()
-    return tuple(numbers)
 
 
 def _specs_text(specs: tuple[TensorSpec, ...]) -> str:

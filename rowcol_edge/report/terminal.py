@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..device.doctor import GOOD, MARKS, NOTE, STOP, TOLD, verdict
 from ..targets import install_lines
 
 if TYPE_CHECKING:
     from ..api import Demo
+    from ..device.doctor import Diagnosis
     from ..device.profile import Profile
     from ..inspection import Inspection, LayerUse
     from ..pipeline import Built, Factored
@@ -108,6 +110,23 @@ def inspection(found: Inspection) -> None:
     )
 
 
+def diagnosis(found: Diagnosis) -> None:
+    """A row a finding, with what to do about it, and the verdict."""
+    colours = {GOOD: "green", NOTE: "yellow", STOP: "red", TOLD: "none"}
+    table = _table(found.subject, [("", "l"), ("what", "l"), ("found", "l")])
+    for one in found.findings:
+        mark = f"[{colours[one.level]}]{MARKS[one.level]}[/]"
+        table.add_row(mark, escape(one.what), escape(one.found))
+    console = _console()
+    console.print(table)
+    for one in found.findings:
+        if one.do:
+            console.print(f"{MARKS[one.level]} {one.what}: {one.found}", markup=False)
+            # never wrapped: these lines are copied into a shell
+            console.print(indent(one.do, "    "), markup=False, soft_wrap=True)
+    console.print(verdict(found), markup=False)
+
+
 def _use(rank: int | None, size: int) -> str:
     return "–" if rank is None else f"{rank}/{size}"
 
@@ -189,6 +208,8 @@ def built(bundles: Sequence[Built]) -> None:
         console.print(table)
         for note in manifest.build.get("notes", []):
             console.print(f"  note: {note}", markup=False)
+        if one.wheelhouse is not None:
+            console.print(f"  wheels for the board: {one.wheelhouse}", markup=False)
         console.print(f"  next: rowcol-edge profile {one.path}", markup=False)
 
 
