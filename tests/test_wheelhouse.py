@@ -17,7 +17,7 @@ from rowcol_edge.errors import BundleError, StageError
 from rowcol_edge.targets import Target
 
 from .made_wheels import make_wheel
-from .nets import small_net, write_splits
+from .nets import SmallNet, write_splits
 
 HERE = f"3.{sys.version_info[1]}"
 GLIBC = platform.libc_ver()[1].replace(".", "_")
@@ -165,12 +165,12 @@ def test_a_build_puts_it_beside_the_bundle_and_keeps_it(
 ) -> None:
     def build(**options: object) -> rowcol_edge.pipeline.Built:
         [built] = rowcol_edge.build(
-            small_net(), target=str(board), precision="fp32", energy=0.95, dense=False, zip=False,
+            net, target=str(board), precision="fp32", energy=0.95, dense=False, zip=False,
             labels=["plain", "striped"], metric="accuracy", out=str(tmp_path / "dist"), **splits, **options,
         )  # fmt: skip
         return built
 
-    splits = write_splits(tmp_path)
+    net, splits = SmallNet().eval(), write_splits(tmp_path)
     assert build().wheelhouse is None
     built = build(wheelhouse=True)
     assert built.wheelhouse == built.path.with_name("my-board-onnxruntime-wheelhouse")
@@ -189,7 +189,7 @@ def test_a_missing_wheel_ends_the_build_before_anything_is_written(board: Path, 
     board.write_text(board.read_text().replace('"onnxruntime>=1.17"', '"only-elsewhere"'))
     with pytest.raises(StageError, match="only-elsewhere"):
         rowcol_edge.build(
-            small_net(), target=str(board), precision="fp32", energy=0.95, labels=["plain", "striped"],
+            SmallNet().eval(), target=str(board), precision="fp32", energy=0.95, labels=["plain", "striped"],
             metric="accuracy", out=str(tmp_path / "dist"), wheelhouse=True, **write_splits(tmp_path),
         )  # fmt: skip
     assert not (tmp_path / "dist").exists()
