@@ -26,6 +26,8 @@ SCHEMA = 2
     text; ``opset`` and ``ir_version`` may be left out; ``recipes``.
 """
 
+RECIPES = ("deepstream", "gstreamer")
+
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _VERSION = re.compile(r"\d+(\.\d+)+")
 _PYTHON = re.compile(r"3\.\d+")
@@ -116,7 +118,7 @@ class Target:
     why: str
     """Where these values come from, for people."""
     recipes: tuple[str, ...] = ()
-    """Pipelines that a bundle for this board comes with a labelled recipe for, such as ``gstreamer``."""
+    """Pipelines that a bundle for this board comes with a labelled recipe for, out of `RECIPES`."""
 
     def runtime(self, name: str) -> RuntimeSpec:
         """The runtime called ``name``; TargetError with the nearest names if the target does not list it."""
@@ -190,7 +192,7 @@ def parse(values: Mapping[str, Any], *, name: str, source: str) -> Target:
         rank_multiple=table.whole("rank_multiple"),
         memory_mb=table.whole("memory_mb"),
         why=table.prose("why"),
-        recipes=table.texts("recipes") if "recipes" in values else (),
+        recipes=table.texts("recipes", RECIPES) if "recipes" in values else (),
     )
     if not target.platform.endswith(f"_{match['machine']}"):
         raise TargetError(f"{source}: platform", expected=f"a tag of {match['machine']}", got=repr(target.platform))

@@ -258,6 +258,7 @@ def test_match_needs_the_machine(values: dict[str, Any]) -> None:
         ("pythons", [3.11]),
         ("platform", "linux_aarch64"),
         ("recipes", []),
+        ("recipes", ["gstreamr"]),
         ("isa", []),
         ("isa", "asimd"),
         ("isa", ["asimd", "asimd"]),

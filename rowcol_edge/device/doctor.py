@@ -231,8 +231,8 @@ def _runtime(needs: Needs) -> list[Finding]:
 
 
 def _offered(runtime: str, provider: str, devices: Sequence[str]) -> bool:
-    if runtime == "tflite" and provider.startswith("/"):
-        return Path(provider).is_file()  # the library of a delegate
+    if runtime == "tflite" and provider != "CPU":  # the library of a delegate; without a path the loader finds it
+        return "/" not in provider or Path(provider).is_file()
     return provider in devices or any(device.partition(".")[0] == provider for device in devices)
 
 
