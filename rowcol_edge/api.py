@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .device.bundle import Bundle
+    from .device.doctor import Diagnosis
     from .device.profile import Profile
     from .device.verify import VerifyReport
     from .inspection import Inspection
@@ -115,6 +116,13 @@ def profile(bundle: Bundle | str | Path, *, progress: Progress = silent, **optio
         return measure(bundle, progress=progress, **given)
     with Bundle.open(bundle) as opened:
         return measure(opened, progress=progress, **given)
+
+
+def doctor(target: str | None = None) -> Diagnosis:
+    """What the build side has and lacks on this machine, in general or for one target."""
+    from . import readiness, targets
+
+    return readiness.diagnose(None if target is None else targets.load(target))
 
 
 def compare(bundles: Sequence[Bundle | str | Path]) -> ComparisonTable:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from . import wheelhouse
 from .device.manifest import GRAPH_CHECKED, RUN, ArmEntry, Manifest, TensorSpec
 from .device.preprocess import Preprocess
 from .device.runtimes import ENGINE_BUILDERS
@@ -57,7 +59,19 @@ def _install(manifest: Manifest) -> str:
         "## Install, once\n\n"
         f"Python 3.10 or newer, and:\n\n```sh\n{manifest.runtime.install}\n```\n\n"
         "Nothing else: the program that checks, runs and measures is the file "
-        f"`{DEVICE_ARCHIVE_NAME}` beside this one. Pillow is needed for image files only."
+        f"`{DEVICE_ARCHIVE_NAME}` beside this one. Pillow is needed for image files only." + _offline(manifest)
+    )
+
+
+def _offline(manifest: Manifest) -> str:
+    """What stands in for pip's line where the board has no network, if the build made it."""
+    if not manifest.build.get("options", {}).get("wheelhouse"):
+        return ""
+    folder = wheelhouse.place(Path(f"{manifest.target['name']}-{manifest.runtime.name}"))
+    lines = [f"{wheelhouse.install_command(python)}  # Python {python}" for python in manifest.target["pythons"]]
+    return (
+        f"\n\nWithout a network: the folder `{folder}`, made beside this one, holds these packages as wheels. In it, "
+        "instead of the line with `pip install`:\n\n```sh\n" + "\n".join(lines) + "\n```"
     )
 
 

@@ -22,7 +22,7 @@ from .evaluation import Judged
 from .factoring.plan import FactorPlan
 from .job import Job, Progress, silent, tool_versions
 from .search import Choice
-from .targets import RuntimeSpec, Target
+from .targets import RuntimeSpec, Target, install_lines
 
 _GOLDEN_SAMPLES = 4
 PLAN_NAME = "plan.toml"
@@ -159,9 +159,10 @@ def _oldest(runtime: RuntimeSpec, arms: Sequence[Arm]) -> str:
 
 def _install(runtime: RuntimeSpec, oldest: str, package: str) -> str:
     """The target's install lines; a last one where the bundle needs a newer runtime than they ask for."""
+    lines = install_lines(runtime)
     if oldest == runtime.oldest:
-        return runtime.install
-    return f'{runtime.install}\npython3 -m pip install --upgrade "{package}>={oldest}"'
+        return lines
+    return f'{lines}\npython3 -m pip install --upgrade "{package}>={oldest}"'
 
 
 def runs_here(runtime: RuntimeSpec) -> bool:

@@ -18,6 +18,7 @@ from .errors import InputError, MissingDependencyError, RowcolError
 
 if TYPE_CHECKING:
     from .job import Progress
+    from .targets import Target
 
 app = typer.Typer(
     name="rowcol-edge",
@@ -55,11 +56,19 @@ Out = Annotated[str | None, typer.Option(help="folder that receives the results"
 
 
 @app.command()
-def targets(json: Json = False) -> None:
+def targets(
+    name: Annotated[
+        str | None, typer.Argument(help="all that is known of this one, and how its runtimes install")
+    ] = None,
+    json: Json = False,
+) -> None:
     """List the boards and the embedded samples."""
     from . import samples
     from . import targets as boards
 
+    if name is not None:
+        _show_target(boards.load(name), json)
+        return
     found = [boards.load(name) for name in boards.available()]
     if json:
         _print_json({"targets": [t.to_dict() for t in found], "samples": list(samples.available())})
@@ -67,6 +76,37 @@ def targets(json: Json = False) -> None:
     from .report import terminal
 
     terminal.targets(found, [samples.load(name) for name in samples.available()])
+
+
+def _show_target(target: Target, json: bool) -> None:
+    if json:
+        _print_json(target.to_dict())
+        return
+    from .report import terminal
+
+    terminal.target(target)
+
+
+@app.command()
+def doctor(
+    target: Annotated[str | None, typer.Argument(help="a board: what building for it needs here and there")] = None,
+    json: Json = False,
+) -> None:
+    """Say what is installed and what is missing, and what to do about it.
+
+    On the board: python3 rowcol-edge-device.pyz doctor [BUNDLE].
+    """
+    from . import api
+
+    found = api.doctor(target)
+    if json:
+        _print_json(found.to_dict())
+    else:
+        from .report import terminal
+
+        terminal.diagnosis(found)
+    if found.stopped:
+        raise typer.Exit(RowcolError.exit_code)
 
 
 @app.command()
@@ -163,6 +203,10 @@ def build(
     ] = None,
     dense: Annotated[bool | None, typer.Option("--dense/--no-dense", help="package the dense arms too")] = None,
     zip: Annotated[bool | None, typer.Option("--zip/--no-zip", help="also write BUNDLE.zip")] = None,  # noqa: A002
+    wheelhouse: Annotated[
+        bool | None,
+        typer.Option("--wheelhouse/--no-wheelhouse", help="also put the runtime's wheels beside the bundle"),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="a rowcol.toml; options given here come on top")] = None,
     force: Annotated[bool, typer.Option("--force", help="build again even if nothing has changed")] = False,
     json: Json = False,
@@ -178,6 +222,7 @@ def build(
         "calib": calib, "select": select, "test": test, "metric": metric, "budget": budget, "energy": energy,
         "plan": plan, "contract": contract, "labels": labels, "positive": positive, "preprocess": preprocess,
         "bake_preprocess": bake_preprocess, "dynamic_batch": dynamic_batch, "dense": dense, "zip": zip,
+        "wheelhouse": wheelhouse,
     }  # fmt: skip
     given = {key: value for key, value in said.items() if value is not None}
     with _progress() as progress:

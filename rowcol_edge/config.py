@@ -45,6 +45,7 @@ class Options(TypedDict, total=False):
     dynamic_batch: bool | None
     dense: bool | None
     zip: bool | None
+    wheelhouse: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class BuildOptions:
         bake_preprocess: the graph takes camera frames, uint8 (N, height, width, channels), and normalises them itself.
         contract: what the outputs mean: classify, segment, anomaly_map, detect or embed.
         dense: also package the dense arms.
+        wheelhouse: also put the runtime's wheels, for the target's Pythons, beside the bundle.
     """
 
     model: str
@@ -86,6 +88,7 @@ class BuildOptions:
     dynamic_batch: bool = False
     dense: bool = True
     zip: bool = True
+    wheelhouse: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -183,7 +186,7 @@ def parse_preprocess(text: str) -> Preprocess:
 
 
 _TUPLES = ("target", "labels")
-_FLAGS = ("bake_preprocess", "dynamic_batch", "dense", "zip")
+_FLAGS = ("bake_preprocess", "dynamic_batch", "dense", "zip", "wheelhouse")
 
 
 def _checked(key: str, value: Any, where: str) -> Any:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from . import bundling, config, evaluation, keeping, precision, search
+from . import bundling, config, evaluation, keeping, precision, search, wheelhouse
 from .arms import Arm, Workbench
 from .backends.base import LayerError
 from .budgets import Budget
@@ -44,14 +44,18 @@ _FITTINGS = 4
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A bundle that was built, or found unchanged (``reused``)."""
+    """A bundle that was built, or found unchanged (``reused``), and the wheelhouse beside it if one was asked for."""
 
     path: Path
     manifest: Manifest
     reused: bool
+    wheelhouse: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"path": str(self.path), "reused": self.reused, "manifest": self.manifest.to_dict()}
+        house = None if self.wheelhouse is None else str(self.wheelhouse)
+        return {
+            "path": str(self.path), "reused": self.reused, "wheelhouse": house, "manifest": self.manifest.to_dict(),
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +106,21 @@ def build(
         if kept is not None:
             found[target.name] = kept
     missing = [target for target in job.targets if target.name not in found]
-    if missing:
-        with tempfile.TemporaryDirectory(prefix="rowcol-build-") as work:
-            line = _Line(job, Path(work), progress)
+    with tempfile.TemporaryDirectory(prefix="rowcol-build-") as work:
+        # first, because it is the network that fails: it should not after an hour of work
+        wheels = _wheelhouses(job, Path(work) / "wheelhouses", out, force=force, progress=progress)
+        if missing:
+            arms = Path(work) / "arms"
+            arms.mkdir()
+            line = _Line(job, arms, progress)
             # all arms of all targets first: a budget that one target misses leaves nothing written
             for ready in [line.ready(target) for target in missing]:
                 found[ready.target.name] = line.write(ready, out)
+        for name, collected in wheels.items():
+            beside = wheelhouse.place(found[name].path)
+            if collected is not None:
+                wheelhouse.put(collected, beside)
+            found[name] = replace(found[name], wheelhouse=beside)
     if model is None:
         config.write(options, out / "rowcol.toml")  # a module that was handed over cannot be named in a file
     return [found[target.name] for target in job.targets]
@@ -145,6 +158,17 @@ def factor(
         known.parameters - plan.saved_parameters,
         out,
     )
+
+
+def _wheelhouses(job: Job, work: Path, out: Path, *, force: bool, progress: Progress) -> dict[str, Path | None]:
+    """By target, the wheelhouse that was collected in ``work``; None where the one at its place is as it should be."""
+    found: dict[str, Path | None] = {}
+    for target in job.targets if job.options.wheelhouse else ():
+        runtime = target.runtime(job.options.runtime)
+        beside = wheelhouse.place(bundling.path(out, target, runtime.name))
+        kept = not force and wheelhouse.is_current(beside, target, runtime)
+        found[target.name] = None if kept else wheelhouse.collect(target, runtime, work / target.name, progress)
+    return found
 
 
 def _unchanged(path: Path, key: str) -> Built | None:

@@ -58,13 +58,14 @@ def key(source: Source, runtime: RuntimeSpec) -> tuple[object, ...]:
 def _onnx(request: Request) -> Iterator[Step]:
     """onnxruntime runs the files whatever the target's runtime is."""
 
+    opset, ir_version = request.runtime.onnx()
     raw = request.file(".onnx")
     onnx.export(
         request.module,
         request.example,
         raw,
-        opset=request.runtime.opset,
-        ir_version=request.runtime.ir_version,
+        opset=opset,
+        ir_version=ir_version,
         dynamic_batch=request.dynamic_batch,
     )
     yield Step("export", raw, partial(_run, raw))

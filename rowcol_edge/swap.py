@@ -30,16 +30,17 @@ def temporary(out: Path) -> Path:
     return _name(out, _BUILDING)
 
 
-def publish(building: Path, out: Path, zipped: Path | None, archive: Path) -> None:
+def publish(building: Path, out: Path, zipped: Path | None = None, archive: Path | None = None) -> None:
     """Rename ``building`` to ``out`` and ``zipped`` to ``archive``, in the place of what is there.
 
     The old archive goes first: a kill between two steps must not leave it beside a newer folder.
     """
-    archive.unlink(missing_ok=True)
+    if archive is not None:
+        archive.unlink(missing_ok=True)
     if out.exists():
         out.rename(_name(out, _REPLACED))
     building.rename(out)
-    if zipped is not None:
+    if zipped is not None and archive is not None:
         zipped.replace(archive)
     flush(out.parent)
 

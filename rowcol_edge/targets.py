@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,34 @@ from typing import Any
 from rowcol_edge.device.manifest import PRECISIONS
 from rowcol_edge.errors import TargetError, did_you_mean
 from rowcol_edge.resources import targets_dir
+from rowcol_edge.tables import Table, check_keys
 
-SCHEMA = 1
-"""History: 1 – first version."""
+SCHEMA = 2
+"""History:
+
+1 – first version.
+2 – what to install is data (``pythons``, ``platform``, ``requirements`` and what goes with them) where it was shell
+    text; ``opset`` and ``ir_version`` may be left out; ``recipes``.
+"""
 
 RECIPES = ("deepstream", "gstreamer")
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _VERSION = re.compile(r"\d+(\.\d+)+")
+_PYTHON = re.compile(r"3\.\d+")
+_PLATFORM = re.compile(r"manylinux_(?P<glibc>\d+_\d+)_(?P<machine>x86_64|aarch64)")
+_VENV = "python3 -m venv ~/rowcol-edge"
+_ACTIVATE = ". ~/rowcol-edge/bin/activate"
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Other packages for the same runtime, for boards where the first choice does not install or load."""
+
+    pythons: tuple[str, ...]
+    """Where these packages have wheels; some of the target's."""
+    requirements: tuple[str, ...]
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +53,38 @@ class RuntimeSpec:
     name: str
     oldest: str
     """Oldest version a bundle promises to run with."""
-    opset: int
-    """ONNX opset a model is exported at."""
-    ir_version: int
-    """Highest ONNX IR version that the oldest runtime reads."""
     providers: tuple[str, ...]
-    """onnxruntime: execution providers, in the order they are tried. openvino: the device."""
+    """onnxruntime: execution providers, in the order they are tried. openvino, tensorrt: the device. tflite: CPU, or
+    the library of a delegate."""
     precisions: tuple[str, ...]
-    install: str
-    """Shell lines that install the runtime on the board."""
+    requirements: tuple[str, ...]
+    """What pip installs on the board (PEP 508)."""
     why: str
     """Where these values come from, for people."""
+    opset: int | None = None
+    """ONNX opset a model is exported at; None for a runtime that reads no ONNX."""
+    ir_version: int | None = None
+    """Highest ONNX IR version that the oldest runtime reads; None with ``opset``."""
     properties: dict[str, str] = field(default_factory=dict)
-    """Settings in the runtime's own words, such as the precision openvino calculates in; may be left out."""
+    """Settings in the runtime's own words, such as the precision openvino calculates in."""
+    system: tuple[str, ...] = ()
+    """Shell lines to run before, such as those of the system's package manager."""
+    venv: str = _VENV
+    """Shell line that makes the virtual environment ``~/rowcol-edge``."""
+    index_url: str = ""
+    """Package index of the board's vendor, searched besides PyPI."""
+    find_links: str = ""
+    """Folder or page with the vendor's wheels, searched besides PyPI."""
+    alternatives: tuple[Alternative, ...] = ()
+
+    def onnx(self) -> tuple[int, int]:
+        """Opset and IR version; TargetError if the target names none."""
+        if self.opset is None or self.ir_version is None:
+            raise TargetError(
+                f"runtime {self.name}", expected="opset and ir_version", got="a target without them",
+                hint="name them in the target's file: a runtime that reads ONNX needs them",
+            )  # fmt: skip
+        return self.opset, self.ir_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +96,10 @@ class Target:
     match: dict[str, str]
     """How to know the board: ``machine`` as ``uname -m`` says it, ``device_tree_model`` a part of its own name,
     ``cpu_model`` a regular expression found in the processor's name."""
-    python: str
-    """Oldest Python a bundle meets there."""
+    pythons: tuple[str, ...]
+    """CPython versions a bundle meets there, oldest first."""
+    platform: str
+    """Platform tag of the newest wheels that install there: the glibc of its oldest system, and the machine."""
     runtimes: tuple[RuntimeSpec, ...]
     threads: int
     """Threads an inference uses there."""
@@ -77,7 +118,7 @@ class Target:
     why: str
     """Where these values come from, for people."""
     recipes: tuple[str, ...] = ()
-    """Pipelines that a bundle for this board comes with a labelled recipe for, out of `RECIPES`; may be left out."""
+    """Pipelines that a bundle for this board comes with a labelled recipe for, out of `RECIPES`."""
 
     def runtime(self, name: str) -> RuntimeSpec:
         """The runtime called ``name``; TargetError with the nearest names if the target does not list it."""
@@ -125,7 +166,7 @@ def parse(values: Mapping[str, Any], *, name: str, source: str) -> Target:
         raise TargetError(
             source, expected="a file name of lower-case words and hyphens, such as my-board.toml", got=f"{name}.toml"
         )
-    table = _Table(values, source)
+    table = Table(values, source)
     table.keys(_TARGET_KEYS)
     if (schema := table.whole("schema")) != SCHEMA:
         raise TargetError(
@@ -134,18 +175,15 @@ def parse(values: Mapping[str, Any], *, name: str, source: str) -> Target:
             got=str(schema),
             hint="this version of rowcol-edge is another one",
         )
-    match = table.strings_by_key("match")
-    _check_keys(match, {"machine": True, "device_tree_model": False, "cpu_model": False}, f"{source}: match")
-    try:
-        re.compile(match.get("cpu_model", ""))
-    except re.error as e:
-        raise TargetError(f"{source}: match.cpu_model", expected="a regular expression", got=str(e)) from e
-    return Target(
+    match = _match(table, source)
+    pythons = _pythons(table)
+    target = Target(
         name=name,
         title=table.prose("title"),
         match=match,
-        python=table.text("python", _VERSION, "a version such as 3.11"),
-        runtimes=_runtimes(table.tables("runtimes"), source),
+        pythons=pythons,
+        platform=table.text("platform", _PLATFORM, "a tag such as manylinux_2_36_aarch64"),
+        runtimes=_runtimes(table.tables("runtimes"), source, pythons),
         threads=table.whole("threads"),
         isa=table.texts("isa"),
         int8_saturates=table.flag("int8_saturates"),
@@ -156,107 +194,99 @@ def parse(values: Mapping[str, Any], *, name: str, source: str) -> Target:
         why=table.prose("why"),
         recipes=table.texts("recipes", RECIPES) if "recipes" in values else (),
     )
+    if not target.platform.endswith(f"_{match['machine']}"):
+        raise TargetError(f"{source}: platform", expected=f"a tag of {match['machine']}", got=repr(target.platform))
+    return target
 
 
-def _runtimes(tables: list[Mapping[str, Any]], source: str) -> tuple[RuntimeSpec, ...]:
+def install_lines(runtime: RuntimeSpec) -> str:
+    """Shell lines that install a runtime on the board, from the data of its target."""
+    lines = [*activate(runtime), _pip(runtime, runtime.requirements)]
+    lines += [
+        f"# {other.why} (Python {', '.join(other.pythons)}): {_pip(runtime, other.requirements)}"
+        for other in runtime.alternatives
+    ]
+    return "\n".join(lines)
+
+
+def activate(runtime: RuntimeSpec) -> list[str]:
+    """The lines before that of pip: what the system needs, and the virtual environment."""
+    return [*runtime.system, runtime.venv, _ACTIVATE]
+
+
+def _pip(runtime: RuntimeSpec, requirements: tuple[str, ...]) -> str:
+    words = ["python3 -m pip install"]
+    words += [f"--extra-index-url {runtime.index_url}"] if runtime.index_url else []
+    words += [f"--find-links {runtime.find_links}"] if runtime.find_links else []
+    # a shell would take < and > for redirections
+    return " ".join([*words, *(f'"{text}"' if re.search("[^A-Za-z0-9._-]", text) else text for text in requirements)])
+
+
+def _match(table: Table, source: str) -> dict[str, str]:
+    match = table.strings_by_key("match")
+    check_keys(match, {"machine": True, "device_tree_model": False, "cpu_model": False}, f"{source}: match")
+    try:
+        re.compile(match.get("cpu_model", ""))
+    except re.error as e:
+        raise TargetError(f"{source}: match.cpu_model", expected="a regular expression", got=str(e)) from e
+    return match
+
+
+def _pythons(table: Table, known: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """CPython versions, oldest first; with ``known``, some of those."""
+    found = table.texts("pythons", known)
+    if not all(_PYTHON.fullmatch(version) for version in found):
+        raise TargetError(f"{table.where}: pythons", expected="versions such as 3.11", got=repr(list(found)))
+    return tuple(sorted(found, key=lambda version: int(version.partition(".")[2])))
+
+
+def _runtimes(tables: list[Mapping[str, Any]], source: str, pythons: tuple[str, ...]) -> tuple[RuntimeSpec, ...]:
     specs: list[RuntimeSpec] = []
     for position, values in enumerate(tables):
-        table = _Table(values, f"{source}: runtimes[{position}]")
-        table.keys({key: key != "properties" for key in RuntimeSpec.__dataclass_fields__})
-        spec = RuntimeSpec(
-            name=table.text("name"),
-            oldest=table.text("oldest", _VERSION, "a version such as 1.17.0"),
-            opset=table.whole("opset"),
-            ir_version=table.whole("ir_version"),
-            providers=table.texts("providers"),
-            precisions=table.texts("precisions", PRECISIONS),
-            properties=table.strings_by_key("properties") if "properties" in values else {},
-            install=table.text("install"),
-            why=table.prose("why"),
-        )
+        spec = _runtime(Table(values, f"{source}: runtimes[{position}]"), pythons)
         if spec.name in {earlier.name for earlier in specs}:
             raise TargetError(f"{source}: runtimes", expected="each runtime once", got=f"{spec.name} twice")
         specs.append(spec)
     return tuple(specs)
 
 
-_OPTIONAL = ("proxy_env", "recipes")
+def _runtime(table: Table, pythons: tuple[str, ...]) -> RuntimeSpec:
+    table.keys({key: key not in _OPTIONAL for key in RuntimeSpec.__dataclass_fields__})
+    has = table.values.__contains__
+    if has("opset") != has("ir_version"):
+        raise TargetError(table.where, expected="both opset and ir_version, or neither", got="one of them")
+    return RuntimeSpec(
+        name=table.text("name"),
+        oldest=table.text("oldest", _VERSION, "a version such as 1.17.0"),
+        opset=table.whole("opset") if has("opset") else None,
+        ir_version=table.whole("ir_version") if has("ir_version") else None,
+        providers=table.texts("providers"),
+        precisions=table.texts("precisions", PRECISIONS),
+        requirements=table.requirements("requirements"),
+        why=table.prose("why"),
+        properties=table.strings_by_key("properties") if has("properties") else {},
+        system=table.lines("system") if has("system") else (),
+        venv=table.text("venv") if has("venv") else _VENV,
+        index_url=table.text("index_url") if has("index_url") else "",
+        find_links=table.text("find_links") if has("find_links") else "",
+        alternatives=_alternatives(table, pythons) if has("alternatives") else (),
+    )
+
+
+def _alternatives(table: Table, pythons: tuple[str, ...]) -> tuple[Alternative, ...]:
+    found = []
+    for position, values in enumerate(table.tables("alternatives")):
+        inner = Table(values, f"{table.where}: alternatives[{position}]")
+        inner.keys(dict.fromkeys(Alternative.__dataclass_fields__, True))
+        found.append(Alternative(_pythons(inner, pythons), inner.requirements("requirements"), inner.prose("why")))
+    return tuple(found)
+
+
+_OPTIONAL = (
+    "opset", "ir_version", "properties", "system", "venv", "index_url", "find_links", "alternatives",
+    "proxy_env", "recipes",
+)  # fmt: skip
 _TARGET_KEYS = {"schema": True} | {key: key not in _OPTIONAL for key in Target.__dataclass_fields__ if key != "name"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """A TOML table, read field by field; every error says where it is."""
-
-    values: Mapping[str, Any]
-    where: str
-
-    def keys(self, known: Mapping[str, bool]) -> None:
-        _check_keys(self.values, known, self.where)
-
-    def text(self, key: str, pattern: re.Pattern[str] | None = None, expected: str = "text that is not empty") -> str:
-        value = self.values[key]
-        if not isinstance(value, str) or not value.strip() or (pattern and not pattern.fullmatch(value)):
-            raise self._wrong(key, expected, value)
-        return value.strip()
-
-    def prose(self, key: str) -> str:
-        """Text for people, its line breaks removed: whoever prints it wraps it."""
-        return " ".join(self.text(key).split())
-
-    def whole(self, key: str) -> int:
-        value = self.values[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self._wrong(key, "a whole number of 1 or more", value)
-        return value
-
-    def flag(self, key: str) -> bool:
-        value = self.values[key]
-        if not isinstance(value, bool):
-            raise self._wrong(key, "true or false", value)
-        return value
-
-    def texts(self, key: str, choices: Iterable[str] = ()) -> tuple[str, ...]:
-        allowed = tuple(choices)
-        one = f"of {', '.join(allowed)}" if allowed else "of texts"
-        values = self._listed(key, f"a list {one}, not empty", lambda v: isinstance(v, str) and bool(v.strip()))
-        for value in values:
-            if allowed and value not in allowed:
-                raise self._wrong(key, f"a list {one}", value, did_you_mean(value, allowed))
-        if len(set(values)) != len(values):
-            raise self._wrong(key, "each value once", values)
-        return tuple(values)
-
-    def tables(self, key: str) -> list[Mapping[str, Any]]:
-        return self._listed(key, f"at least one [[{key}]] table", lambda v: isinstance(v, dict))
-
-    def strings_by_key(self, key: str) -> dict[str, str]:
-        value = self.values[key]
-        if not isinstance(value, dict) or not all(isinstance(v, str) and v.strip() for v in value.values()):
-            raise self._wrong(key, "a table of texts", value)
-        return dict(value)
-
-    def _listed(self, key: str, expected: str, fits: Callable[[Any], bool]) -> list[Any]:
-        value = self.values[key]
-        if not isinstance(value, list) or not value or not all(fits(item) for item in value):
-            raise self._wrong(key, expected, value)
-        return value
-
-    def _wrong(self, key: str, expected: str, got: object, hint: str = "") -> TargetError:
-        return TargetError(f"{self.where}: {key}", expected=expected, got=repr(got), hint=hint)
-
-
-def _check_keys(values: Mapping[str, Any], known: Mapping[str, bool], where: str) -> None:
-    """Refuse keys that are not in ``known`` and the absence of those that ``known`` marks as required."""
-    for key in values:
-        if key not in known:
-            hint = did_you_mean(key, known) or f"known keys: {', '.join(known)}"
-            raise TargetError(where, expected="known keys only", got=f"unknown key {key!r}", hint=hint)
-    missing = [key for key, required in known.items() if required and key not in values]
-    if missing:
-        raise TargetError(
-            where, expected=f"the key {missing[0]!r}", got="no such key", hint=f"missing: {', '.join(missing)}"
-        )
 
 
 def _read(path: Path) -> dict[str, Any]:

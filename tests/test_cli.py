@@ -58,6 +58,17 @@ def test_targets_lists_boards_and_samples(capsys: pytest.CaptureFixture[str]) ->
     assert "raspberry-pi-5" in capsys.readouterr().out
 
 
+def test_targets_shows_one_board_and_what_it_installs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("targets", "jetson-orin-nano") == 0
+    shown = capsys.readouterr().out
+    for spec in targets.load("jetson-orin-nano").runtimes:
+        assert all(f"    {line}\n" in shown for line in targets.install_lines(spec).splitlines())
+    assert run("targets", "jetson-orin-nano", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == targets.load("jetson-orin-nano").to_dict()
+    assert run("targets", "jetson-orin-nanno") == 2
+    assert "did you mean jetson-orin-nano" in capsys.readouterr().err
+
+
 def test_inspect_shows_every_layer(model: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["inspect", model["model"], "--weights", model["weights"], "--calib", model["calib"]]
     assert run(*arguments, "--json") == 0

@@ -27,10 +27,12 @@ OTHER_PRECISIONS = {"onnxruntime": ("int8-dynamic", "int4-weights", "fp16"), "op
 
 
 def promises() -> list[tuple[str, str]]:
-    """A (target, runtime) for each different promise: runtime, oldest version, opset, IR version."""
-    made: dict[tuple[str, str, int, int], tuple[str, str]] = {}
+    """A (target, runtime) for each different promise that a CPU keeps: runtime, oldest version, opset, IR version."""
+    made: dict[tuple[str, str, int | None, int | None], tuple[str, str]] = {}
     for name in targets.available():
         for spec in targets.load(name).runtimes:
+            if spec.name not in OTHER_PRECISIONS or not set(spec.providers) <= {"CPU", "CPUExecutionProvider"}:
+                continue  # pip has no TensorRT for a Jetson; tflite is opened by its oldest in a test of its own
             made.setdefault((spec.name, spec.oldest, spec.opset, spec.ir_version), (name, spec.name))
     return sorted(made.values())
 

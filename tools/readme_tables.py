@@ -114,16 +114,20 @@ def boards() -> str:
     found = [targets.load(name) for name in targets.available()]
     rows = [
         [
-            f"`{target.name}`",
-            target.title,
-            f"{runtime.name} ≥ {runtime.oldest}, opset {runtime.opset}, IR {runtime.ir_version}",
+            f"`{target.name}`" if position == 0 else "",
+            target.title if position == 0 else "",
+            f"{runtime.name} ≥ {runtime.oldest}{_onnx(runtime)}",
             ", ".join(runtime.precisions),
             str(target.threads),
         ]
         for target in found
-        for runtime in target.runtimes
+        for position, runtime in enumerate(target.runtimes)
     ]
     return _table(["target", "board", "runtime", "precisions", "threads"], rows)
+
+
+def _onnx(runtime: targets.RuntimeSpec) -> str:
+    return "" if runtime.opset is None else f", opset {runtime.opset}, IR {runtime.ir_version}"
 
 
 def samples() -> str:

@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 
 def check_opset(source: onnx.ModelProto, runtime: RuntimeSpec, stage: str) -> None:
     """StageError unless the model was exported for this runtime."""
-    if onnx_files.opset(source) != runtime.opset:
-        raise StageError(
-            stage, expected=f"a model at opset {runtime.opset}", got=f"one at opset {onnx_files.opset(source)}"
-        )
+    opset, _ = runtime.onnx()
+    if onnx_files.opset(source) != opset:
+        raise StageError(stage, expected=f"a model at opset {opset}", got=f"one at opset {onnx_files.opset(source)}")
 
 
 def finish(
@@ -41,7 +40,8 @@ def finish(
     _clean(result)
     for key, value in sorted((metadata or {}).items()):
         result.metadata_props.add(key=key, value=value)
-    onnx_files.check(result, stage, opset_version=runtime.opset, ir_version=runtime.ir_version)
+    opset, ir_version = runtime.onnx()
+    onnx_files.check(result, stage, opset_version=opset, ir_version=ir_version)
     changed = onnx_files.difference(source, result)
     if changed:
         raise StageError(stage, expected="the inputs and outputs of the model", got=changed)

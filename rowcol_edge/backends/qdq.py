@@ -46,7 +46,7 @@ def quantize(source: Path, quant: QuantSpec, feeds: Iterator[Batch]) -> onnx.Mod
     """
     with tempfile.TemporaryDirectory(prefix="rowcol-qdq-") as work:
         model = prepare(source)
-        _check_names(model, quant.keep_float)
+        check_names(model, quant.keep_float)
         prepared = Path(work) / "prepared.onnx"
         onnx.save(model, str(prepared))
         ranges = calibrate(prepared, Path(work) / "observed.onnx", feeds)
@@ -76,7 +76,7 @@ def corrected(source: Path, quantized: onnx.ModelProto, feeds: Iterable[Batch]) 
     return onnx_bias.correct(prepare(source), quantized, feeds)
 
 
-def prepare(source: Path) -> onnx.ModelProto:
+def prepare(source: Path, *, fuse: bool = True) -> onnx.ModelProto:
     """The float model that is quantized, its layers named after the module that holds their weight or bias.
 
     The basic graph optimizations of onnxruntime turn MatMul + Add into Gemm, the linear layer that runtimes have int8
@@ -84,7 +84,7 @@ def prepare(source: Path) -> onnx.ModelProto:
     """
     with tempfile.TemporaryDirectory(prefix="rowcol-prepare-") as work:
         prepared = Path(work) / "prepared.onnx"
-        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+        quant_pre_process(str(source), str(prepared), skip_optimization=not fuse, skip_symbolic_shape=True)
         model = onnx.load(str(prepared))
     taken = {node.name for node in model.graph.node}
     for node in model.graph.node:
@@ -104,7 +104,8 @@ def _module(node: onnx.NodeProto) -> str:
     return ""
 
 
-def _check_names(model: onnx.ModelProto, names: Iterable[str]) -> None:
+def check_names(model: onnx.ModelProto, names: Iterable[str]) -> None:
+    """ConfigError for a name that no layer has."""
     layers = {node.name for node in model.graph.node if node.op_type in WEIGHTED}
     for name in names:
         if name not in layers:

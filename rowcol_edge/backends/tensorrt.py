@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import MissingDependencyError
 from . import calibration as calibrating
-from . import onnx_artifacts, onnx_files, tensorrt_graph
-from .base import Artifact, Calibration, QuantSpec, Source, check_precision
+from . import onnx_artifacts, onnx_errors, onnx_files, tensorrt_graph
+from .base import ERROR_SAMPLES, Artifact, Calibration, LayerError, QuantSpec, Source, check_precision
 from .float16 import half
 
 try:
@@ -65,9 +65,15 @@ class TensorRtBackend:
             result.CopyFrom(source)
             if quant.precision == "fp16":
                 result = half(result)
-        onnx_artifacts.finish(source, result, runtime, quant.precision, stage, metadata)
+        onnx_artifacts.finish(source, result, runtime, quant.precision, stage, metadata, quant.keep_float)
         tensorrt_graph.check(result)
         return onnx_artifacts.write(result, quant.precision, out)
+
+    def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
+        """See `Backend.layer_errors`; layers are named after the module that holds their weight or bias."""
+        inputs = onnx_files.inputs(onnx_files.load(model))
+        feeds = calibrating.first_samples(calibrating.feeds(calibration, inputs), ERROR_SAMPLES)
+        return onnx_errors.layer_errors(tensorrt_qdq.prepare(model), onnx_files.load(artifact), feeds)
 
 
 BACKEND = TensorRtBackend()

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from onnxruntime.quantization import QDQQuantizer, QuantType, quant_pre_process
+from onnxruntime.quantization import QDQQuantizer, QuantType
 
 from . import qdq
 from .base import Batch, QuantSpec
@@ -36,12 +36,13 @@ def quantize(source: Path, quant: QuantSpec, feeds: Iterator[Batch]) -> onnx.Mod
 
     Raises:
         StageError: an activation that is NaN or infinite on the calibration data.
+        ConfigError: a layer to keep in float that the model does not have.
     """
     with tempfile.TemporaryDirectory(prefix="rowcol-tensorrt-") as work:
+        model = prepare(source)
+        qdq.check_names(model, quant.keep_float)
         prepared = Path(work) / "prepared.onnx"
-        # only shapes: TensorRT fuses MatMul and Add itself, and a Gemm would bring reshapes around it
-        quant_pre_process(str(source), str(prepared), skip_optimization=True, skip_symbolic_shape=True)
-        model = onnx.load(str(prepared))
+        onnx.save(model, str(prepared))
         ranges = qdq.calibrate(prepared, Path(work) / "observed.onnx", feeds)
         residuals = _residuals(model.graph)
         quantizer = QDQQuantizer(
@@ -52,7 +53,7 @@ def quantize(source: Path, quant: QuantSpec, feeds: Iterator[Batch]) -> onnx.Mod
             QuantType.QInt8,
             ranges,
             [],
-            qdq.kept_float(model.graph),
+            [*qdq.kept_float(model.graph), *quant.keep_float],
             list(WEIGHTED),
             {
                 "ActivationSymmetric": True,
@@ -67,6 +68,14 @@ def quantize(source: Path, quant: QuantSpec, feeds: Iterator[Batch]) -> onnx.Mod
         quantizer.quantize_model()
         quantized: onnx.ModelProto = quantizer.model.model
     return quantized
+
+
+def prepare(source: Path) -> onnx.ModelProto:
+    """The float model that is quantized, with its shapes and its layers named after their modules.
+
+    Nothing is fused: TensorRT does that itself, and a Gemm would bring reshapes around it.
+    """
+    return qdq.prepare(source, fuse=False)
 
 
 def _residuals(graph: onnx.GraphProto) -> list[str]:

@@ -60,6 +60,9 @@ class Fields:
             raise self.fail(key, f"a whole number ≥ {minimum}", str(value))
         return value
 
+    def optional_integer(self, key: str, minimum: int = 0) -> int | None:
+        return None if self._is_null(key) else self.integer(key, minimum)
+
     def number(self, key: str) -> float:
         value = self._take(key, (int, float), "a number")
         if not isfinite(value):

@@ -1,4 +1,4 @@
-"""The command line at the board: ``python3 rowcol-edge-device.pyz verify|run|profile|engine BUNDLE``.
+"""The command line at the board: ``python3 rowcol-edge-device.pyz verify|run|profile|doctor|engine BUNDLE``.
 
 Exit codes: 0 good; 1 an arm does not reproduce its golden outputs; 2 bad input; 3 not comparable; 130 Ctrl-C; 141 the
 reader of the output went away. Errors are one line on stderr. With ``--json`` stdout holds one JSON document and
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=name if name.endswith(".pyz") else "rowcol-edge-device",
         description="Check, run and measure a rowcol_edge bundle on this machine.",
     )
-    commands = parser.add_subparsers(required=True, metavar="verify|run|profile|engine")
+    commands = parser.add_subparsers(required=True, metavar="verify|run|profile|doctor|engine")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("bundle", metavar="BUNDLE", help="bundle folder or .zip")
     common.add_argument("--json", action="store_true", help="print one JSON document")
@@ -109,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     engine.add_argument("--arms", type=_names, metavar="A,B", help="default: all arms")
     engine.set_defaults(command=_engine)
+
+    doctor = commands.add_parser("doctor", help="what this machine has and lacks; needs nothing but Python")
+    doctor.add_argument("bundle", metavar="BUNDLE", nargs="?", help="a bundle folder or .zip, to hear what it needs")
+    doctor.add_argument("--json", action="store_true", help="print one JSON document")
+    doctor.set_defaults(command=_doctor)
     return parser
 
 
@@ -244,6 +249,17 @@ def _engine(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"engines": built})
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import diagnose, read_needs, report
+
+    diagnosis = diagnose(None if options.bundle is None else read_needs(options.bundle))
+    if options.json:
+        _print_json(diagnosis.to_dict())
+    else:
+        print(report(diagnosis))
+    return RowcolError.exit_code if diagnosis.stopped else 0
 
 
 def profile_path(out: str | Path | None, bundle: Bundle) -> Path:

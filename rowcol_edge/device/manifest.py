@@ -89,14 +89,14 @@ class ArmEntry:
 class RuntimeEntry:
     """The runtime the artifacts were compiled for, and the oldest version of it that is promised to open them.
 
-    ``opset`` and ``ir_version`` are those of the ONNX file that is opened, or that was converted. ``properties`` are
-    settings in the runtime's own words.
+    ``opset`` and ``ir_version`` are those of the ONNX file that is opened, or that was converted; None where no ONNX is
+    read. ``properties`` are settings in the runtime's own words.
     """
 
     name: str
     oldest: str
-    opset: int
-    ir_version: int
+    opset: int | None
+    ir_version: int | None
     threads: int
     install: str
     providers: tuple[str, ...] = ()
@@ -176,7 +176,7 @@ class Manifest:
             schema=schema,
             name=fields.text("name"),
             target=fields.table("target"),
-            runtime=_runtime(fields.child("runtime")),
+            runtime=runtime_entry(fields.child("runtime")),
             inputs=tuple(_tensor(f) for f in fields.children("inputs")),
             outputs=tuple(_tensor(f) for f in fields.children("outputs")),
             preprocess=fields.optional_table("preprocess"),
@@ -244,12 +244,13 @@ def _file(fields: Fields) -> FileEntry:
     return entry
 
 
-def _runtime(fields: Fields) -> RuntimeEntry:
+def runtime_entry(fields: Fields) -> RuntimeEntry:
+    """What the key ``runtime`` of a manifest holds."""
     entry = RuntimeEntry(
         name=fields.text("name"),
         oldest=fields.text("oldest"),
-        opset=fields.integer("opset", 1),
-        ir_version=fields.integer("ir_version", 1),
+        opset=fields.optional_integer("opset", 1),
+        ir_version=fields.optional_integer("ir_version", 1),
         threads=fields.integer("threads"),
         install=fields.text("install"),
         providers=fields.texts("providers"),

@@ -87,8 +87,6 @@ class Evidence(NamedTuple):
 
 def environment(root: Path = Path("/"), variables: Mapping[str, str] = os.environ, machine: str = "") -> Environment:
     """Read the machine; ``root`` and ``machine`` stand in for it in tests."""
-    import numpy as np
-
     machine = machine or platform.machine()
     cpuinfo = _text(root / "proc/cpuinfo")
     frequency = _text(root / _CPU0 / "scaling_cur_freq")
@@ -112,7 +110,7 @@ def environment(root: Path = Path("/"), variables: Mapping[str, str] = os.enviro
         emulated=_emulated(root, cpuinfo, variables, machine),
         caps={name: variables[name] for name in CAP_VARIABLES if variables.get(name)},
         python=platform.python_version(),
-        numpy=np.__version__,
+        numpy=_version("numpy"),
     )
 
 
@@ -156,6 +154,16 @@ def host_warnings(host: Environment, threads: int) -> list[str]:
     if threads > host.cores_usable:
         warnings.append(f"{threads} threads on {host.cores_usable} usable core(s): they wait for one another")
     return warnings
+
+
+def _version(package: str) -> str:
+    # not by importing it: this also runs where the package is missing or does not load
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _text(path: Path) -> str:

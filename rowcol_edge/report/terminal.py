@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -11,10 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..device.doctor import GOOD, MARKS, NOTE, STOP, TOLD, verdict
 from ..device.manifest import RUN
+from ..targets import install_lines
 
 if TYPE_CHECKING:
     from ..api import Demo
+    from ..device.doctor import Diagnosis
     from ..device.profile import Profile
     from ..inspection import Inspection, LayerUse
     from ..pipeline import Built, Factored
@@ -40,25 +44,42 @@ def _table(title: str, columns: Sequence[tuple[str, str]]) -> Table:
 def targets(boards: Iterable[Target], samples: Iterable[Sample]) -> None:
     """The boards and the embedded samples."""
     console = _console()
-    table = _table(
-        "Targets",
-        [("name", "l"), ("board", "l"), ("runtime", "l"), ("precisions", "l"), ("threads", "r"), ("memory", "r")],
-    )
+    table = _table("Targets", [("name", "l"), ("board", "l"), ("runtimes", "l"), ("threads", "r"), ("MiB", "r")])
     for target in boards:
-        for i, runtime in enumerate(target.runtimes):
-            table.add_row(
-                target.name if i == 0 else "",
-                target.title if i == 0 else "",
-                f"{runtime.name} ≥ {runtime.oldest}, opset {runtime.opset}, IR {runtime.ir_version}",
-                ", ".join(runtime.precisions),
-                str(target.threads),
-                f"{target.memory_mb:,} MB",
-            )
+        runtimes = ", ".join(runtime.name for runtime in target.runtimes)
+        table.add_row(target.name, target.title, runtimes, str(target.threads), f"{target.memory_mb:,}")
     console.print(table)
+    console.print(
+        "One of them, with its precisions and how to install its runtimes: rowcol-edge targets NAME\n", markup=False
+    )
     table = _table("Samples", [("name", "l"), ("what", "l"), ("metric", "l"), ("needs", "l")])
     for sample in samples:
         table.add_row(f"sample:{sample.name}", sample.title, sample.metric, ", ".join(sample.packages) or "–")
     console.print(table)
+
+
+def target(board: Target) -> None:
+    """One board: what a build has to know of it, why, and how each runtime is installed there."""
+    console = _console()
+    facts = [
+        ("Python", ", ".join(board.pythons)),
+        ("wheels", board.platform),
+        ("instruction set", ", ".join(board.isa)),
+        ("threads", str(board.threads)),
+        ("memory", f"{board.memory_mb:,} MiB"),
+    ]
+    console.print(f"{board.name}: {board.title}", style="bold", markup=False)
+    for what, value in facts:
+        console.print(f"  {what}: {value}", markup=False)
+    console.print(f"\n{board.why}", markup=False)
+    for runtime in board.runtimes:
+        opset = "" if runtime.opset is None else f", ONNX opset {runtime.opset}, IR {runtime.ir_version}"
+        console.print(f"\n{runtime.name} ≥ {runtime.oldest}{opset}", style="bold", markup=False)
+        console.print(f"  precisions: {', '.join(runtime.precisions)}", markup=False)
+        console.print(f"  providers: {', '.join(runtime.providers)}", markup=False)
+        console.print(runtime.why, markup=False)
+        # never wrapped: these lines are copied into a shell
+        console.print(f"\n{indent(install_lines(runtime), '    ')}", markup=False, soft_wrap=True)
 
 
 def inspection(found: Inspection) -> None:
@@ -88,6 +109,23 @@ def inspection(found: Inspection) -> None:
         f"{found.saves_parameters:,} parameters ({share:.0%}). What that costs in quality, build finds out.",
         markup=False,
     )
+
+
+def diagnosis(found: Diagnosis) -> None:
+    """A row a finding, with what to do about it, and the verdict."""
+    colours = {GOOD: "green", NOTE: "yellow", STOP: "red", TOLD: "none"}
+    table = _table(found.subject, [("", "l"), ("what", "l"), ("found", "l")])
+    for one in found.findings:
+        mark = f"[{colours[one.level]}]{MARKS[one.level]}[/]"
+        table.add_row(mark, escape(one.what), escape(one.found))
+    console = _console()
+    console.print(table)
+    for one in found.findings:
+        if one.do:
+            console.print(f"{MARKS[one.level]} {one.what}: {one.found}", markup=False)
+            # never wrapped: these lines are copied into a shell
+            console.print(indent(one.do, "    "), markup=False, soft_wrap=True)
+    console.print(verdict(found), markup=False)
 
 
 def _use(rank: int | None, size: int) -> str:
@@ -176,6 +214,8 @@ def built(bundles: Sequence[Built]) -> None:
             _candidates(console, manifest.build["precision"])
         for note in manifest.build.get("notes", []):
             console.print(f"  note: {note}", markup=False)
+        if one.wheelhouse is not None:
+            console.print(f"  wheels for the board: {one.wheelhouse}", markup=False)
         console.print(f"  next: rowcol-edge profile {one.path}", markup=False)
 
 

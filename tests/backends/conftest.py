@@ -67,7 +67,7 @@ RUNTIME = RuntimeSpec(
     ir_version=9,
     providers=("CPUExecutionProvider",),
     precisions=("fp32", "fp16", "int8", "int8-dynamic"),
-    install="",
+    requirements=("onnxruntime",),
     why="",
 )
 
