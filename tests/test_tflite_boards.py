@@ -64,6 +64,19 @@ def on_board(python: Path, bundle: Path, *arguments: str | Path) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.system("python-3.11")
+def test_numpy_2_beside_tflite_runtime_is_one_line(
+    bare_python: Callable[..., Path], python311: Path, root: Path
+) -> None:
+    """As pip leaves it: tflite-runtime does not say that it wants numpy 1."""
+    python = bare_python("tflite-runtime-numpy2", "tflite-runtime==2.14.0", "numpy>=2", base=python311)
+    code = "from rowcol_edge.device.runtimes import load_runtime; load_runtime('tflite')"
+    done = subprocess.run([python, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    said = done.stderr.splitlines()[-1]
+    assert "RowcolError: package numpy: expected numpy before 2" in said
+    assert "pip install 'numpy<2'" in said
+
+
 def test_every_arm_reproduces_its_golden_outputs(board: Path, bundle: Path) -> None:
     report = on_board(board, bundle, "verify", bundle)
     assert [arm["ok"] for arm in report["arms"]] == [True] * 3

@@ -43,6 +43,14 @@ except ImportError as e:  # installed, but for another numpy, C library or proce
         hint="tflite-runtime needs 'numpy<2'; ai-edge-litert takes any",
     ) from e
 
+_PACKAGE = str(_package.__name__).replace("_", "-")
+if _PACKAGE == "tflite-runtime" and is_at_least(np.__version__, "2"):  # it loads, and fails at the first array
+    raise RowcolError(
+        "package numpy",
+        expected="numpy before 2, which tflite-runtime was built for",
+        got=np.__version__,
+        hint="python -m pip install 'numpy<2', or ai-edge-litert in place of tflite-runtime",
+    )
 _ERRORS = (RuntimeError, ValueError, TypeError)
 """What the interpreter raises."""
 _CPU = "CPU"
@@ -52,7 +60,7 @@ class TfliteRuntime:
     """Opens ``.tflite`` files."""
 
     name = "tflite"
-    package = str(_package.__name__).replace("_", "-")
+    package = _PACKAGE
 
     def version(self) -> str:
         return str(_package.__version__)
