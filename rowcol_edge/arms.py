@@ -31,8 +31,6 @@ _SAMPLES = 16
 _EXACT = 1e-3
 #: relative error against the dense original from which the report names a stage that is allowed to lose
 _LOSSY = 0.3
-#: of the ONNX file that outputs are compared on where the target's runtime reads none
-_OPSET, _IR_VERSION = 18, 9
 
 
 @dataclass(frozen=True, slots=True)
