@@ -8,14 +8,14 @@ After each stage the outputs on real inputs are compared with the dense PyTorch 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
 from . import evaluation
 from .backends import load_backend
-from .backends.base import Artifact, QuantSpec
+from .backends.base import AccuracyControl, Artifact, QuantSpec
 from .datasets import Feeds
 from .device.runtimes import RuntimeOptions
 from .errors import ParityError
@@ -98,7 +98,7 @@ class Workbench:
         artifact = backend.compile(
             source.path,
             runtime,
-            QuantSpec.for_target(precision, target),
+            self._quant(precision, target),
             self._job.calibration.batches,
             self._file(name, backend.suffix),
             self._metadata(name, plan),
@@ -113,6 +113,18 @@ class Workbench:
         stages = (*source.stages, stage)
         notes = (*source.notes, *(f"{name}: {note}" for note in artifact.notes), *_left(name, stages))
         return Arm(variant, precision, artifact, stages, parameters, plan, selection, notes)
+
+    def _quant(self, precision: str, target: Target) -> QuantSpec:
+        job, spec = self._job, QuantSpec.for_target(precision, target)
+        drop = job.budgets.get("drop")
+        if not job.options.accuracy_control or precision != "int8" or job.metric is None or drop is None:
+            return spec
+        assert job.selection is not None  # a job has a metric only with labelled selection data
+        assert job.selection.labels is not None
+        accuracy = AccuracyControl(
+            job.selection.batches, job.selection.labels, job.metric.name, job.positive, drop.limit
+        )
+        return replace(spec, accuracy=accuracy)
 
     def _metadata(self, name: str, plan: FactorPlan | None) -> dict[str, str]:
         """What a file of this arm says of itself, by key; structured values as JSON."""

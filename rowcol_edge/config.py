@@ -43,6 +43,7 @@ class Options(TypedDict, total=False):
     preprocess: str | Preprocess | Mapping[str, Any] | None
     dynamic_batch: bool | None
     dense: bool | None
+    accuracy_control: bool | None
     zip: bool | None
 
 
@@ -60,6 +61,7 @@ class BuildOptions:
         energy: keep this share of each layer's output variance instead of searching.
         plan: apply this plan file instead of searching.
         contract: what the outputs mean: classify, segment, anomaly_map, detect or embed.
+        accuracy_control: have the quantizer itself keep layers in float until the budget's drop holds (openvino, int8).
         dense: also package the dense arms.
     """
 
@@ -82,6 +84,7 @@ class BuildOptions:
     preprocess: Preprocess | None = None
     dynamic_batch: bool = False
     dense: bool = True
+    accuracy_control: bool = False
     zip: bool = True
 
     def __post_init__(self) -> None:
@@ -180,7 +183,7 @@ def parse_preprocess(text: str) -> Preprocess:
 
 
 _TUPLES = ("target", "labels")
-_FLAGS = ("dynamic_batch", "dense", "zip")
+_FLAGS = ("accuracy_control", "dynamic_batch", "dense", "zip")
 
 
 def _checked(key: str, value: Any, where: str) -> Any:
