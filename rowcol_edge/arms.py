@@ -16,7 +16,7 @@ from torch import nn
 
 from . import evaluation, sources
 from .backends import load_backend
-from .backends.base import Artifact, LayerError, QuantSpec
+from .backends.base import AccuracyControl, Artifact, LayerError, QuantSpec
 from .datasets import Feeds
 from .device.runtimes import RuntimeOptions
 from .errors import ParityError
@@ -111,7 +111,7 @@ class Workbench:
             source.path,
             runtime,
             replace(
-                QuantSpec.for_target(precision, target),
+                self._quant(precision, target),
                 keep_float=tuple(layer.name for layer in keep_float),
                 correct_bias=repaired,
             ),
@@ -140,6 +140,18 @@ class Workbench:
         errors = load_backend(runtime.name).layer_errors(source.path, arm.artifact.path, self._ranges)
         self._progress(f"layer errors {arm.name}", 1, 1)
         return errors
+
+    def _quant(self, precision: str, target: Target) -> QuantSpec:
+        job, spec = self._job, QuantSpec.for_target(precision, target)
+        drop = job.budgets.get("drop")
+        if not job.options.accuracy_control or precision != "int8" or job.metric is None or drop is None:
+            return spec
+        assert job.selection is not None  # a job has a metric only with labelled selection data
+        assert job.selection.labels is not None
+        accuracy = AccuracyControl(
+            job.selection.batches, job.selection.labels, job.metric.name, job.positive, drop.limit
+        )
+        return replace(spec, accuracy=accuracy)
 
     def _metadata(self, name: str, plan: FactorPlan | None) -> dict[str, str]:
         """What a file of this arm says of itself, by key; structured values as JSON."""

@@ -182,7 +182,9 @@ def build(
     runtime: Annotated[
         str | None, typer.Option(help="a runtime that the target lists: onnxruntime, openvino or tflite")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16, int8, int8-dynamic or auto")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16, int8, int8-dynamic, int8-weights, int4-weights or auto")
+    ] = None,
     calib: Calib = None,
     select: Select = None,
     test: Test = None,
@@ -202,6 +204,13 @@ def build(
         bool | None, typer.Option("--dynamic-batch/--fixed-batch", help="batch of any size")
     ] = None,
     dense: Annotated[bool | None, typer.Option("--dense/--no-dense", help="package the dense arms too")] = None,
+    accuracy_control: Annotated[
+        bool | None,
+        typer.Option(
+            "--accuracy-control/--no-accuracy-control",
+            help="openvino int8: nncf keeps layers in float until the budget's drop holds",
+        ),
+    ] = None,
     zip: Annotated[bool | None, typer.Option("--zip/--no-zip", help="also write BUNDLE.zip")] = None,  # noqa: A002
     wheelhouse: Annotated[
         bool | None,
@@ -222,7 +231,7 @@ def build(
         "calib": calib, "select": select, "test": test, "metric": metric, "budget": budget, "energy": energy,
         "plan": plan, "contract": contract, "labels": labels, "positive": positive, "preprocess": preprocess,
         "bake_preprocess": bake_preprocess, "dynamic_batch": dynamic_batch, "dense": dense, "zip": zip,
-        "wheelhouse": wheelhouse,
+        "wheelhouse": wheelhouse, "accuracy_control": accuracy_control,
     }  # fmt: skip
     given = {key: value for key, value in said.items() if value is not None}
     with _progress() as progress:

@@ -44,6 +44,7 @@ class Options(TypedDict, total=False):
     bake_preprocess: bool | None
     dynamic_batch: bool | None
     dense: bool | None
+    accuracy_control: bool | None
     zip: bool | None
     wheelhouse: bool | None
 
@@ -63,6 +64,7 @@ class BuildOptions:
         plan: apply this plan file instead of searching.
         bake_preprocess: the graph takes camera frames, uint8 (N, height, width, channels), and normalises them itself.
         contract: what the outputs mean: classify, segment, anomaly_map, detect or embed.
+        accuracy_control: have the quantizer itself keep layers in float until the budget's drop holds (openvino, int8).
         dense: also package the dense arms.
         wheelhouse: also put the runtime's wheels, for the target's Pythons, beside the bundle.
     """
@@ -87,6 +89,7 @@ class BuildOptions:
     bake_preprocess: bool = False
     dynamic_batch: bool = False
     dense: bool = True
+    accuracy_control: bool = False
     zip: bool = True
     wheelhouse: bool = False
 
@@ -186,7 +189,7 @@ def parse_preprocess(text: str) -> Preprocess:
 
 
 _TUPLES = ("target", "labels")
-_FLAGS = ("bake_preprocess", "dynamic_batch", "dense", "zip", "wheelhouse")
+_FLAGS = ("accuracy_control", "bake_preprocess", "dynamic_batch", "dense", "zip", "wheelhouse")
 
 
 def _checked(key: str, value: Any, where: str) -> Any:

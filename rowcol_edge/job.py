@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from . import datasets, frames, models, quality, targets, user_code
+from .backends.base import ACCURACY_CONTROL
 from .budgets import Budgets
 from .config import DEFAULT_BUDGET, BuildOptions
 from .datasets import Split
@@ -128,6 +129,9 @@ def prepare(options: BuildOptions, model: LoadedModel | None = None, progress: P
             got="none",
             hint="--select P --metric M",
         )
+    budgets = _budgets(options, metric)
+    if options.accuracy_control:
+        _check_accuracy_control(options, metric, budgets)
     positive_name = options.positive or (sample.positive if sample else None)
     return Job(
         options=options,
@@ -141,7 +145,7 @@ def prepare(options: BuildOptions, model: LoadedModel | None = None, progress: P
         positive=_positive(positive_name, labels),
         contract=contract,
         preprocess=preprocess,
-        budgets=_budgets(options, metric),
+        budgets=budgets,
     )
 
 
@@ -223,6 +227,22 @@ def _metric(options: BuildOptions, model: LoadedModel, selection: Split | None, 
             hint="hand over your own: --metric module:function, called with (labels, outputs)",
         )
     return None
+
+
+def _check_accuracy_control(options: BuildOptions, metric: Metric | None, budgets: Budgets) -> None:
+    """ConfigError where the quantizer has nothing to judge itself by, or cannot."""
+    what = "accuracy-control"
+    if options.runtime not in ACCURACY_CONTROL:
+        raise ConfigError(what, expected=f"runtime {' or '.join(ACCURACY_CONTROL)}", got=options.runtime)
+    if options.precision not in ("int8", "auto"):
+        raise ConfigError(what, expected="precision int8 or auto", got=options.precision)
+    if metric is None:
+        raise ConfigError(what, expected="labelled selection data to judge by", got="none", hint="--select P")
+    if isinstance(metric, Custom):
+        hint = "it runs in a process of its own, which does not load your code: take a built-in metric"
+        raise ConfigError(what, expected="a built-in metric", got=metric.name, hint=hint)
+    if budgets.get("drop") is None:
+        raise ConfigError(what, expected="a budget for the drop", got=str(budgets) or "none", hint="add drop<=0.5pp")
 
 
 def _positive(name: str | None, labels: tuple[str, ...]) -> int | None:

@@ -41,6 +41,24 @@ class Source(Enum):
     """A ``.pt2`` file of ``torch.export``, from which the same ONNX file was made."""
 
 
+ACCURACY_CONTROL = ("openvino",)
+"""Backends whose quantizer can judge its own result and bring layers back to float."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AccuracyControl:
+    """What a quantizer judges its result by: the selection split and the job's metric."""
+
+    samples: Calibration
+    labels: npt.NDArray[np.int64]
+    """One a sample, in the order of ``samples``."""
+    metric: str
+    """Name of a built-in metric (`rowcol_edge.quality.metric`): it is computed in another process."""
+    positive: int | None
+    max_drop_pp: float
+    """How much worse than float the result may be, in percentage points."""
+
+
 @dataclass(frozen=True, slots=True)
 class QuantSpec:
     """How to quantize, in words that all runtimes share.
@@ -67,6 +85,9 @@ class QuantSpec:
 
     correct_bias: bool = False
     """Take the mean error of each channel out of its bias; a quantizer that does so anyway (nncf) ignores it."""
+
+    accuracy: AccuracyControl | None = None
+    """For int8 by one of `ACCURACY_CONTROL`: keep layers in float until the drop holds."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

@@ -13,8 +13,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,9 @@ from . import calibration as calibrating
 from . import onnx_files, openvino_files, openvino_info
 from .base import (
     ERROR_SAMPLES,
+    AccuracyControl,
     Artifact,
+    Batch,
     Calibration,
     LayerError,
     QuantSpec,
@@ -34,6 +37,7 @@ from .base import (
     check_precision,
     worst_first,
 )
+from .onnx_files import Port
 from .openvino_worker import NOT_INSTALLED
 
 if TYPE_CHECKING:
@@ -41,6 +45,8 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = 1800.0
 _MISSING = "not installed"
+_CONTROLLED_SHARE = 0.5
+"""With accuracy control an int8 file may hold float layers, yet most of its weights are int8."""
 
 
 class OpenVinoBackend:
@@ -82,6 +88,8 @@ class OpenVinoBackend:
                 job["calibration"] = str(folder / "calibration")
                 feeds = calibrating.feeds(calibration, onnx_files.inputs(source))
                 calibrating.spool(feeds, job["inputs"], folder / "calibration")
+                if quant.accuracy is not None:
+                    job["accuracy"] = _spool_selection(quant.accuracy, onnx_files.inputs(source), folder / "selection")
             (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
             failure = native.run(
                 "rowcol_edge.backends.openvino_worker",
@@ -99,8 +107,11 @@ class OpenVinoBackend:
                     got=failure or "no file",
                     hint="the ONNX file itself is valid: onnxruntime runs it",
                 )
-            openvino_files.check_types(made, quant.precision, quant.keep_float)
+            least_share = None if quant.accuracy is None else _CONTROLLED_SHARE
+            openvino_files.check_types(made, quant.precision, quant.keep_float, least_share=least_share)
             notes = tuple(json.loads(made.with_suffix(".json").read_text(encoding="utf-8")))
+            if "accuracy" in job:
+                notes = (*notes, _kept(openvino_files.float_layers(made)))
             types = openvino_files.weight_types(made)
             sha256, size_bytes = _publish(made, out)
         return Artifact(out, sha256, size_bytes, types, quant.precision, (out.with_suffix(".bin"),), notes)
@@ -131,6 +142,34 @@ class OpenVinoBackend:
 
 
 BACKEND = OpenVinoBackend()
+
+
+def _spool_selection(accuracy: AccuracyControl, inputs: tuple[Port, ...], folder: Path) -> dict[str, Any]:
+    """The selection split for the other process. ``counts`` says how many samples of each feed are real: those of a
+    fixed batch are filled up."""
+    names = [port.name for port in inputs]
+    size = next((port.shape[0] for port in inputs if port.shape and port.shape[0]), None)
+    counts: list[int] = []
+
+    def feeds() -> Iterator[Batch]:
+        for batch in accuracy.samples():
+            samples = len(batch[names[0]])
+            step = size or max(1, samples)
+            counts.extend(min(step, samples - start) for start in range(0, samples, step))
+            yield from calibrating.feeds(partial(iter, (batch,)), inputs)
+
+    calibrating.spool(feeds(), names, folder)
+    return {
+        "folder": str(folder), "counts": counts, "labels": accuracy.labels.tolist(), "metric": accuracy.metric,
+        "positive": accuracy.positive, "max_drop": accuracy.max_drop_pp / 100.0,
+    }  # fmt: skip
+
+
+def _kept(layers: Sequence[str]) -> str:
+    """What accuracy control did, for people."""
+    if not layers:
+        return "nncf's accuracy control left every layer in int8"
+    return f"nncf's accuracy control kept {len(layers)} layers in float32: {', '.join(layers)}"
 
 
 def _multiplies_activations(proto: onnx.ModelProto) -> bool:

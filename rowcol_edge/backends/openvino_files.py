@@ -42,11 +42,13 @@ def weight_types(path: Path) -> dict[str, int]:
     return dict(total.most_common())
 
 
-def check_types(path: Path, precision: str, kept_float: Collection[str] = ()) -> None:
+def check_types(
+    path: Path, precision: str, kept_float: Collection[str] = (), *, least_share: float | None = None
+) -> None:
     """StageError unless the IR holds the types that ``precision`` claims, operators in ``kept_float`` left out.
 
     fp32: only float32 weights, no quantizer. fp16: 95 % of the weight values of convolutions and MatMuls. int8: 90 % of
-    them, and quantizers.
+    them, and quantizers. ``least_share`` takes the place of these shares.
     """
     layers = _layers(path)
     values: Counter[str] = Counter()
@@ -59,8 +61,9 @@ def check_types(path: Path, precision: str, kept_float: Collection[str] = ()) ->
         return
     kinds = ("float16",) if precision == "fp16" else ("int8", "uint8")
     share = sum(values[kind] for kind in kinds) / max(1, values.total())
-    if share < _SHARE[precision] or (precision == "int8" and not quantized):
-        expected = f"{_SHARE[precision]:.0%} of the weights of convolutions and MatMuls in {kinds[0]}"
+    least = _SHARE[precision] if least_share is None else least_share
+    if share < least or (precision == "int8" and not quantized):
+        expected = f"{least:.0%} of the weights of convolutions and MatMuls in {kinds[0]}"
         raise _claim(precision, expected, f"{share:.1%}: {_text(values, quantized)}")
 
 
@@ -86,18 +89,28 @@ def _layers(path: Path) -> dict[str, _Layer]:
     return found
 
 
+def float_layers(path: Path) -> tuple[str, ...]:
+    """Names of the convolutions and MatMuls whose weights are float32."""
+    layers = _layers(path)
+    return tuple(layer.name for layer, weight in _pairs(layers) if layers[weight].dtype == "float32")
+
+
 def _weights(layers: dict[str, _Layer], without: Collection[str]) -> Iterator[_Layer]:
     """The constants behind the operands of convolutions and MatMuls, each once."""
-    seen = set()
+    for name in dict.fromkeys(weight for layer, weight in _pairs(layers) if layer.name not in without):
+        yield layers[name]
+
+
+def _pairs(layers: dict[str, _Layer]) -> Iterator[tuple[_Layer, str]]:
+    """Each convolution and MatMul with the identifiers of the constants behind its operands."""
     for layer in layers.values():
-        if layer.kind not in _WEIGHTED or layer.name in without:
+        if layer.kind not in _WEIGHTED:
             continue
         for name in layer.inputs:
             while layers[name].kind in _BETWEEN:
                 name = layers[name].inputs[0]
-            if layers[name].kind == "Const" and name not in seen:
-                seen.add(name)
-                yield layers[name]
+            if layers[name].kind == "Const":
+                yield layer, name
 
 
 def _text(values: Counter[str], quantized: bool) -> str:

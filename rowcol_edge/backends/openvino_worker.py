@@ -1,7 +1,8 @@
 """``python -m rowcol_edge.backends.openvino_worker JOB.json``: openvino and nncf where they may crash without harm.
 
 The job names the ONNX file, the IR file to write, the precision and, for int8, a folder with one ``.npz`` a calibration
-batch, its arrays in the order of ``inputs``. Notes for people are written beside the IR, as ``.json``.
+batch, its arrays in the order of ``inputs``; for accuracy control a second one with the selection split. Notes for
+people are written beside the IR, as ``.json``.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 NOT_INSTALLED = 40
+
+_ABOVE_ZERO = 2.0
+"""Added to a metric from -1 to 1: nncf divides by the float model's, though only the difference is limited."""
 
 
 def main(job_file: str) -> int:
@@ -55,17 +60,28 @@ def _quantized(model: Any, job: dict[str, Any]) -> tuple[Any, list[str]]:
             return {name: arrays[f"arr_{i}"] for i, name in enumerate(job["inputs"])}
 
     def quantize(smooth: AdvancedSmoothQuantParameters) -> Any:
-        return nncf.quantize(
+        settings = {
+            "subset_size": len(files),
+            "model_type": nncf.ModelType.TRANSFORMER if job["transformer"] else None,
+            "target_device": nncf.TargetDevice.ANY,
+            "ignored_scope": nncf.IgnoredScope(names=job["keep_float"]),
+        }
+        advanced = AdvancedQuantizationParameters(
+            overflow_fix=OverflowFix.ENABLE if job["reduce_range"] else OverflowFix.DISABLE,
+            smooth_quant_alphas=smooth,
+        )
+        calibration = nncf.Dataset(files, feed)
+        if "accuracy" not in job:
+            return nncf.quantize(model.clone(), calibration, advanced_parameters=advanced, **settings)
+        selection = sorted(Path(job["accuracy"]["folder"]).glob("*.npz"))
+        return nncf.quantize_with_accuracy_control(
             model.clone(),
-            nncf.Dataset(files, feed),
-            subset_size=len(files),
-            model_type=nncf.ModelType.TRANSFORMER if job["transformer"] else None,
-            ignored_scope=nncf.IgnoredScope(names=job["keep_float"]),
-            target_device=nncf.TargetDevice.ANY,
-            advanced_parameters=AdvancedQuantizationParameters(
-                overflow_fix=OverflowFix.ENABLE if job["reduce_range"] else OverflowFix.DISABLE,
-                smooth_quant_alphas=smooth,
-            ),
+            calibration,
+            nncf.Dataset(selection, feed),
+            _judge(job["accuracy"], feed),
+            max_drop=job["accuracy"]["max_drop"],
+            advanced_quantization_parameters=advanced,
+            **settings,
         )
 
     try:
@@ -76,6 +92,39 @@ def _quantized(model: Any, job: dict[str, Any]) -> tuple[Any, list[str]]:
         reason = (str(e).splitlines() or [""])[0][:160]
         note = f"quantized without SmoothQuant, which failed ({type(e).__name__}: {reason})"
         return quantize(AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)), [note]
+
+
+def _judge(accuracy: dict[str, Any], feed: Callable[[Path], dict[str, Any]]) -> Callable[[Any, Iterable[Path]], Any]:
+    """nncf's validation function: the metric, higher is better, and the outputs, from which nncf ranks the layers.
+
+    The first model that sees the whole split is the float one; its threshold decides for the others, as in a build.
+    """
+    import numpy as np
+
+    from .. import quality
+
+    metric, labels = quality.metric(accuracy["metric"]), np.array(accuracy["labels"])
+    ends = np.cumsum(accuracy["counts"])
+    sign = 1.0 if metric.higher_is_better else -1.0
+    original: list[tuple[quality.Predictions, float | None]] = []
+
+    def judge(compiled: Any, items: Iterable[Path]) -> tuple[float, list[list[Any]]]:
+        outputs, real, rows = [], [], []
+        for path in items:
+            place, output = int(path.stem), compiled(feed(path))[0]
+            outputs.append([np.array(output)])
+            count = accuracy["counts"][place]
+            real.append(outputs[-1][0][:count])
+            rows.append(np.arange(ends[place] - count, ends[place]))
+        predictions = quality.Predictions(np.concatenate(real), labels[np.concatenate(rows)], accuracy["positive"])
+        if not original and len(outputs) == len(ends):
+            original.append((predictions, metric.tune(predictions)))
+        if not original:  # nncf tries the function on one item first
+            return 0.0, outputs
+        threshold = metric.transfer(*original[0], predictions)
+        return _ABOVE_ZERO + sign * metric.value(predictions, threshold), outputs
+
+    return judge
 
 
 if __name__ == "__main__":

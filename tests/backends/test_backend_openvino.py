@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,11 +14,13 @@ import openvino as ov
 import pytest
 
 from rowcol_edge import native
-from rowcol_edge.backends import load_backend, openvino_files, openvino_info
-from rowcol_edge.backends.base import Artifact, QuantSpec
+from rowcol_edge.backends import load_backend, openvino_files, openvino_info, openvino_worker
+from rowcol_edge.backends import openvino as openvino_backend
+from rowcol_edge.backends.base import AccuracyControl, Artifact, QuantSpec
 from rowcol_edge.backends.onnx_files import Port
 from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
 from rowcol_edge.errors import BundleError, MissingDependencyError, StageError
+from rowcol_edge.quality import Predictions, metric
 from rowcol_edge.targets import RuntimeSpec
 
 Batches = Callable[[], Iterator[dict[str, np.ndarray]]]
@@ -83,8 +86,6 @@ def test_quantization_goes_on_without_smoothquant_and_says_so(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import nncf
-
-    from rowcol_edge.backends import openvino_worker
 
     real, tried = nncf.quantize, []
 
@@ -192,3 +193,71 @@ def test_compiled_models_are_kept_only_where_a_target_asks_and_never_in_the_bund
         np.testing.assert_array_equal(run(CACHE_DIR="rowcol-edge"), first)
     np.testing.assert_array_equal(first, expected)
     assert sorted(path.parent.glob("fp32.*")) == beside
+
+
+@pytest.fixture(scope="module")
+def close_calls(tokens: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images that the float network scores nearly alike for class 0; the half that it scores higher is labelled 0."""
+    images = np.random.default_rng(7).normal(size=(1500, 1, 16, 16)).astype(np.float32)
+    with load_runtime("onnxruntime").open(tokens, RuntimeOptions()) as session:
+        outputs = session.run({"x": images})["output"]
+    order = np.argsort(Predictions(outputs, np.zeros(1500, np.int64), 0).scores)[730:770]
+    labels = np.repeat([1, 0], 20)
+    mixed = np.random.default_rng(0).permutation(40)
+    return images[order][mixed], labels[mixed]
+
+
+@pytest.mark.parametrize("judged_by", ["auroc", "escape@overkill=10%"])
+def test_accuracy_control_brings_layers_back_until_the_drop_holds(
+    tokens: Path, tmp_path: Path, runtime: RuntimeSpec, batches: Batches,
+    close_calls: tuple[np.ndarray, np.ndarray], judged_by: str,
+) -> None:  # fmt: skip
+    images, labels = close_calls
+    judge = metric(judged_by)
+
+    def samples() -> Iterator[dict[str, np.ndarray]]:
+        for start in range(0, len(images), 15):
+            yield {"x": images[start : start + 15]}
+
+    def lost(accuracy: AccuracyControl | None) -> tuple[float, Artifact]:
+        """Percentage points against the float network, which puts every image in its place."""
+        spec = QuantSpec("int8", accuracy=accuracy)
+        made = load_backend("openvino").compile(tokens, runtime, spec, batches, tmp_path / "out.xml")
+        with load_runtime("openvino").open(made.path, RuntimeOptions(threads=1)) as session:
+            found = Predictions(session.run({"x": images})["output"], labels, 0)
+        return judge.drop(float(judge.higher_is_better), judge.value(found, None)), made
+
+    free, plain = lost(None)
+    assert free > 5.0
+    assert plain.notes == ()
+    limit = 0.8 * free
+    held, made = lost(AccuracyControl(samples, labels, judged_by, 0, limit))
+    assert held <= limit
+    [note] = made.notes
+    assert re.fullmatch(r"nncf's accuracy control kept \d+ layers in float32: .+", note)
+    assert made.weight_types["float32"] > plain.weight_types["float32"]
+    with pytest.raises(StageError, match=r"expected 50% of the weights of .* in int8, got 0\.0%"):
+        lost(AccuracyControl(samples, labels, judged_by, 0, 0.0))  # only float holds this
+
+
+def test_accuracy_control_counts_the_samples_of_a_filled_up_batch_once(tmp_path: Path) -> None:
+    batches = [{"x": np.arange(n, dtype=np.float32)[:, None]} for n in (5, 2)]
+    accuracy = AccuracyControl(lambda: iter(batches), np.arange(7) % 2, "accuracy", None, 1.0)
+    job = openvino_backend._spool_selection(accuracy, (Port("x", "float32", (4, 1)),), tmp_path / "selection")
+    assert job["counts"] == [4, 1, 2]
+    seen: list[np.ndarray] = []
+
+    def feed(path: Path) -> dict[str, np.ndarray]:
+        with np.load(path) as arrays:
+            return {"x": arrays["arr_0"]}
+
+    def model(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        seen.append(inputs["x"])
+        return [np.concatenate([np.zeros_like(inputs["x"]), np.ones_like(inputs["x"])], axis=1)]
+
+    judge = openvino_worker._judge(job, feed)
+    files = sorted((tmp_path / "selection").glob("*.npz"))
+    value, outputs = judge(model, files)
+    assert [len(array) for array in seen] == [4, 4, 4]
+    assert value == pytest.approx(2.0 + 3 / 7)
+    assert len(outputs) == 3
