@@ -15,7 +15,7 @@ from torch import nn
 
 from . import evaluation
 from .backends import load_backend
-from .backends.base import Artifact, QuantSpec
+from .backends.base import Artifact, Calibration, QuantSpec
 from .datasets import Feeds
 from .device.runtimes import RuntimeOptions
 from .errors import ParityError
@@ -70,8 +70,11 @@ class _Source:
 class Workbench:
     """Makes the arms of one job. A variant is exported once per opset and IR version and shared by its precisions."""
 
-    def __init__(self, job: Job, original: Judged | None, work: Path, progress: Progress) -> None:
+    def __init__(
+        self, job: Job, original: Judged | None, calibration: Calibration, work: Path, progress: Progress
+    ) -> None:
         self._job = job
+        self._calibration = calibration
         self._original = original
         self._work = work
         self._progress = progress
@@ -99,7 +102,7 @@ class Workbench:
             source.path,
             runtime,
             QuantSpec.for_target(precision, target),
-            self._job.calibration.batches,
+            self._calibration,
             self._file(name, backend.suffix),
             self._metadata(name, plan),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from . import bundling, config, evaluation, search
+from . import bundling, config, coverage, evaluation, search
 from .arms import Arm, Workbench
 from .budgets import Budget
 from .config import BuildOptions
@@ -210,7 +211,10 @@ class _Line:
         self.progress = progress
         self.study = study(job.model.module, job.calibration, progress=progress)
         self.chooser = _Chooser(job, self.study, progress)
-        self.bench = Workbench(job, self.chooser.reference, work, progress)
+        # the quantizer gets a diverse subset; the spaces got the whole pool, since a covariance gains from each sample
+        self.data = coverage.survey(job, self.study.folded, self.study.graph, progress)
+        calibration = partial(coverage.batches, job.calibration, self.data.chosen)
+        self.bench = Workbench(job, self.chooser.reference, calibration, work, progress)
         self._test: Judged | None = None
 
     def ready(self, target: Target) -> _Ready:
@@ -232,7 +236,7 @@ class _Line:
         path = bundling.path(out, ready.target, ready.runtime.name)
         bundling.write(
             path, self.job, ready.target, ready.runtime, ready.arms, ready.choice, self._original(),
-            notes=ready.notes, progress=self.progress,
+            data=self.data, notes=ready.notes, progress=self.progress,
         )  # fmt: skip
         with Bundle.open(path) as bundle:
             return Built(path, bundle.manifest, reused=False)

@@ -11,8 +11,8 @@ import pytest
 import rowcol_edge
 from rowcol_edge import cli, errors
 
-PUBLIC = {"Bundle", "Predictor", "RowcolError", "build", "compare", "factor", "inspect", "profile", "verify"}
-COMMANDS = {"build", "compare", "demo", "factor", "inspect", "profile", "run", "targets", "verify"}
+PUBLIC = {"Bundle", "Predictor", "RowcolError", "build", "compare", "data", "factor", "inspect", "profile", "verify"}
+COMMANDS = {"build", "compare", "data", "demo", "factor", "inspect", "profile", "run", "targets", "verify"}
 
 
 def test_the_public_names() -> None:
