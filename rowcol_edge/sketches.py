@@ -28,6 +28,7 @@ _SMALLEST_SIDE = 8
 _ENTRIES = 1024
 _SHIFT = 0.03  # of a side: how far a copy may be moved
 _DETAIL = 0.3  # cycles a pixel: finer detail is lost when a picture is re-encoded or resampled
+_NOISE = 0.02  # of the standard deviation: frequencies that hold less are noise, not detail
 _BLOCK = 256  # pairs compared at a time
 
 Array = npt.NDArray[Any]
@@ -67,15 +68,16 @@ def _picture(array: Array) -> Array:
             widths = np.diff(np.append(starts, size)).astype(np.float32)
             grey = np.add.reduceat(grey, starts, axis) / np.expand_dims(widths, tuple({0, 1, 2} - {axis}))
     grey = grey - grey.mean(axis=(1, 2), keepdims=True)
-    grey = grey / (grey.std(axis=(1, 2), keepdims=True) + 1e-6)
-    return grey.astype(np.float16)
+    evened: Array = (grey / (grey.std(axis=(1, 2), keepdims=True) + 1e-6)).astype(np.float16)
+    return evened
 
 
 def _entries(array: Array) -> Array:
-    flat: Array = array.reshape(len(array), -1)
+    flat = array.reshape(len(array), -1)
     if flat.shape[1] > _ENTRIES:  # spread evenly, the same ones of every sample
         flat = flat[:, np.arange(_ENTRIES) * flat.shape[1] // _ENTRIES]
-    return flat.astype(np.float32) if flat.dtype.kind == "f" else flat
+    entries: Array = flat.astype(np.float32) if flat.dtype.kind == "f" else flat
+    return entries
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,7 +110,9 @@ def _scale(array: Array) -> Array:
         power = np.zeros((array.shape[1], array.shape[2] // 2 + 1))
         for start in range(0, len(array), _BLOCK):
             power += (np.abs(np.fft.rfft2(_windowed(array[start : start + _BLOCK]))) ** 2).sum(axis=0)
-        return _filter(power / len(array))
+        noise = _NOISE**2 * float((_windowed(np.ones((1, *array.shape[1:]))) ** 2).sum())
+        power += np.roll(power[::-1], 1, axis=0)  # a picture and its mirror image are weighed alike
+        return _filter(power / (2 * len(array)) + noise)
     if array.dtype.kind == "f":
         deviations: Array = array.std(axis=0, dtype=np.float64)
         return deviations
@@ -129,8 +133,7 @@ def _windowed(pictures: Array) -> Array:
 def _filter(power: Array) -> Array:
     height, width = power.shape[0], 2 * (power.shape[1] - 1)
     radius = np.fft.fftfreq(height)[:, None] ** 2 + np.fft.rfftfreq(max(width, 1))[None, : power.shape[1]] ** 2
-    # frequencies that hold next to nothing are rounding, not detail
-    weights: Array = np.exp(-radius / (2 * _DETAIL**2)) / np.sqrt(power + 1e-6 * power.max() + 1e-12)
+    weights: Array = np.exp(-radius / (2 * _DETAIL**2)) / np.sqrt(power)
     weights[0, 0] = 0.0
     return weights
 

@@ -25,11 +25,11 @@ from .nets import frames, small_net
 
 
 def textures(count: int, seed: int, size: int = 48) -> np.ndarray:
-    """Smooth noise: pictures with detail that survives being moved and saved again."""
+    """Noise with the spectrum of natural pictures: amplitude falls as the frequency rises."""
     rng = np.random.default_rng(seed)
     spectrum = np.fft.rfft2(rng.normal(0, 1, (count, size, size)))
     radius = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
-    pictures = np.fft.irfft2(spectrum * np.exp(-((radius / 0.12) ** 2)), s=(size, size))
+    pictures = np.fft.irfft2(spectrum / (radius + 0.03), s=(size, size))
     return (pictures / pictures.std())[:, None].astype(np.float32)
 
 
@@ -230,7 +230,7 @@ def test_likeness_is_one_for_a_picture_and_its_mirror_images(flip: tuple[int, ..
     likeness, at = Likeness.of(sketch({"x": pictures})), np.arange(10)
     same = likeness.pairs(sketch({"x": pictures}), sketch({"x": np.flip(pictures, flip)}), at, at)
     other = likeness.pairs(sketch({"x": pictures}), sketch({"x": pictures}), at, (at + 1) % 10)
-    assert same.min() > 0.98
+    assert same.min() > 0.995
     assert other.max() < 0.6
 
 
