@@ -17,6 +17,7 @@ from .job import Progress, silent
 if TYPE_CHECKING:
     from torch import nn
 
+    from .coverage import DataReport
     from .device.bundle import Bundle
     from .device.doctor import Diagnosis
     from .device.profile import Profile
@@ -104,6 +105,17 @@ def inspect(
             "calibration data", expected="some real inputs", got="none", hint="--calib FOLDER, .npz or module:callable"
         )
     return inspection.inspect(loaded, split, progress)
+
+
+def data(model: str | nn.Module, *, progress: Progress = silent, **options: Unpack[Options]) -> DataReport:
+    """What the splits hold: the calibration subset and what it covers, near-duplicates, leakage between splits.
+
+    Args:
+        options: as for `build`; those that name the model and the data are used.
+    """
+    from . import coverage, job
+
+    return coverage.of_job(job.prepare(*_asked(model, options), progress, judges=False), progress)
 
 
 def profile(bundle: Bundle | str | Path, *, progress: Progress = silent, **options: Any) -> Profile:

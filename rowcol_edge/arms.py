@@ -78,14 +78,16 @@ class _Source:
 class Workbench:
     """Makes the arms of one job. A variant is exported once per kind of file and shared by its precisions."""
 
-    def __init__(self, job: Job, original: Judged | None, work: Path, progress: Progress) -> None:
+    def __init__(
+        self, job: Job, original: Judged | None, chosen: Sequence[int], work: Path, progress: Progress
+    ) -> None:
         self._job = job
         self._original = original
         self._work = work
         self._progress = progress
         self._sources: dict[tuple[object, ...], _Source] = {}
         self._real: Feeds = job.calibration.take(_SAMPLES)
-        self._ranges, self._held = evaluation.held_out(job)
+        self._ranges, self._held = evaluation.held_out(job, chosen)
         self._dense: Outputs = torch_outputs(job.model.module, [self._real])
         evaluation.check_contract(job, {name: array[:1] for name, array in self._dense[0].items()})
 

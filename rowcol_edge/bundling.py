@@ -15,6 +15,7 @@ import numpy.typing as npt
 from . import evaluation, package, recipes
 from .arms import Arm, runtime_options
 from .backends import load_backend
+from .coverage import DataReport
 from .device.manifest import GRAPH_CHECKED, RUN, ArmEntry, Manifest, RuntimeEntry, TensorSpec
 from .device.runtimes import load_runtime
 from .device.verify import golden_outputs
@@ -55,13 +56,15 @@ def key(job: Job, target: Target) -> str:
 
 def write(
     out: Path, job: Job, target: Target, runtime: RuntimeSpec, arms: Sequence[Arm], choice: Choice, original: Quality,
-    *, notes: Sequence[str] = (), precision: Mapping[str, Any] | None = None, progress: Progress = silent,
+    *, data: DataReport | None = None, notes: Sequence[str] = (), precision: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
 ) -> Path:  # fmt: skip
     """Judge the arms on the test split – the only time it is looked at – and write the bundle.
 
     Args:
         arms: the default arm first.
         original: the dense PyTorch original; without its ``test`` the test split stays untouched.
+        data: what the splits hold, for the record.
         notes: said in the manifest beside the arms' own.
         precision: how the precision was chosen, where it was not named.
     """
@@ -102,7 +105,7 @@ def write(
         golden_outputs={arm.name: f"golden/{arm.name}.npz" for arm in arms},
         tool_versions=tool_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        build=_record(job, target, arms, choice, notes, precision),
+        build=_record(job, target, arms, choice, data, notes, precision),
     )
     extra: dict[str, Path | bytes] = {
         f"arms/{arm.name}{companion.suffix}": companion for arm in arms for companion in arm.artifact.companions
@@ -171,10 +174,11 @@ def runs_here(runtime: RuntimeSpec) -> bool:
 
 
 def _record(
-    job: Job, target: Target, arms: Sequence[Arm], choice: Choice, notes: Sequence[str],
+    job: Job, target: Target, arms: Sequence[Arm], choice: Choice, data: DataReport | None, notes: Sequence[str],
     precision: Mapping[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """How the bundle came about, for people."""
+    notes = [*notes, *(data.notes() if data is not None else ())]
     chosen = {} if precision is None else {"precision": dict(precision)}
     return chosen | {
         "key": key(job, target),
@@ -187,6 +191,7 @@ def _record(
             for split in (job.calibration, job.selection, job.test)
             if split is not None
         },
+        "data": None if data is None else data.to_dict(),
         "trials": [trial.to_dict() for trial in choice.trials],
         "stages": {arm.name: [stage.to_dict() for stage in arm.stages] for arm in arms},
         "notes": [*notes, *dict.fromkeys(note for arm in arms for note in arm.notes), *_plan_notes(arms[0].plan)],

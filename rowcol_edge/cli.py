@@ -37,6 +37,9 @@ BundlePath = Annotated[Path, typer.Argument(help="a bundle folder or .zip")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout and nothing else")]
 Weights = Annotated[str | None, typer.Option(help="a .safetensors file, or a checkpoint of plain tensors")]
 Calib = Annotated[str | None, typer.Option(help="calibration data: image folder, .npz or module:callable")]
+CalibSize = Annotated[
+    str | None, typer.Option(help="how many calibration samples the quantizer gets, a diverse subset: 128, or all")
+]
 Select = Annotated[str | None, typer.Option(help="selection data: every choice is judged on these")]
 Test = Annotated[str | None, typer.Option(help="test data: reported once")]
 Metric = Annotated[
@@ -134,6 +137,38 @@ def inspect(
 
 
 @app.command()
+def data(
+    model: Model,
+    weights: Weights = None,
+    calib: Calib = None,
+    calib_size: CalibSize = None,
+    select: Select = None,
+    test: Test = None,
+    labels: Labels = None,
+    preprocess: Preprocess = None,
+    json: Json = False,
+) -> None:
+    """Show what the data splits hold.
+
+    The calibration subset that the quantizer gets, its classes and ranges, near-duplicates, and leakage between splits.
+    """
+    from . import api
+
+    with _progress() as progress:
+        found = api.data(
+            model,
+            weights=weights, calib=calib, calib_size=calib_size, select=select, test=test, labels=labels,
+            preprocess=preprocess, progress=progress,
+        )  # fmt: skip
+    if json:
+        _print_json(found.to_dict())
+        return
+    from .report import terminal
+
+    terminal.data(found)
+
+
+@app.command()
 def factor(
     model: Model,
     weights: Weights = None,
@@ -186,6 +221,7 @@ def build(
         str | None, typer.Option(help="fp32, fp16, int8, int8-dynamic, int8-weights, int4-weights or auto")
     ] = None,
     calib: Calib = None,
+    calib_size: CalibSize = None,
     select: Select = None,
     test: Test = None,
     metric: Metric = None,
@@ -228,10 +264,10 @@ def build(
 
     said = {
         "model": model, "target": target, "out": out, "weights": weights, "runtime": runtime, "precision": precision,
-        "calib": calib, "select": select, "test": test, "metric": metric, "budget": budget, "energy": energy,
-        "plan": plan, "contract": contract, "labels": labels, "positive": positive, "preprocess": preprocess,
-        "bake_preprocess": bake_preprocess, "dynamic_batch": dynamic_batch, "dense": dense, "zip": zip,
-        "wheelhouse": wheelhouse, "accuracy_control": accuracy_control,
+        "calib": calib, "calib_size": calib_size, "select": select, "test": test, "metric": metric, "budget": budget,
+        "energy": energy, "plan": plan, "contract": contract, "labels": labels, "positive": positive,
+        "preprocess": preprocess, "bake_preprocess": bake_preprocess, "dynamic_batch": dynamic_batch, "dense": dense,
+        "zip": zip, "wheelhouse": wheelhouse, "accuracy_control": accuracy_control,
     }  # fmt: skip
     given = {key: value for key, value in said.items() if value is not None}
     with _progress() as progress:

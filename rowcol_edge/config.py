@@ -18,6 +18,7 @@ from .device.preprocess import Preprocess
 from .errors import ConfigError, did_you_mean
 
 PRECISIONS = (*manifest.PRECISIONS, "auto")
+ALL = "all"
 DEFAULT_BUDGET = "drop<=0.5pp"
 _HEADER = "# Repeats this build, from the folder it ran in: rowcol-edge build --config rowcol.toml\n"
 
@@ -31,6 +32,7 @@ class Options(TypedDict, total=False):
     runtime: str | None
     precision: str | None
     calib: str | os.PathLike[str] | None
+    calib_size: int | str | None
     select: str | os.PathLike[str] | None
     test: str | os.PathLike[str] | None
     metric: str | None
@@ -58,6 +60,7 @@ class BuildOptions:
         target: names of targets (or paths of their TOML files); one bundle for each.
         precision: of the packaged arms; ``auto`` takes the fastest measured one within the budget.
         calib, select, test: where the three splits come from; a sample brings its own.
+        calib_size: how many of the calibration samples the quantizer gets, a diverse subset; ``all`` for every one.
         metric: how quality is judged; None with unlabelled data.
         budget: ``drop<=0.5pp,size<=4MB,…``; the default holds where labels and a metric are there.
         energy: keep this share of each layer's output variance instead of searching.
@@ -76,6 +79,7 @@ class BuildOptions:
     runtime: str = "onnxruntime"
     precision: str = "int8"
     calib: str | None = None
+    calib_size: int | str = 128
     select: str | None = None
     test: str | None = None
     metric: str | None = None
@@ -207,6 +211,8 @@ def _checked(key: str, value: Any, where: str) -> Any:
         if not isinstance(value, bool):
             raise _wrong(key, "true or false", value, where)
         return value
+    if key == "calib_size":
+        return _checked_size(value, where)
     if key == "energy":
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise _wrong(key, "a number", value, where)
@@ -214,6 +220,16 @@ def _checked(key: str, value: Any, where: str) -> Any:
     if not isinstance(value, (str, os.PathLike)):
         raise _wrong(key, "text", value, where)
     return os.fspath(value)
+
+
+def _checked_size(value: Any, where: str) -> int | str:
+    if value == ALL:
+        return ALL
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _wrong("calib_size", f"a number of samples from 1, or {ALL}", value, where)
+    return value
 
 
 def _checked_preprocess(value: Any, where: str) -> Preprocess:

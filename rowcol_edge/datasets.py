@@ -76,6 +76,16 @@ class Split:
             place += count
             yield feeds
 
+    def only(self, places: Sequence[int]) -> Iterator[Feeds]:
+        """The samples at these places, in the split's order and in its batches."""
+        wanted, start = np.asarray(places), 0
+        for feeds in self.batches():
+            count = _length(feeds)
+            here = wanted[(wanted >= start) & (wanted < start + count)] - start
+            start += count
+            if len(here):
+                yield {name: array[here] for name, array in feeds.items()}
+
     def take(self, count: int) -> Feeds:
         """The first ``count`` samples as one batch."""
         parts: list[Feeds] = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,30 +126,22 @@ def quality_record(job: Job, judged: Judged, reference: Judged | None) -> dict[s
     return record
 
 
-def held_out(job: Job) -> tuple[Calibration, Feeds]:
+def held_out(job: Job, chosen: Sequence[int]) -> tuple[Calibration, Feeds]:
     """Batches that ranges are calibrated on, and up to 32 inputs that are not among them.
 
     They are from the selection split, or else the end of the calibration data, at most a quarter of it. Fewer than four
     calibration samples have to do for both.
+
+    Args:
+        chosen: places of the calibration samples that ranges may be calibrated on.
     """
+    pool = job.calibration
     if job.selection is not None:
-        return job.calibration.batches, job.selection.take(_HELD)
-    kept = len(job.calibration) - min(_HELD, len(job.calibration) // 4)
-    if kept == len(job.calibration):
-        return job.calibration.batches, job.calibration.take(_HELD)
-    last = [end for _, end in _parted(job.calibration, kept) if end]
-    held = {name: np.concatenate([end[name] for end in last]) for name in last[0]}
-    return (lambda: (start for start, _ in _parted(job.calibration, kept) if start)), held
-
-
-def _parted(split: Split, count: int) -> Iterator[tuple[Feeds, Feeds]]:
-    """Each batch cut in two: what belongs to the first ``count`` samples of the split, and the rest; empty if none."""
-    for feeds in split.batches():
-        size = len(next(iter(feeds.values())))
-        start = {name: array[:count] for name, array in feeds.items()} if count > 0 else {}
-        end = {name: array[max(0, count) :] for name, array in feeds.items()} if count < size else {}
-        yield start, end
-        count -= size
+        return partial(pool.only, chosen), job.selection.take(_HELD)
+    kept = len(pool) - min(_HELD, len(pool) // 4)
+    held = list(pool.only(range(kept, len(pool)) or range(len(pool))))
+    ranges = tuple(place for place in chosen if place < kept) or chosen
+    return partial(pool.only, ranges), {name: np.concatenate([part[name] for part in held]) for name in held[0]}
 
 
 @contextmanager

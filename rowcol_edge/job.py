@@ -83,8 +83,13 @@ class Job:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def prepare(options: BuildOptions, model: LoadedModel | None = None, progress: Progress = silent) -> Job:
+def prepare(
+    options: BuildOptions, model: LoadedModel | None = None, progress: Progress = silent, *, judges: bool = True
+) -> Job:
     """Load and check the model, the targets and the splits.
+
+    Args:
+        judges: quality will be judged, so test data without labels or a metric are refused.
 
     Raises:
         InputError: whatever is wrong with what the user handed over; nothing has been written.
@@ -122,7 +127,7 @@ def prepare(options: BuildOptions, model: LoadedModel | None = None, progress: P
         datasets.check_preprocess(calibration, preprocess)
     contract = options.contract or (sample.task if sample else "classify")
     metric = _metric(options, model, selection, contract)
-    if options.test is not None and metric is None:
+    if judges and options.test is not None and metric is None:
         raise DataError(
             "test data",
             expected="labelled selection data and a metric besides",

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from . import bundling, config, evaluation, keeping, precision, search, wheelhouse
+from . import bundling, config, coverage, evaluation, keeping, precision, search, wheelhouse
 from .arms import Arm, Workbench
 from .backends.base import LayerError
 from .budgets import Budget
@@ -236,7 +236,9 @@ class _Line:
         self.progress = progress
         self.study = study(job.model.module, job.calibration, progress=progress)
         self.chooser = _Chooser(job, self.study, progress)
-        self.bench = Workbench(job, self.chooser.reference, work, progress)
+        # the quantizer gets a diverse subset; the spaces got the whole pool, since a covariance gains from each sample
+        self.data = coverage.survey(job, self.study.folded, self.study.graph, progress)
+        self.bench = Workbench(job, self.chooser.reference, self.data.chosen, work, progress)
         self._test: Judged | None = None
 
     def ready(self, target: Target) -> _Ready:
@@ -264,7 +266,7 @@ class _Line:
         path = bundling.path(out, ready.target, ready.runtime.name)
         bundling.write(
             path, self.job, ready.target, ready.runtime, ready.arms, ready.choice, self._original(),
-            notes=[note for arm in ready.arms for note in keeping.notes(arm)],
+            data=self.data, notes=[note for arm in ready.arms for note in keeping.notes(arm)],
             precision=None if ready.selected is None else ready.selected.to_dict(), progress=self.progress,
         )  # fmt: skip
         with Bundle.open(path) as bundle:

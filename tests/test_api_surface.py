@@ -11,8 +11,13 @@ import pytest
 import rowcol_edge
 from rowcol_edge import cli, errors
 
-PUBLIC = {"Bundle", "Predictor", "RowcolError", "build", "compare", "doctor", "factor", "inspect", "profile", "verify"}
-COMMANDS = {"build", "compare", "demo", "doctor", "factor", "inspect", "profile", "run", "targets", "verify"}
+PUBLIC = {
+    "Bundle", "Predictor", "RowcolError",
+    "build", "compare", "data", "doctor", "factor", "inspect", "profile", "verify",
+}  # fmt: skip
+COMMANDS = {
+    "build", "compare", "data", "demo", "doctor", "factor", "inspect", "profile", "run", "targets", "verify",
+}  # fmt: skip
 
 
 def test_the_public_names() -> None:

@@ -18,6 +18,7 @@ from ..targets import install_lines
 
 if TYPE_CHECKING:
     from ..api import Demo
+    from ..coverage import DataReport
     from ..device.doctor import Diagnosis
     from ..device.profile import Profile
     from ..inspection import Inspection, LayerUse
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ..targets import Target
     from .compare import ComparisonTable
 
+_LISTED = 4
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -137,6 +139,40 @@ def _spectrum(layer: LayerUse) -> str:
     points = layer.column_spectrum[1::2]
     shares = [b - a for a, b in zip((0.0, *points), points, strict=False)]
     return "".join(_BARS[max(1 if s > 1e-6 else 0, round(max(s, 0.0) ** 0.5 * (len(_BARS) - 1)))] for s in shares)
+
+
+def data(found: DataReport) -> None:
+    """Classes of each split, what the calibration subset covers, and the near-duplicates that matter most."""
+    table = _table("Samples", [("split", "l"), ("samples", "r"), ("classes", "l")])
+    names = [*((split.name, split) for split in found.splits), ("quantizer gets", found.subset)]
+    for name, split in names:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in split.classes.items()) or "–"
+        table.add_row(name, str(split.samples), kinds if split.labelled or not split.classes else f"{kinds} (answered)")
+    console = _console()
+    console.print(table)
+    if found.narrowest is not None:
+        shares = sorted(found.ranges.values())
+        console.print(
+            f"The quantizer's samples span {shares[len(shares) // 2]:.0%} of the pool's range in the median layer; "
+            f"least in {found.narrowest[0]}: {found.narrowest[1]:.0%}.",
+            markup=False,
+        )
+    repeats = ", ".join(f"{name} {len(pairs)}" for name, pairs in found.repeats().items()) or "none"
+    console.print(f"Near-duplicates inside a split: {repeats}.", markup=False)
+    leaks = found.leaks()
+    if not leaks:
+        console.print("Near-duplicates between splits: none.")
+        return
+    table = _table(
+        "Near-duplicates between splits",
+        [("splits", "l"), ("pairs", "r"), ("most alike (place, place: likeness)", "l")],
+    )
+    for (first, second), pairs in leaks.items():
+        worst = ", ".join(f"{p.first_index}, {p.second_index}: {p.likeness:.2f}" for p in pairs[:_LISTED])
+        table.add_row(f"{first}, {second}", str(len(pairs)), worst)
+    console.print(table)
+    for note in found.notes():
+        console.print(f"warning: {note}", markup=False)
 
 
 def factored(result: Factored) -> None:
