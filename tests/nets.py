@@ -117,9 +117,9 @@ class OutlierNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, 16, 3, padding=1)
-        self.reader = nn.Conv2d(16, 16, 3, padding=1)
-        self.more = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(4))
-        self.head = nn.Linear(16, 2)
+        self.reader = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.more = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(4))
+        self.head = nn.Linear(16, 2, bias=False)
         self.register_buffer("gain", torch.ones(16, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
