@@ -61,6 +61,13 @@ SYSTEM_NEEDS = {
         lambda: another_python() is not None,
         "a second Python, 3.10 or newer, with its venv module: on Debian and Ubuntu apt-get install python3-venv",
     ),
+    "arm64-userland": SystemNeed(
+        lambda: bool(
+            shutil.which("debootstrap", path=f"{os.environ['PATH']}:/usr/sbin")
+            and (shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static"))
+        ),
+        "on Debian and Ubuntu apt-get install debootstrap qemu-user",
+    ),
     "dataset-fashion-mnist": SystemNeed(
         Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz").is_file,
         "apt-get install dataset-fashion-mnist",

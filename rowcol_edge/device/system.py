@@ -178,11 +178,11 @@ def _values(cpuinfo: str, key: str) -> list[str]:
 
 
 def _cpu_model(cpuinfo: str) -> str:
-    names = _values(cpuinfo, "model name")
-    if names:
-        return names[0]
+    # an Arm system may also have a "model name", which is the same for all processors
     parts = dict.fromkeys(_ARM_PARTS.get(part, f"Arm part {part}") for part in _values(cpuinfo, "CPU part"))
-    return " + ".join(parts)  # big.LITTLE has two
+    if parts:
+        return " + ".join(parts)  # big.LITTLE has two
+    return next(iter(_values(cpuinfo, "model name")), "")
 
 
 def _isa(cpuinfo: str) -> tuple[str, ...]:

@@ -91,6 +91,11 @@ def test_a_board(tmp_path: Path) -> None:
     )
 
 
+def test_the_name_that_all_arm_processors_share_says_less_than_the_part(tmp_path: Path) -> None:
+    machine(tmp_path, proc__cpuinfo="model name\t: ARMv8 Processor rev 3 (v8l)\nCPU part\t: 0xd08\n")
+    assert system.environment(tmp_path, {}, "aarch64").cpu_model == "Cortex-A72"
+
+
 def test_what_a_system_does_not_tell_stays_empty(tmp_path: Path) -> None:
     found = system.environment(tmp_path, {}, "riscv64")
     assert (found.cpu_model, found.isa, found.host_id, found.virtual, found.emulated) == ("", (), "", "", "")

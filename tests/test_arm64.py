@@ -1,0 +1,152 @@
+"""Raspberry Pi bundles in arm64 userlands, as a Pi 4 and a Pi 5: the short form of `tools/arm64_userland.py prove`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rowcol_edge
+from rowcol_edge import targets
+from rowcol_edge.device.bundle import Bundle
+from rowcol_edge.device.digests import sha256_file
+
+from .nets import small_net, write_splits
+
+TOOL = "tools/arm64_userland.py"
+
+
+def tool(root: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, TOOL, *arguments], cwd=root, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def tools(root: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The modules behind the tool."""
+    monkeypatch.syspath_prepend(str(root / "tools"))
+    import arm64_packages
+    import arm64_proof
+    import arm64_root
+
+    return SimpleNamespace(packages=arm64_packages, proof=arm64_proof, root=arm64_root)
+
+
+@pytest.fixture(scope="module")
+def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("net")
+    [built] = rowcol_edge.build(
+        small_net(), target="raspberry-pi-5", runtime="onnxruntime", labels=["plain", "striped"], metric="accuracy",
+        energy=0.98, zip=False, out=str(out / "bundles"), **write_splits(out),
+    )  # fmt: skip
+    return Path(built.path)
+
+
+@pytest.mark.system("arm64-userland")
+@pytest.mark.parametrize(
+    ("target", "suite", "cpu"),
+    [("raspberry-pi-4", "bookworm", "Cortex-A72"), ("raspberry-pi-5", "trixie", "Cortex-A76")],
+)
+def test_every_runtime_gives_its_golden_outputs_on_the_board(
+    root: Path, tmp_path: Path, target: str, suite: str, cpu: str
+) -> None:
+    out = tmp_path / "arm64.json"
+    done = tool(
+        root, "prove", "--samples", "fmnist-vit", "--targets", target, "--suites", suite, "--precisions", "int8",
+        "--out", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    proofs = json.loads(out.read_text(encoding="utf-8"))["proofs"]
+    assert {proof["runtime"] for proof in proofs} == {spec.name for spec in targets.load(target).runtimes}
+    for proof in proofs:
+        assert [arm["name"] for arm in proof["arms"]] == ["factored@int8", "dense@int8", "dense@fp32"]
+        assert all(arm["ok"] and arm["relative_error"] <= arm["tolerance"] for arm in proof["arms"])
+        assert proof["run"]["score_difference"] < 0.05
+        where = proof["environment"]
+        assert (where["evidence"], where["cpu_model"]) == ("emulated", cpu)
+        assert ("asimddp" in where["isa"]) == (target == "raspberry-pi-5")  # the dot-product instructions
+
+
+@pytest.mark.system("arm64-userland")
+def test_a_wheelhouse_is_all_that_a_board_needs(
+    root: Path, tmp_path: Path, small_bundle: Path, tools: SimpleNamespace
+) -> None:
+    suite = tools.root.SUITES["trixie"]
+    tools.packages.fetch(suite, ("onnxruntime", "numpy", "pillow"), tmp_path)
+    pinned = [pin(wheel) for wheel in sorted(tmp_path.glob("*.whl"))]
+    requirements = tmp_path / "requirements-py313.txt"
+    requirements.write_text("\n".join(pinned), encoding="utf-8")
+    done = tool(root, "prove-wheelhouse", tmp_path, small_bundle, "--suites", "trixie")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "installed and verified: onnxruntime" in done.stdout
+
+    requirements.write_text("\n".join([*pinned[:-1], pinned[-1][:-8] + "00000000"]), encoding="utf-8")
+    done = tool(root, "prove-wheelhouse", tmp_path, small_bundle, "--suites", "trixie")
+    assert done.returncode == 1
+    assert "DO NOT MATCH THE HASHES" in done.stdout
+
+
+def pin(wheel: Path) -> str:
+    name, version = wheel.name.split("-")[:2]
+    return f"{name}=={version} --hash=sha256:{sha256_file(wheel)[0]}"
+
+
+def test_a_board_that_is_not_emulated_arm_proves_nothing(tools: SimpleNamespace, small_bundle: Path) -> None:
+    class ThisMachine:
+        def run(self, python: Path, *arguments: str, cpu: str, path: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [python, *arguments], env={"PYTHONPATH": path}, capture_output=True, text=True, check=False
+            )
+
+    guest = tools.proof.Guest(ThisMachine(), "cortex-a72", Path(sys.executable))
+    with pytest.raises(tools.proof.NotProvenError, match="not for emulated aarch64"):
+        tools.proof.where(guest, small_bundle, ())
+    broken = small_bundle.with_name("broken")
+    shutil.copytree(small_bundle, broken)
+    (broken / "README.md").write_text("", encoding="utf-8")
+    with pytest.raises(tools.proof.NotProvenError, match=r"exit code 2: error: .*README.md"):
+        tools.proof.verified(guest, broken)
+
+
+def test_an_arm_outside_its_tolerance_is_not_proven(tools: SimpleNamespace, small_bundle: Path) -> None:
+    arm: dict[str, Any] = {"name": "dense@int8", "ok": False, "reason": "", "relative_error": 0.5, "tolerance": 0.1}
+    guest = SimpleNamespace(told=lambda *_: {"arms": [{"ok": True}, arm]})
+    with pytest.raises(tools.proof.NotProvenError, match=r"dense@int8: 0.5 \(tolerance 0.1\)"):
+        tools.proof.verified(guest, small_bundle)
+
+
+def test_the_picture_is_the_one_the_golden_input_was_made_from(tools: SimpleNamespace, small_bundle: Path) -> None:
+    with Bundle.open(small_bundle) as bundle:
+        assert bundle.manifest.preprocess is not None
+        recipe = tools.proof.Preprocess.from_dict(bundle.manifest.preprocess)
+        inputs, _ = bundle.golden()
+        tensor = recipe.image(tools.proof.picture(bundle))
+    np.testing.assert_allclose(tensor, next(iter(inputs.values()))[0], atol=1e-5)
+
+
+def test_what_is_installed_is_what_the_target_says(tools: SimpleNamespace) -> None:
+    spec = targets.load("raspberry-pi-5").runtime("onnxruntime")
+    suites = tools.root.SUITES
+    [first, oldest] = tools.packages.choices(spec, suites["bookworm"], oldest=True)
+    assert first.requirements == ("onnxruntime>=1.17", "numpy", "pillow")
+    assert oldest.requirements == ("onnxruntime==1.17.0", "numpy", "pillow", "numpy<2")
+    # its wheels end before this Python
+    assert [choice.label for choice in tools.packages.choices(spec, suites["trixie"], oldest=True)] == ["first"]
+    assert [c.label for c in tools.packages.choices(replace(spec, oldest="1.18.0"), suites["bookworm"])] == ["first"]
+
+
+def test_a_killed_run_leaves_nothing_that_counts(tools: SimpleNamespace, tmp_path: Path) -> None:
+    folder = tmp_path / "thing"
+    (tools.root.fresh(folder) / "half").touch()
+    assert not folder.exists()
+    (tools.root.fresh(folder) / "whole").touch()
+    tools.root.finish(folder)
+    assert [path.name for path in folder.iterdir()] == ["whole"]
+    assert not tools.root.partial(folder).exists()
