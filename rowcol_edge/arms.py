@@ -8,15 +8,18 @@ After each stage the outputs on real inputs are compared with the dense PyTorch 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
+from . import cache as caching
 from . import evaluation
 from .backends import load_backend
 from .backends.base import Artifact, QuantSpec
 from .datasets import Feeds
+from .device import digests
 from .device.runtimes import RuntimeOptions
 from .errors import ParityError
 from .evaluation import Judged
@@ -27,6 +30,7 @@ from .job import Job, Progress
 from .targets import RuntimeSpec, Target
 
 _SAMPLES = 16
+_SAID = "source.json"
 #: relative error against the stage before; a stage that only rewrites the graph must stay within
 _EXACT = 1e-3
 #: relative error against the dense original from which the report names a stage that is allowed to lose
@@ -62,9 +66,29 @@ class _Source:
     """An exported variant, from which every precision is compiled; ``outputs`` are its own on the real inputs."""
 
     path: Path
+    sha256: str
     outputs: Outputs
     stages: tuple[Parity, ...]
     notes: tuple[str, ...]
+
+    def describe(self, folder: Path) -> None:
+        """Write beside the model, which lies in ``folder``, what else is to be known of it."""
+        said = {
+            "model": self.path.name,
+            "sha256": self.sha256,
+            "stages": [asdict(stage) for stage in self.stages],
+            "notes": self.notes,
+        }
+        (folder / _SAID).write_text(json.dumps(said), encoding="utf-8")
+        (outputs,) = self.outputs
+        caching.write_arrays(folder, outputs)
+
+    @classmethod
+    def read(cls, folder: Path) -> _Source:
+        said = json.loads((folder / _SAID).read_text(encoding="utf-8"))
+        stages = tuple(Parity(**stage) for stage in said["stages"])
+        outputs = [caching.read_arrays(folder)]
+        return cls(folder / said["model"], said["sha256"], outputs, stages, tuple(said["notes"]))
 
 
 class Workbench:
@@ -74,17 +98,23 @@ class Workbench:
         self._job = job
         self._original = original
         self._work = work
+        self._places = 0
         self._progress = progress
         self._sources: dict[tuple[str, int, int], _Source] = {}
         self._real: Feeds = job.calibration.take(_SAMPLES)
-        self._dense: Outputs = torch_outputs(job.model.module, [self._real])
+        self._dense: Outputs = [
+            job.cache.arrays(
+                job.stage_key("dense outputs", job.calibration.key),
+                lambda: torch_outputs(job.model.module, [self._real])[0],
+            )
+        ]
         evaluation.check_contract(job, {name: array[:1] for name, array in self._dense[0].items()})
 
     def arm(
-        self, variant: str, module: nn.Module, plan: FactorPlan | None, parameters: int,
+        self, variant: str, module: Callable[[], nn.Module], plan: FactorPlan | None, parameters: int,
         target: Target, runtime: RuntimeSpec, precision: str,
     ) -> Arm:  # fmt: skip
-        """Make one arm.
+        """Make one arm of what ``module`` returns, which is asked for only where the cache has no file of it.
 
         Raises:
             UnsupportedOpError: an operator the exporter cannot take; names the module.
@@ -93,26 +123,36 @@ class Workbench:
         """
         name = f"{variant}@{precision}"
         source = self._source(variant, module, plan, runtime)
-        self._progress(f"compile {name}", 0, 1)
-        backend = load_backend(runtime.name)
-        artifact = backend.compile(
-            source.path,
-            runtime,
-            QuantSpec.for_target(precision, target),
-            self._job.calibration.batches,
-            self._file(name, backend.suffix),
-            self._metadata(name, plan),
-        )
-        self._progress(f"compile {name}", 1, 1)
-        with evaluation.opened(artifact.path, backend.host_runtime, runtime_options(target, runtime)) as run:
-            outputs = [run(self._real)]
+        artifact = self._compiled(name, source, runtime, QuantSpec.for_target(precision, target), plan)
+        host, options = load_backend(runtime.name).host_runtime, runtime_options(target, runtime)
+        with evaluation.opened(artifact.path, host, options) as run:
+            what = evaluation.source(artifact, host, options)
+            key = self._job.stage_key("outputs", what, self._job.calibration.key)
+            outputs = [self._job.cache.arrays(key, lambda: run(self._real))]
             stage = compare(f"compile {precision}", self._dense, outputs, _LOSSY)
             if precision == "fp32":
                 _exact(f"{name}: compile", source.outputs, outputs)
-            selection = self._judged(run, name)
+            selection = self._judged(run, name, what)
         stages = (*source.stages, stage)
         notes = (*source.notes, *(f"{name}: {note}" for note in artifact.notes), *_left(name, stages))
         return Arm(variant, precision, artifact, stages, parameters, plan, selection, notes)
+
+    def _compiled(
+        self, name: str, source: _Source, runtime: RuntimeSpec, quant: QuantSpec, plan: FactorPlan | None
+    ) -> Artifact:
+        job, backend, metadata = self._job, load_backend(runtime.name), self._metadata(name, plan)
+
+        def compiled(folder: Path) -> None:
+            out = folder / f"artifact{backend.suffix}"
+            backend.compile(source.path, runtime, quant, job.calibration.batches, out, metadata).describe(folder)
+
+        self._progress(f"compile {name}", 0, 1)
+        folder = self._place(name)
+        asked = asdict(replace(runtime, install="", why="", precisions=()))
+        key = job.stage_key("compile", source.sha256, asked, asdict(quant), job.calibration.key, metadata)
+        job.cache.get(key, folder, compiled)
+        self._progress(f"compile {name}", 1, 1)
+        return Artifact.read(folder)
 
     def _metadata(self, name: str, plan: FactorPlan | None) -> dict[str, str]:
         """What a file of this arm says of itself, by key; structured values as JSON."""
@@ -129,18 +169,26 @@ class Workbench:
             said["rowcol_edge.plan_digest"] = plan.digest
         return said
 
-    def _source(self, variant: str, module: nn.Module, plan: FactorPlan | None, runtime: RuntimeSpec) -> _Source:
+    def _source(
+        self, variant: str, module: Callable[[], nn.Module], plan: FactorPlan | None, runtime: RuntimeSpec
+    ) -> _Source:
         key = (plan.digest if plan else variant, runtime.opset, runtime.ir_version)
         if key not in self._sources:
-            self._sources[key] = self._exported(variant, module, plan is not None, runtime)
+            job, folder = self._job, self._place(variant)
+            job.cache.get(
+                job.stage_key("export", *key, job.options.dynamic_batch, job.calibration.key),
+                folder,
+                lambda folder: self._export(variant, module(), plan is not None, runtime, folder),
+            )
+            self._sources[key] = _Source.read(folder)
         return self._sources[key]
 
-    def _exported(self, variant: str, module: nn.Module, factored: bool, runtime: RuntimeSpec) -> _Source:
-        """Export, simplify, and compare after each."""
+    def _export(self, variant: str, module: nn.Module, factored: bool, runtime: RuntimeSpec, folder: Path) -> None:
+        """Export, simplify, and compare after each; leaves a `_Source` in ``folder``."""
         self._progress(f"export {variant}", 0, 2)
         rewritten = torch_outputs(module, [self._real])
         stages = [compare("factor" if factored else "fold", self._dense, rewritten, _LOSSY if factored else _EXACT)]
-        raw = self._file(variant)
+        raw = self._place(f"{variant}-raw").with_suffix(".onnx")
         onnx.export(
             module,
             self._job.calibration.example(),
@@ -153,29 +201,31 @@ class Workbench:
         _exact(f"{variant}: export", rewritten, exported)
         stages.append(compare("export", self._dense, exported, _LOSSY if factored else _EXACT))
         self._progress(f"export {variant}", 1, 2)
-        simplified = simplify.simplify(raw, self._file(variant))
+        simplified = simplify.simplify(raw, folder / "model.onnx")
         outputs = self._outputs(simplified.path)
         _exact(f"{variant}: simplify", exported, outputs)
         stages.append(compare("simplify", self._dense, outputs, _LOSSY if factored else _EXACT))
         self._progress(f"export {variant}", 2, 2)
         notes = () if simplified.applied else (f"{variant}: not simplified: {simplified.reason}",)
-        return _Source(simplified.path, outputs, tuple(stages), notes)
+        digest, _ = digests.sha256_file(simplified.path)
+        _Source(simplified.path, digest, outputs, tuple(stages), notes).describe(folder)
 
     def _outputs(self, path: Path) -> Outputs:
         """Of an ONNX file on the way, which onnxruntime runs whatever the target's runtime is."""
         with evaluation.opened(path, "onnxruntime", RuntimeOptions()) as run:
             return [run(self._real)]
 
-    def _judged(self, run: evaluation.Run, name: str) -> Judged | None:
+    def _judged(self, run: evaluation.Run, name: str, source: str) -> Judged | None:
         job = self._job
         if job.metric is None or job.selection is None:
             return None
-        predictions = evaluation.predict(run, job.selection, job, self._progress, f"judge {name}")
+        predictions = evaluation.predict(run, job.selection, job, self._progress, f"judge {name}", source=source)
         return evaluation.judge_selection(predictions, job, self._original)
 
-    def _file(self, stem: str, suffix: str = ".onnx") -> Path:
+    def _place(self, stem: str) -> Path:
         """A path in the work folder that no other stage has."""
-        return self._work / f"{len(list(self._work.iterdir())):03d}-{stem}{suffix}"
+        self._places += 1
+        return self._work / f"{self._places:03d}-{stem}"
 
 
 def runtime_options(target: Target, runtime: RuntimeSpec) -> RuntimeOptions:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +23,9 @@ Batch = dict[str, npt.NDArray[Any]]
 
 Calibration = Callable[[], Iterator[Batch]]
 """Starts a new pass over the calibration batches, in the same order each time."""
+
+
+_DESCRIPTION = "description.json"
 
 
 class Source(Enum):
@@ -87,6 +91,20 @@ class Artifact:
     """Further files that belong to it, beside it and of the same stem."""
     notes: tuple[str, ...] = ()
     """What a person should know of how it was made."""
+
+    def describe(self, folder: Path) -> None:
+        """Write beside its files, which lie in ``folder``, all else that is known of it."""
+        said = asdict(self) | {"path": self.path.name, "companions": [path.name for path in self.companions]}
+        (folder / _DESCRIPTION).write_text(json.dumps(said), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Artifact:
+        """The artifact that `describe` left there, or in a folder whose files were copied to this one."""
+        said = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+        said["path"] = folder / said["path"]
+        said["companions"] = tuple(folder / name for name in said["companions"])
+        said["notes"] = tuple(said["notes"])
+        return cls(**said)
 
 
 class Backend(Protocol):
