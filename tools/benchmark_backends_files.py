@@ -30,6 +30,7 @@ from rowcol_edge.targets import RuntimeSpec, Target
 
 _PEER_SECONDS = 900.0
 _FIDELITY_SAMPLES = 16
+_MAKER = Path(__file__).with_name("benchmark_peers.py").resolve()
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -185,7 +186,7 @@ def _peer(model: Model, peer: Peer, folder: Path, judge: Judge, parameters: int)
     spec = {
         "peer": peer.name, "model": judge.options.model, "weights": judge.options.weights,
         "digest": judge.job.model.digest, "data": judge.job.calibration.digest,
-        "transformer": model.transformer, "tools": job.tool_versions(),
+        "transformer": model.transformer, "tools": job.tool_versions(), "source": sha256_file(_MAKER)[0],
         "calibration": str((folder / "calibration.npz").resolve()),
         "out": str((folder / f"{peer.name.replace('.', '-')}{peer.suffix}").resolve()),
     }  # fmt: skip
@@ -214,7 +215,7 @@ def _made(spec: Mapping[str, Any], folder: Path) -> str:
     """Why the peer failed; empty if it did not."""
     asked = folder / f"{spec['peer']}.spec.json"
     asked.write_text(json.dumps(spec), encoding="utf-8")
-    command = [sys.executable, str(Path(__file__).with_name("benchmark_peers.py")), str(asked)]
+    command = [sys.executable, str(_MAKER), str(asked)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PEER_SECONDS, check=False)
     except subprocess.TimeoutExpired:
