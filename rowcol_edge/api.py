@@ -17,6 +17,7 @@ from .job import Progress, silent
 if TYPE_CHECKING:
     from torch import nn
 
+    from .cache import Cache
     from .coverage import DataReport
     from .device.bundle import Bundle
     from .device.doctor import Diagnosis
@@ -31,7 +32,12 @@ _DEMO_PROFILE_SECONDS = 25.0
 
 
 def build(
-    model: str | nn.Module, *, force: bool = False, progress: Progress = silent, **options: Unpack[Options]
+    model: str | nn.Module,
+    *,
+    force: bool = False,
+    cache: bool = True,
+    progress: Progress = silent,
+    **options: Unpack[Options],
 ) -> list[Built]:
     """Build one bundle per target.
 
@@ -39,6 +45,7 @@ def build(
         model: ``sample:NAME``, ``package.module:factory``, ``path/file.py:factory``, a ``.pt2``, or a module (which is
             copied, never changed).
         force: build again even if nothing has changed.
+        cache: keep what the stages make in the user's cache folder, and use what lies there; see `rowcol_edge.cache`.
         progress: called with a label, the steps done and the steps in all.
         options: what to build, see `rowcol_edge.config.BuildOptions`.
 
@@ -47,7 +54,13 @@ def build(
     """
     from . import pipeline
 
-    return pipeline.build(*_asked(model, options), force=force, progress=progress)
+    return pipeline.build(*_asked(model, options), force=force, cache=_cache(cache), progress=progress)
+
+
+def _cache(wanted: bool) -> Cache | None:
+    from .cache import Cache
+
+    return Cache.of_user() if wanted else None
 
 
 def _asked(model: str | nn.Module, options: Options) -> tuple[config.BuildOptions, LoadedModel | None]:
@@ -62,7 +75,12 @@ def _asked(model: str | nn.Module, options: Options) -> tuple[config.BuildOption
 
 
 def build_from(
-    path: Path | None, options: dict[str, Any], *, force: bool = False, progress: Progress = silent
+    path: Path | None,
+    options: dict[str, Any],
+    *,
+    force: bool = False,
+    cache: bool = True,
+    progress: Progress = silent,
 ) -> list[Built]:
     """Build from a `rowcol.toml` (the one in this folder if no model is named), with options on top."""
     from . import pipeline
@@ -70,10 +88,12 @@ def build_from(
     if path is None and "model" not in options and Path("rowcol.toml").is_file():
         path = Path("rowcol.toml")
     made = config.read(path, options) if path is not None else config.make(options)
-    return pipeline.build(made, force=force, progress=progress)
+    return pipeline.build(made, force=force, cache=_cache(cache), progress=progress)
 
 
-def factor(model: str | nn.Module, *, progress: Progress = silent, **options: Unpack[Options]) -> Factored:
+def factor(
+    model: str | nn.Module, *, cache: bool = True, progress: Progress = silent, **options: Unpack[Options]
+) -> Factored:
     """Choose ranks and rewrite the model; with ``out`` also write plan.toml, weights and the factored ``.pt2``.
 
     Args:
@@ -82,7 +102,9 @@ def factor(model: str | nn.Module, *, progress: Progress = silent, **options: Un
     from . import pipeline
 
     out = options.pop("out", None)
-    return pipeline.factor(*_asked(model, options), out=None if out is None else Path(out), progress=progress)
+    return pipeline.factor(
+        *_asked(model, options), out=None if out is None else Path(out), cache=_cache(cache), progress=progress
+    )
 
 
 def inspect(

@@ -8,16 +8,18 @@ After each stage the outputs on real inputs are compared with the dense PyTorch 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
+from . import cache as caching
 from . import evaluation, sources
 from .backends import load_backend
 from .backends.base import AccuracyControl, Artifact, LayerError, QuantSpec
 from .datasets import Feeds
+from .device import digests
 from .device.runtimes import RuntimeOptions
 from .errors import ParityError
 from .evaluation import Judged
@@ -27,6 +29,9 @@ from .job import Job, Progress
 from .targets import RuntimeSpec, Target
 
 _SAMPLES = 16
+_SAID = "source.json"
+_COMPILED = ("name", "oldest", "opset", "ir_version", "providers", "properties")
+"""What of a runtime's entry in a target decides the compiled file."""
 #: relative error against the stage before; a stage that only rewrites the graph must stay within
 _EXACT = 1e-3
 #: relative error against the dense original from which the report names a stage that is allowed to lose
@@ -69,10 +74,36 @@ class _Source:
     those on the held-out ones."""
 
     path: Path
+    sha256: str
     outputs: Outputs
     held: Outputs
     stages: tuple[Parity, ...]
     notes: tuple[str, ...]
+
+    def describe(self, folder: Path) -> None:
+        """Write beside the model, which lies in ``folder``, what else is to be known of it."""
+        said = {
+            "model": self.path.name,
+            "sha256": self.sha256,
+            "stages": [asdict(stage) for stage in self.stages],
+            "notes": self.notes,
+        }
+        (folder / _SAID).write_text(json.dumps(said), encoding="utf-8")
+        (outputs,), (held,) = self.outputs, self.held
+        both = {f"real {name}": array for name, array in outputs.items()}
+        caching.write_arrays(folder, both | {f"held {name}": array for name, array in held.items()})
+
+    @classmethod
+    def read(cls, folder: Path) -> _Source:
+        """The source that `describe` left there, or in a folder whose files were copied to this one."""
+        said = json.loads((folder / _SAID).read_text(encoding="utf-8"))
+        stages = tuple(Parity(**stage) for stage in said["stages"])
+        both = caching.read_arrays(folder)
+        outputs, held = (
+            [{name.partition(" ")[2]: array for name, array in both.items() if name.startswith(kind)}]
+            for kind in ("real ", "held ")
+        )
+        return cls(folder / said["model"], said["sha256"], outputs, held, stages, tuple(said["notes"]))
 
 
 class Workbench:
@@ -84,21 +115,29 @@ class Workbench:
         self._job = job
         self._original = original
         self._work = work
+        self._places = 0
         self._progress = progress
         self._sources: dict[tuple[object, ...], _Source] = {}
         self._real: Feeds = job.calibration.take(_SAMPLES)
+        self._chosen = tuple(map(int, chosen))
         self._ranges, self._held = evaluation.held_out(job, chosen)
-        self._dense: Outputs = torch_outputs(job.model.module, [self._real])
+        self._dense: Outputs = [
+            job.cache.arrays(
+                job.stage_key("dense outputs", job.calibration.key),
+                lambda: torch_outputs(job.model.module, [self._real])[0],
+            )
+        ]
         evaluation.check_contract(job, {name: array[:1] for name, array in self._dense[0].items()})
 
     def arm(
-        self, variant: str, module: nn.Module, plan: FactorPlan | None, parameters: int,
+        self, variant: str, module: Callable[[], nn.Module], plan: FactorPlan | None, parameters: int,
         target: Target, runtime: RuntimeSpec, precision: str, keep_float: Sequence[LayerError] = (),
         repaired: bool = False,
     ) -> Arm:  # fmt: skip
-        """Make one arm, with the layers ``keep_float`` not quantized.
+        """Make one arm of what ``module`` returns, which is asked for only where the cache has no file of it.
 
-        ``repaired`` says that the layers of ``module`` are equalised; the biases are corrected too then.
+        The layers ``keep_float`` are not quantized. ``repaired`` says that the layers of the module are equalised; the
+        biases are corrected too then.
 
         Raises:
             UnsupportedOpError: an operator the exporter cannot take; names the module.
@@ -107,33 +146,56 @@ class Workbench:
         """
         name = f"{variant}@{precision}"
         source = self._source(variant, module, plan, runtime, repaired)
-        self._progress(f"compile {name}", 0, 1)
-        backend = load_backend(runtime.name)
-        artifact = backend.compile(
-            source.path,
-            runtime,
-            replace(
-                self._quant(precision, target),
-                keep_float=tuple(layer.name for layer in keep_float),
-                correct_bias=repaired,
-            ),
-            self._ranges,
-            self._file(name, backend.suffix),
-            self._metadata(name, plan),
+        quant = replace(
+            self._quant(precision, target),
+            keep_float=tuple(layer.name for layer in keep_float),
+            correct_bias=repaired,
         )
-        self._progress(f"compile {name}", 1, 1)
-        with evaluation.opened(artifact.path, backend.host_runtime, runtime_options(target, runtime)) as run:
-            outputs = [run(self._real)]
+        artifact = self._compiled(name, source, runtime, quant, plan)
+        host, options = load_backend(runtime.name).host_runtime, runtime_options(target, runtime)
+        with evaluation.opened(artifact.path, host, options) as run:
+            what = evaluation.source(artifact, host, options)
+            outputs = self._kept(what, "real", lambda: run(self._real))
             stage = compare(f"compile {precision}", self._dense, outputs, _LOSSY)
             if precision == "fp32":
                 _exact(f"{name}: compile", source.outputs, outputs)
-            loss = compare(name, source.held, [run(self._held)], _LOSSY).relative_error
-            selection = self._judged(run, name)
+            held = self._kept(what, "held out", lambda: run(self._held))
+            loss = compare(name, source.held, held, _LOSSY).relative_error
+            selection = self._judged(run, name, what)
         stages = (*source.stages, stage)
         notes = (*source.notes, *(f"{name}: {note}" for note in artifact.notes), *_left(name, stages))
         return Arm(
             variant, precision, artifact, stages, parameters, plan, selection, notes, loss, tuple(keep_float), repaired
         )
+
+    def _compiled(
+        self, name: str, source: _Source, runtime: RuntimeSpec, quant: QuantSpec, plan: FactorPlan | None
+    ) -> Artifact:
+        job, backend, metadata = self._job, load_backend(runtime.name), self._metadata(name, plan)
+
+        def compiled(folder: Path) -> None:
+            out = folder / f"artifact{backend.suffix}"
+            backend.compile(source.path, runtime, quant, self._ranges, out, metadata).describe(folder)
+
+        self._progress(f"compile {name}", 0, 1)
+        folder = self._place(name)
+        asked = {field: value for field, value in asdict(runtime).items() if field in _COMPILED}
+        judged = None if quant.accuracy is None else [job.search_key, quant.accuracy.metric, quant.accuracy.max_drop_pp]
+        settings = asdict(replace(quant, accuracy=None))
+        key = job.stage_key("compile", source.sha256, asked, settings, judged, self._inputs_key, metadata)
+        job.cache.get(key, folder, compiled)
+        self._progress(f"compile {name}", 1, 1)
+        return Artifact.read(folder)
+
+    def _kept(self, what: str, kind: str, make: Callable[[], Feeds]) -> Outputs:
+        """Outputs of an artifact on some of this job's inputs, from the cache where it has them."""
+        return [self._job.cache.arrays(self._job.stage_key("outputs", what, kind, self._inputs_key), make)]
+
+    @property
+    def _inputs_key(self) -> list[object]:
+        """What decides the inputs that ranges, stages and held-out errors are taken on."""
+        selection = self._job.selection
+        return [self._job.calibration.key, None if selection is None else selection.key, self._chosen]
 
     def layer_errors(self, arm: Arm, runtime: RuntimeSpec) -> tuple[LayerError, ...]:
         """What quantization does to each layer of an int8 arm, worst first."""
@@ -172,15 +234,22 @@ class Workbench:
         return said
 
     def _source(
-        self, variant: str, module: nn.Module, plan: FactorPlan | None, runtime: RuntimeSpec, repaired: bool
-    ) -> _Source:
+        self, variant: str, module: Callable[[], nn.Module], plan: FactorPlan | None, runtime: RuntimeSpec,
+        repaired: bool,
+    ) -> _Source:  # fmt: skip
         key = _key(variant, plan, runtime, repaired)
         if key not in self._sources:
-            self._sources[key] = self._exported(variant, module, plan is not None, runtime)
+            job, folder = self._job, self._place(variant)
+            job.cache.get(
+                job.stage_key("export", *map(str, key), job.options.dynamic_batch, self._inputs_key),
+                folder,
+                lambda folder: self._export(variant, module(), plan is not None, runtime, folder),
+            )
+            self._sources[key] = _Source.read(folder)
         return self._sources[key]
 
-    def _exported(self, variant: str, module: nn.Module, factored: bool, runtime: RuntimeSpec) -> _Source:
-        """Make the file the backend starts from, and compare after each step."""
+    def _export(self, variant: str, module: nn.Module, factored: bool, runtime: RuntimeSpec, folder: Path) -> None:
+        """Make the file the backend starts from, and compare after each step; leaves a `_Source` in ``folder``."""
         self._progress(f"export {variant}", 0, 1)
         tolerance = _LOSSY if factored else _EXACT
         outputs: Outputs = torch_outputs(module, [self._real])
@@ -192,7 +261,7 @@ class Workbench:
             self._job.calibration.example(),
             runtime,
             self._job.options.dynamic_batch,
-            lambda suffix: self._file(variant, suffix),
+            lambda suffix: self._place(variant).with_suffix(suffix),
         )
         for step in sources.steps(load_backend(runtime.name).consumes, request):
             found = step.run(self._real)
@@ -201,19 +270,23 @@ class Workbench:
             notes += [f"{variant}: {step.note}"] if step.note else []
             outputs, last = found, step
         assert last is not None  # every kind of source takes a step
+        held = last.run(self._held)
+        path = last.path.replace(folder / f"model{last.path.suffix}")
+        sha256, _ = digests.sha256_file(path)
         self._progress(f"export {variant}", 1, 1)
-        return _Source(last.path, outputs, last.run(self._held), tuple(stages), tuple(notes))
+        _Source(path, sha256, outputs, held, tuple(stages), tuple(notes)).describe(folder)
 
-    def _judged(self, run: evaluation.Run, name: str) -> Judged | None:
+    def _judged(self, run: evaluation.Run, name: str, source: str) -> Judged | None:
         job = self._job
         if job.metric is None or job.selection is None:
             return None
-        predictions = evaluation.predict(run, job.selection, job, self._progress, f"judge {name}")
+        predictions = evaluation.predict(run, job.selection, job, self._progress, f"judge {name}", source=source)
         return evaluation.judge_selection(predictions, job, self._original)
 
-    def _file(self, stem: str, suffix: str) -> Path:
+    def _place(self, stem: str) -> Path:
         """A path in the work folder that no other stage has."""
-        return self._work / f"{len(list(self._work.iterdir())):03d}-{stem}{suffix}"
+        self._places += 1
+        return self._work / f"{self._places:03d}-{stem}"
 
 
 def _key(variant: str, plan: FactorPlan | None, runtime: RuntimeSpec, repaired: bool) -> tuple[object, ...]:

@@ -132,9 +132,10 @@ def _entry(arm: Arm, job: Job, target: Target, runtime: RuntimeSpec, original: Q
     if arm.selection is not None:
         quality["selection"] = evaluation.quality_record(job, arm.selection, original.selection)
         if job.test is not None and original.test is not None:
-            host = load_backend(runtime.name).host_runtime
-            with evaluation.opened(arm.artifact.path, host, runtime_options(target, runtime)) as run:
-                predictions = evaluation.predict(run, job.test, job, progress, f"judge {arm.name} on the test split")
+            host, options = load_backend(runtime.name).host_runtime, runtime_options(target, runtime)
+            source, label = evaluation.source(arm.artifact, host, options), f"judge {arm.name} on the test split"
+            with evaluation.opened(arm.artifact.path, host, options) as run:
+                predictions = evaluation.predict(run, job.test, job, progress, label, source=source)
             judged = evaluation.judge(predictions, job, arm.selection.threshold)
             quality["test"] = evaluation.quality_record(job, judged, original.test)
     return ArmEntry(

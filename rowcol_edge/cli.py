@@ -55,6 +55,9 @@ BudgetText = Annotated[
 ]
 Energy = Annotated[float | None, typer.Option(help="keep this share of each layer's output variance: 0.999")]
 Plan = Annotated[str | None, typer.Option(help="apply this plan file instead of searching for one")]
+UseCache = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="keep what stages make in ROWCOL_CACHE or ~/.cache/rowcol-edge")
+]
 Out = Annotated[str | None, typer.Option(help="folder that receives the results")]
 
 
@@ -183,6 +186,7 @@ def factor(
     plan: Plan = None,
     target: Annotated[str, typer.Option(help="the board whose rank multiple is used")] = "generic-x86",
     out: Out = None,
+    cache: UseCache = True,
     json: Json = False,
 ) -> None:
     """Choose ranks; write the plan and the factored model.
@@ -196,7 +200,7 @@ def factor(
             model,
             weights=weights, calib=calib, select=select, metric=metric, labels=labels, positive=positive,
             preprocess=preprocess, budget=budget, energy=energy, plan=plan, target=target, out=out or "factored",
-            progress=progress,
+            cache=cache, progress=progress,
         )  # fmt: skip
     if json:
         _print_json(result.to_dict())
@@ -254,6 +258,7 @@ def build(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="a rowcol.toml; options given here come on top")] = None,
     force: Annotated[bool, typer.Option("--force", help="build again even if nothing has changed")] = False,
+    cache: UseCache = True,
     json: Json = False,
 ) -> None:
     """Build one bundle per target.
@@ -271,7 +276,7 @@ def build(
     }  # fmt: skip
     given = {key: value for key, value in said.items() if value is not None}
     with _progress() as progress:
-        built = api.build_from(config, given, force=force, progress=progress)
+        built = api.build_from(config, given, force=force, cache=cache, progress=progress)
     if json:
         _print_json({"bundles": [b.to_dict() for b in built]})
         return

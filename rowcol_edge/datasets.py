@@ -57,6 +57,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.sample_digests)
 
+    @property
+    def key(self) -> list[object]:
+        """All that a result made from these samples depends on, as values that JSON can hold."""
+        return [self.digest, sorted(self.specs.items())]
+
     def batches(self) -> Iterator[Feeds]:
         """Every batch in order, as ``{input name: (batch, …)}``."""
         if self._cache is not None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .backends.base import Calibration
+from .backends.base import Artifact, Calibration
 from .datasets import Feeds, Split
 from .device.bundle import split_feeds
 from .device.decode import decode
-from .device.runtimes import RuntimeOptions, load_runtime
+from .device.runtimes import RuntimeOptions, Session, load_runtime
 from .errors import BundleError, ConfigError, DataError
 from .job import Job, Progress, silent
 from .quality import Metric, Predictions, paired_drop
@@ -36,17 +37,27 @@ class Judged:
     value: float
 
 
-def predict(run: Run, split: Split, job: Job, progress: Progress = silent, label: str = "evaluate") -> Predictions:
-    """Outputs for every sample of a labelled split; the first output is the one that is judged."""
-    outputs = []
-    done = 0
-    for feeds in split.batches():
-        outputs.append(next(iter(run(feeds).values())))
-        done += len(outputs[-1])
-        progress(label, done, len(split))
+def predict(
+    run: Run, split: Split, job: Job, progress: Progress = silent, label: str = "evaluate", *, source: str = ""
+) -> Predictions:
+    """Outputs for every sample of a labelled split; the first output is the one that is judged.
+
+    ``source`` says what ``run`` runs and how, all of it: then outputs are kept in the cache.
+    """
+
+    def outputs() -> dict[str, npt.NDArray[Any]]:
+        made = []
+        done = 0
+        for feeds in split.batches():
+            made.append(next(iter(run(feeds).values())))
+            done += len(made[-1])
+            progress(label, done, len(split))
+        return {"outputs": np.concatenate(made)}
+
     if split.labels is None:
         raise DataError(f"{split.name} data", expected="labels", got="none")
-    joined = np.concatenate(outputs)
+    known = job.cache.arrays(job.stage_key("predict", source, split.key), outputs) if source else outputs()
+    joined = known["outputs"]
     if job.contract == "classify":
         _check_classes(joined, split, job)
     return Predictions(joined, split.labels, job.positive)
@@ -137,22 +148,35 @@ def held_out(job: Job, chosen: Sequence[int]) -> tuple[Calibration, Feeds]:
     """
     pool = job.calibration
     if job.selection is not None:
-        return partial(pool.only, chosen), job.selection.take(_HELD)
+        return functools.partial(pool.only, chosen), job.selection.take(_HELD)
     kept = len(pool) - min(_HELD, len(pool) // 4)
     held = list(pool.only(range(kept, len(pool)) or range(len(pool))))
     ranges = tuple(place for place in chosen if place < kept) or chosen
-    return partial(pool.only, ranges), {name: np.concatenate([part[name] for part in held]) for name in held[0]}
+    return functools.partial(pool.only, ranges), {
+        name: np.concatenate([part[name] for part in held]) for name in held[0]
+    }
+
+
+def source(artifact: Artifact, runtime: str, options: RuntimeOptions) -> str:
+    """What an opened artifact runs and how, for `predict`."""
+    return json.dumps([artifact.sha256, runtime, asdict(options)])
 
 
 @contextmanager
 def opened(artifact: Path, runtime: str, options: RuntimeOptions) -> Iterator[Run]:
-    """The artifact as the device opens it, taking batches of any size: they are cut to the batch the model has."""
-    with load_runtime(runtime).open(artifact, options) as session:
+    """The artifact as the device opens it, at the first run, taking batches of any size: they are cut to the batch the
+    model has."""
+    with ExitStack() as stack:
+
+        @functools.cache
+        def session() -> Session:
+            return stack.enter_context(load_runtime(runtime).open(artifact, options))
 
         def run(feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
-            free = all(spec.shape and spec.shape[0] is None for spec in session.inputs)
-            parts = [feeds] if free else list(split_feeds(session.inputs, feeds))
-            outputs = [session.run(part) for part in parts]
+            inputs = session().inputs
+            free = all(spec.shape and spec.shape[0] is None for spec in inputs)
+            parts = [feeds] if free else list(split_feeds(inputs, feeds))
+            outputs = [session().run(part) for part in parts]
             return {name: np.concatenate([o[name] for o in outputs]) for name in outputs[0]}
 
         yield run

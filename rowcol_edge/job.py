@@ -11,12 +11,15 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from . import cache as caching
 from . import datasets, frames, models, quality, targets, user_code
 from .backends.base import ACCURACY_CONTROL
 from .budgets import Budgets
+from .cache import Cache
 from .config import DEFAULT_BUDGET, BuildOptions
 from .datasets import Split
 from .device.preprocess import Frames, Preprocess
+from .device.system import environment
 from .errors import ConfigError, DataError
 from .factoring.plan import FactorPlan
 from .models import LoadedModel
@@ -45,6 +48,7 @@ class Job:
         metric: None where there are no labels.
         positive: index of the positive class among ``labels``.
         budgets: the user's, or the default where quality can be judged.
+        cache: keeps what stages made, see `stage_key`.
     """
 
     options: BuildOptions
@@ -59,34 +63,52 @@ class Job:
     contract: str
     preprocess: Preprocess | None
     budgets: Budgets
+    cache: Cache
 
     @property
     def key(self) -> str:
         """Digest of all that decides the result: model, data, resolved options, plan, metric, tools and this source."""
-        plan = Path(self.options.plan).read_bytes() if self.options.plan else b""
-        metric = user_code.source(self.metric.function) if isinstance(self.metric, Custom) else None
         parts = [
             self.model.digest,
             [s.digest if s else None for s in (self.calibration, self.selection, self.test)],
             {k: v for k, v in self.options.to_dict().items() if k not in ("out", "target", "plan", "model", "weights")},
-            hashlib.sha256(plan).hexdigest(),
-            self.metric.name if self.metric else None,
-            metric,
-            self.labels,
-            self.positive,
-            self.contract,
+            self._judgement,
             self.preprocess.to_dict() if self.preprocess else None,
-            str(self.budgets),
             tool_versions(),
             _own_source(),
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def search_key(self) -> list[object]:
+        """What decides a search besides the model and the target, for `stage_key`."""
+        selection = self.selection.key if self.selection else None
+        return [self.calibration.key, selection, self.options.energy, self._judgement]
+
+    @property
+    def _judgement(self) -> list[object]:
+        """What quality and costs are judged by, and the plan where it is given."""
+        plan = Path(self.options.plan).read_bytes() if self.options.plan else b""
+        return [
+            hashlib.sha256(plan).hexdigest(),
+            self.metric.name if self.metric else None,
+            user_code.source(self.metric.function) if isinstance(self.metric, Custom) else None,
+            self.labels,
+            self.positive,
+            self.contract,
+            str(self.budgets),
+        ]
+
+    def stage_key(self, stage: str, *parts: object) -> str:
+        """Key of what a stage makes of the model and ``parts``; tools, this source and the processor decide it too."""
+        return caching.key([stage, self.model.digest, parts, tool_versions(), _own_source(), _processor()])
+
 
 def prepare(
-    options: BuildOptions, model: LoadedModel | None = None, progress: Progress = silent, *, judges: bool = True
-) -> Job:
-    """Load and check the model, the targets and the splits.
+    options: BuildOptions, model: LoadedModel | None = None, progress: Progress = silent, cache: Cache | None = None,
+    *, judges: bool = True,
+) -> Job:  # fmt: skip
+    """Load and check the model, the targets and the splits. ``cache``: None keeps nothing.
 
     Args:
         judges: quality will be judged, so test data without labels or a metric are refused.
@@ -151,6 +173,7 @@ def prepare(
         contract=contract,
         preprocess=preprocess,
         budgets=budgets,
+        cache=cache or Cache(None),
     )
 
 
@@ -185,6 +208,13 @@ def _own_source() -> str:
     for file in sorted(here.rglob("*.py")):
         sha.update(file.read_bytes())
     return sha.hexdigest()
+
+
+@cache
+def _processor() -> str:
+    """Kernels are picked by it, and round differently: a cache may lie in a home that machines share."""
+    host = environment()
+    return f"{host.machine} {host.cpu_model} {host.caps}"
 
 
 def check_out(out: Path) -> None:

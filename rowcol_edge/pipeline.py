@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from . import bundling, config, coverage, evaluation, keeping, precision, search
 from .arms import Arm, Workbench
 from .backends.base import LayerError
 from .budgets import Budget
+from .cache import Cache
 from .calling import feed
 from .config import BuildOptions
 from .device.bundle import Bundle
@@ -87,11 +89,17 @@ class Factored:
 
 
 def build(
-    options: BuildOptions, model: LoadedModel | None = None, *, force: bool = False, progress: Progress = silent
+    options: BuildOptions,
+    model: LoadedModel | None = None,
+    *,
+    force: bool = False,
+    cache: Cache | None = None,
+    progress: Progress = silent,
 ) -> list[Built]:
     """Build a bundle for each target under ``options.out``.
 
-    A bundle whose inputs, options and tools have not changed is kept as it is, unless ``force``.
+    A bundle whose inputs, options and tools have not changed is kept as it is, unless ``force``; what other builds left
+    in the cache is used again in any case.
 
     Raises:
         InputError: bad input; nothing is written.
@@ -99,7 +107,7 @@ def build(
     """
     out = Path(options.out)
     check_out(out)
-    job = prepare(options, model, progress)
+    job = prepare(options, model, progress, cache)
     found: dict[str, Built] = {}
     for target in job.targets:
         kept = None if force else _unchanged(bundling.path(out, target, options.runtime), bundling.key(job, target))
@@ -127,7 +135,12 @@ def build(
 
 
 def factor(
-    options: BuildOptions, model: LoadedModel | None = None, *, out: Path | None = None, progress: Progress = silent
+    options: BuildOptions,
+    model: LoadedModel | None = None,
+    *,
+    out: Path | None = None,
+    cache: Cache | None = None,
+    progress: Progress = silent,
 ) -> Factored:
     """Choose a plan and apply it; with ``out`` write ``plan.toml``, ``model.safetensors`` and ``model.pt2`` there.
 
@@ -136,12 +149,12 @@ def factor(
     """
     if out is not None:
         check_out(out)
-    job = prepare(options, model, progress)
+    job = prepare(options, model, progress, cache)
     if job.budgets.get("size"):
         raise ConfigError(
             "budget size", expected="a budget that factoring decides", got="bytes", hint="build judges it"
         )
-    known = study(job.model.module, job.calibration, progress=progress)
+    known = _study(job, progress)
     chooser = _Chooser(job, known, progress)
     choice = chooser.choice(job.targets[0].rank_multiple, "fp32")
     plan = choice.plans[-1]
@@ -183,6 +196,11 @@ def _unchanged(path: Path, key: str) -> Built | None:
     return Built(path, manifest, reused=True) if manifest.build.get("key") == key else None
 
 
+def _study(job: Job, progress: Progress) -> Study:
+    keep = partial(job.cache.arrays, job.stage_key("spaces", job.calibration.key))
+    return study(job.model.module, job.calibration, keep=keep, progress=progress)
+
+
 @dataclass(frozen=True, slots=True)
 class _Ready:
     """A target's arms, all checked, the default one first."""
@@ -203,22 +221,28 @@ class _Chooser:
         self.study = known
         self.progress = progress
         self._found: dict[tuple[int, str], Choice] = {}
-        self.reference: Judged | None = self._judge(job.model.module, "judge the original", None)
+        self.reference: Judged | None = self._judge(job.model.module, "judge the original", None, source="original")
 
     def choice(self, multiple: int, precision: str) -> Choice:
         # the search itself is at fp32; only a limit in bytes depends on the precision
         key = (multiple, precision if self.job.budgets.get("size") else "")
         if key not in self._found:
-            self._found[key] = search.choose(
-                self.study, self.job, multiple, precision, self.reference, self._judge_trial, self.progress
+            text = self.job.cache.text(
+                self.job.stage_key("search", *key, self.job.search_key),
+                lambda: search.choose(
+                    self.study, self.job, multiple, precision, self.reference, self._judge_trial, self.progress
+                ).to_json(),
             )
+            self._found[key] = Choice.from_json(text)
         return self._found[key]
 
-    def _judge(self, module: nn.Module, label: str, original: Judged | None) -> Judged | None:
+    def _judge(self, module: nn.Module, label: str, original: Judged | None, source: str = "") -> Judged | None:
         """A module on the selection split; None without labels."""
         if self.job.metric is None or self.job.selection is None:
             return None
-        predictions = evaluation.predict(torch_run(module), self.job.selection, self.job, self.progress, label)
+        predictions = evaluation.predict(
+            torch_run(module), self.job.selection, self.job, self.progress, label, source=source
+        )
         return evaluation.judge_selection(predictions, self.job, original)
 
     def _judge_trial(self, module: nn.Module, label: str) -> Judged:
@@ -234,7 +258,7 @@ class _Line:
     def __init__(self, job: Job, work: Path, progress: Progress) -> None:
         self.job = job
         self.progress = progress
-        self.study = study(job.model.module, job.calibration, progress=progress)
+        self.study = _study(job, progress)
         self.chooser = _Chooser(job, self.study, progress)
         # the quantizer gets a diverse subset; the spaces got the whole pool, since a covariance gains from each sample
         self.data = coverage.survey(job, self.study.folded, self.study.graph, progress)
@@ -276,16 +300,13 @@ class _Line:
         self, variant: str, plan: FactorPlan | None, target: Target, runtime: RuntimeSpec, precision: str,
         keep_float: Sequence[LayerError] = (), repaired: bool = False,
     ) -> Arm:  # fmt: skip
-        module = self._module(plan)
         parameters = self.study.parameters - (0 if plan is None else plan.saved_parameters)
-        if repaired:
-            module = equalize(module, trace(module, feed(module, self.job.calibration.example())))
-        return self.bench.arm(variant, module, plan, parameters, target, runtime, precision, keep_float, repaired)
 
-    def _module(self, plan: FactorPlan | None) -> nn.Module:
-        if plan is None or not plan.projected:
-            return self.study.folded
-        return apply(self.study.folded, plan, self.study.spaces)
+        def module() -> nn.Module:
+            made = apply(self.study.folded, plan, self.study.spaces) if plan and plan.projected else self.study.folded
+            return equalize(made, trace(made, feed(made, self.job.calibration.example()))) if repaired else made
+
+        return self.bench.arm(variant, module, plan, parameters, target, runtime, precision, keep_float, repaired)
 
     def _factored(self, target: Target, runtime: RuntimeSpec, precision: str) -> tuple[Arm, Choice]:
         """The factored arm, within the budgets.
@@ -379,8 +400,9 @@ class _Line:
         reference, test = self.chooser.reference, self.job.test
         if reference is not None and test is not None and test.labels is not None and self._test is None:
             predictions = evaluation.predict(
-                torch_run(self.job.model.module), test, self.job, self.progress, "judge the original on the test split"
-            )
+                torch_run(self.job.model.module), test, self.job, self.progress,
+                "judge the original on the test split", source="original",
+            )  # fmt: skip
             self._test = evaluation.judge(predictions, self.job, reference.threshold)
         return bundling.Quality(reference, self._test)
 

@@ -6,6 +6,7 @@ bisects it, because a bolder plan is hardly ever better, and says in its trials 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from .budgets import Budget, Budgets
 from .errors import BudgetError
 from .evaluation import Judged
 from .factoring import apply, ranks
-from .factoring.plan import FactorPlan
+from .factoring.plan import FactorPlan, LayerPlan
 from .factoring.study import Study
 from .job import Job, Progress
 
@@ -53,6 +54,18 @@ class Choice:
 
     plans: tuple[FactorPlan, ...]
     trials: tuple[Trial, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Choice:
+        """What `to_json` wrote, every digit of it."""
+        values = json.loads(text)
+        plans = (
+            FactorPlan(**{**p, "layers": tuple(LayerPlan(**layer) for layer in p["layers"])}) for p in values["plans"]
+        )
+        return cls(tuple(plans), tuple(Trial(**t) for t in values["trials"]))
 
 
 def choose(

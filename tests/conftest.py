@@ -80,6 +80,7 @@ def _missing() -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ["ROWCOL_CACHE"] = "off"  # a stage that a test means to run must run
     if os.environ.get("ROWCOL_REQUIRE_SYSTEM") == "1" and (missing := _missing()):
         raise pytest.UsageError(f"ROWCOL_REQUIRE_SYSTEM=1, but this system lacks {', '.join(missing)}")
 

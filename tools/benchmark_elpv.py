@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import rowcol_edge
-from benchmark_machine import machine
+from benchmark_machine import machine, settle
 from rowcol_edge import config, evaluation, job, search
 from rowcol_edge.export.parity import torch_run
 from rowcol_edge.factoring.apply import apply
@@ -55,13 +54,6 @@ def main() -> None:
     out = RESULTS / f"{options.sample.partition('-')[0]}-{options.target}.json"
     out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"written to {out}")
-
-
-def settle(limit: float = 0.5, seconds: float = 240.0) -> None:
-    """Wait until what ran before has left the load average: the profiler takes load for other work."""
-    until = time.monotonic() + seconds
-    while os.getloadavg()[0] > limit and time.monotonic() < until:
-        time.sleep(5)
 
 
 def ladder(reference: str, target: str, progress: job.Progress) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmark_backends_table import short_table
 from rowcol_edge import targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,6 +182,11 @@ def device() -> str:
     )
 
 
+def backends() -> str:
+    """Every model and runtime in one row: the dense original, the best of ours, the best of the runtimes' own ways."""
+    return short_table(_result("backends.json"))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "elpv": elpv,
     "frontier": frontier,
@@ -189,6 +195,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "profiler": profiler,
     "device": device,
 }
+if (RESULTS / "backends.json").is_file():  # half an hour on a quiet machine; until it was run there is nothing to show
+    TABLES["backends"] = backends
 
 
 def _result(name: str) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +30,9 @@ ERROR_SAMPLES = 32
 
 BIAS_SAMPLES = 64
 """Calibration samples for the mean error of a channel."""
+
+
+_DESCRIPTION = "description.json"
 
 
 class Source(Enum):
@@ -124,6 +128,20 @@ class Artifact:
     """What a person should know of how it was made."""
     oldest: str = ""
     """Oldest version of the runtime that opens it, where the precision asks for more than targets usually promise."""
+
+    def describe(self, folder: Path) -> None:
+        """Write beside its files, which lie in ``folder``, all else that is known of it."""
+        said = asdict(self) | {"path": self.path.name, "companions": [path.name for path in self.companions]}
+        (folder / _DESCRIPTION).write_text(json.dumps(said), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Artifact:
+        """The artifact that `describe` left there, or in a folder whose files were copied to this one."""
+        said = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+        said["path"] = folder / said["path"]
+        said["companions"] = tuple(folder / name for name in said["companions"])
+        said["notes"] = tuple(said["notes"])
+        return cls(**said)
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,17 @@ def _convert(
             raise _conversion_error(e, captured) from e
         if converted is None:
             raise StageError("export", expected="an ONNX model from torch.onnx.export", got="nothing")
+        _free_names(converted, {*inputs, *outputs})
         return converted.model_proto
+
+
+def _free_names(converted: torch.onnx.ONNXProgram, names: set[str]) -> None:
+    """Rename inner values that are called as an input or output is: torch names them after their operators, such as
+    ``embedding``."""
+    for node in converted.model.graph.all_nodes():
+        for value in node.outputs:
+            if value.name in names and not value.is_graph_output():
+                value.name = f"{value.name}_within"
 
 
 def _name_batch(proto: onnx.ModelProto) -> None:

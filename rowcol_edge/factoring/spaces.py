@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -105,6 +105,28 @@ def collect(
         if progress is not None:
             progress("spectra", count, len(watched))
     return spaces
+
+
+def to_arrays(spaces: Mapping[str, LayerSpaces]) -> dict[str, NDArray[Any]]:
+    """All numbers, by ``field layer``, for a file."""
+    return {
+        f"{field} {name}": np.asarray(value)
+        for name, space in spaces.items()
+        for field in _FIELDS
+        if (value := getattr(space, field)) is not None
+    }
+
+
+def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> dict[str, LayerSpaces]:
+    """What `to_arrays` was given."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, array in arrays.items():
+        field, _, name = key.partition(" ")
+        found.setdefault(name, {})[field] = array if array.ndim else int(array)
+    return {name: LayerSpaces(name=name, **values) for name, values in found.items()}
+
+
+_FIELDS = tuple(field.name for field in fields(LayerSpaces) if field.name != "name")
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

@@ -104,6 +104,29 @@ def test_several_inputs_in_any_order_and_a_dict_of_outputs(tmp_path: Path, dynam
     np.testing.assert_allclose(got["gap"], expected["gap"].numpy(), rtol=1e-5, atol=1e-6)
 
 
+class Sentence(nn.Module):
+    """Its outputs are called as torch calls what the operators in it return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 6)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        words = self.words(ids) * mask.unsqueeze(-1)
+        return {"mul": words.sum(1), "embedding": words.mean(1)}
+
+
+def test_whole_numbers_go_in_and_an_output_may_be_called_as_an_operator(tmp_path: Path) -> None:
+    model = Sentence().eval()
+    feeds = {"ids": np.arange(5, dtype=np.int64)[None], "mask": np.int64([[1, 1, 1, 0, 0]])}
+    save(model, feeds, tmp_path / "s.onnx")
+    with torch.no_grad():
+        expected = model(*(torch.from_numpy(array) for array in feeds.values()))
+    got = run(tmp_path / "s.onnx", feeds)
+    assert list(got) == ["mul", "embedding"]
+    assert all(np.allclose(got[name], value.numpy(), atol=1e-6) for name, value in expected.items())
+
+
 def test_inputs_behind_an_optional_one_go_by_keyword(tmp_path: Path) -> None:
     class Gap(nn.Module):
         def forward(

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def tools(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "tools"))
+
+
+@pytest.fixture
+def benchmark(tools: None) -> ModuleType:
+    import benchmark_backends
+
+    return benchmark_backends
+
+
+def against(verdict: str, ratio: float = 0.5) -> dict[str, Any]:
+    return {
+        "baseline": "b", "ratio": ratio, "ci_low": ratio - 0.01, "ci_high": ratio + 0.01, "verdict": verdict,
+        "evidence": "target",
+    }  # fmt: skip
+
+
+def cell(name: str, drop: float, median_ms: float, *, peer: str = "") -> dict[str, Any]:
+    return {
+        "name": name, "peer": bool(peer), "precision": "int8", "error": "", "parameters": 10**6, "size_bytes": 10**6,
+        "quality": {"metric": "accuracy", "value": 0.9, "n": 400, "flips": 1, "drop_pp": drop, "ci_low_pp": drop - 1,
+                    "ci_high_pp": drop + 1},
+        "fidelity": {"cosine": 0.99, "relative_error": 0.1, "n": 16}, "median_ns": median_ms * 1e6, "p90_ns": None,
+        "peak_bytes": 2**26, "to_dense": None, "to_peer": None if peer else against("faster"),
+        "to_ours": against(peer) if peer else None,
+    }  # fmt: skip
+
+
+def session(*cells: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": "net", "setting": "openvino AVX2", "runtime": "openvino", "runtime_version": "1", "threads": 2,
+        "evidence": "proxy", "null": against("no significant difference", 1.0), "cells": list(cells), "warnings": [],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("verdict", "drop", "expected"),
+    [
+        ("slower", 0.0, None),
+        ("no significant difference", 0.0, None),
+        ("faster", 0.0, "faster"),
+        ("slower", -0.7, "better"),
+        ("faster", -0.7, "faster and better"),
+    ],
+)
+def test_another_makers_lead_is_said_with_its_reason(
+    benchmark: ModuleType, verdict: str, drop: float, expected: str | None
+) -> None:
+    found = session(cell("dense@int8", 0.0, 4.0), cell("nncf.quantize", drop, 2.0, peer=verdict))
+    benchmark._explain([found], {})
+    peer = found["cells"][1]
+    assert peer.get("beats_ours") == expected
+    assert peer.get("remark") == (expected and "unexplained")
+    benchmark._explain([found], {"net / openvino AVX2 / nncf.quantize": "it keeps less"})
+    assert peer.get("remark") == (expected and "it keeps less")
+    assert "beats_ours" not in found["cells"][0]
+
+
+def test_the_tables_show_every_file_and_every_reason(benchmark: ModuleType) -> None:
+    broken = {"name": "dense@fp16", "peer": False, "precision": "fp16", "error": "it crashed"}
+    cells = [cell("dense@int8", 0.0, 4.0), cell("factored@int8", 0.9, 3.0), cell("nncf", 0.0, 2.0, peer="faster")]
+    found = session(*cells, broken)
+    benchmark._explain([found], {"net / openvino AVX2 / nncf": "it fuses more"})
+    result = {
+        "machine": {"cpu_model": "CPU", "cores_usable": 2}, "command": "python x", "build": None,
+        "models": {"net": {"title": "A net", "source": "random"}}, "sessions": [found],
+    }  # fmt: skip
+    every = benchmark.long_table(result)
+    assert all(text in every for text in ("`dense@int8`", "`factored@int8`", "*nncf*", "it fuses more", "it crashed"))
+    import benchmark_backends_table
+
+    short = benchmark_backends_table.short_table(result)
+    assert "`dense@int8` 4.00 ms" in short  # the factored one is faster, but over half a point worse
+    assert "*nncf* 2.00 ms" in short
+    assert "it fuses more" in short
+    assert "proxy" in short
+
+
+def test_no_text_of_minilm_stands_in_two_splits(tools: None) -> None:
+    import minilm
+
+    texts = {s: [f"{s} {i}" for i in range(sum(minilm.SPLITS.values()) + 5)] for s in minilm.SECTIONS}
+    parts = minilm._splits(texts)
+    every = [text for found, _ in parts.values() for text in found]
+    assert len(every) == len(set(every)) == sum(minilm.SPLITS.values()) * len(minilm.SECTIONS)
+    assert all(text.startswith(minilm.SECTIONS[label]) for found, labels in parts.values()
+               for text, label in zip(found, labels, strict=True))  # fmt: skip
+    with pytest.raises(minilm.DataError, match="section fonts"):
+        minilm._splits({**texts, "fonts": []})

@@ -1,0 +1,309 @@
+"""Every runtime and precision on this machine, dense and factored, beside what the runtimes' own quantizers make.
+
+    python tools/benchmark_backends.py            # writes tools/results/backends.json and backends.md
+    python tools/benchmark_backends.py --quick    # the small model, few rounds, into dist/: does it run?
+
+Everything is built first (what a build has cost for ResNet-50 is a result too), then measured: one session for each
+model and setting (a runtime, or OpenVINO held to an older instruction set), in which all its files take turns, ours and
+the others', with a null arm. A session that is finished is not measured again as long as its files are the same, so the
+command can be stopped and run again. Under a cap only fp32 and int8 are measured; those figures have evidence `proxy`.
+
+A file of another maker counts as faster where it is significantly faster than the fastest of ours at its precision, and
+as better where its drop is more than 0.5 pp smaller than the smallest of ours. The reason is looked up in
+`tools/backends_remarks.toml`; without one the cell is marked `unexplained`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import sys
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmark_backends_files import File, files
+from benchmark_backends_table import long_table
+from benchmark_cost import build_cost
+from benchmark_machine import machine, settle
+from benchmark_models import Model, models
+from rowcol_edge import job, targets
+from rowcol_edge.backends import load_backend
+from rowcol_edge.device import schedule, stats, system
+from rowcol_edge.device.processes import Processes
+from rowcol_edge.device.profile import NULL, Block, Comparison
+from rowcol_edge.device.runtimes import load_runtime
+from rowcol_edge.device.session import Session, run_session
+from rowcol_edge.device.verdicts import compare
+from rowcol_edge.device.worker import TIME, Request
+from rowcol_edge.errors import MissingDependencyError
+from rowcol_edge.report.progress import reporter
+from rowcol_edge.targets import RuntimeSpec, Target
+
+HERE = Path(__file__).parent
+TARGET = "generic-x86"
+CAPS = {"openvino": ("AVX2_VNNI", "AVX2")}
+_CAPPED = ("fp32", "int8")
+_BETTER_PP = 0.5
+_TIMEOUT_SECONDS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A runtime on this machine, held to an instruction set or not."""
+
+    runtime: RuntimeSpec
+    cap: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.runtime.name} {self.cap}".strip()
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return {"ONEDNN_MAX_CPU_ISA": self.cap} if self.cap else {}
+
+
+def main() -> None:
+    options = _options()
+    os.environ["ROWCOL_CACHE"] = str((options.work / "cache").resolve())
+    target = targets.load(TARGET)
+    runtimes = [spec for spec in target.runtimes if _there(spec) and spec.name in (options.runtimes or [spec.name])]
+    chosen = [model for name, model in models(options.work).items() if name in options.models]
+    with reporter() as progress:
+        cost = None if options.no_cost else build_cost([spec.name for spec in runtimes], options.work, progress)
+        if any(model.name == "minilm" for model in chosen):
+            import minilm
+
+            progress("prepare MiniLM", 0, 1)
+            minilm.prepare(options.work / "minilm")
+        built = {
+            (model.name, spec.name): files(model, target, spec, options.work, progress)
+            for model in chosen
+            for spec in runtimes
+        }
+        if not options.quick:
+            settle()
+    todo = [
+        (model, setting, _wanted(built[model.name, spec.name], setting, options.precisions))
+        for model in chosen
+        for spec in runtimes
+        for setting in _settings(spec)
+    ]
+    sessions = _measured(todo, target, options)
+    result = {
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": machine(),
+        "tools": job.tool_versions(),
+        "models": {
+            m.name: {"title": m.title, "source": m.source, "labelled": "test" in m.options or _sample(m)}
+            for m in chosen
+        },
+        "build": cost,
+        "sessions": sessions,
+    }
+    _explain(sessions, tomllib.loads((HERE / "backends_remarks.toml").read_text(encoding="utf-8")))
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "backends.json").write_text(
+        json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    (options.out / "backends.md").write_text(long_table(result), encoding="utf-8")
+    print(f"written to {options.out / 'backends.json'} and {options.out / 'backends.md'}")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = list(models(Path()))
+    parser.add_argument("--models", nargs="+", default=known, choices=known, help="only these")
+    parser.add_argument("--runtimes", nargs="+", help="only these")
+    parser.add_argument("--precisions", nargs="+", help="measure only these")
+    parser.add_argument("--rounds", type=int, default=stats.MIN_ROUNDS, help="fresh processes for each file")
+    parser.add_argument("--seconds", type=float, default=45.0, help="for each session, as far as the rounds allow")
+    parser.add_argument("--work", type=Path, default=Path("dist/backends"), help="bundles, cache, finished sessions")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--no-cost", action="store_true", help="leave out the cost of building ResNet-50")
+    parser.add_argument("--quick", action="store_true", help="fmnist-vit, results in --work")
+    options = parser.parse_args()
+    if options.quick:
+        options.models, options.no_cost, options.seconds = ["fmnist-vit"], True, 1.0
+        options.out = options.work / "quick"
+    return options
+
+
+def _there(spec: RuntimeSpec) -> bool:
+    """Whether this machine can build for a runtime and run it."""
+    try:
+        load_backend(spec.name)
+        load_runtime(spec.name)
+    except MissingDependencyError as e:
+        print(f"left out: {e}", file=sys.stderr)
+        return False
+    return True
+
+
+def _settings(spec: RuntimeSpec) -> list[Setting]:
+    return [Setting(spec, cap) for cap in ("", *CAPS.get(spec.name, ()))]
+
+
+def _sample(model: Model) -> bool:
+    return str(model.options["model"]).startswith("sample:")
+
+
+def _measured(
+    todo: Sequence[tuple[Model, Setting, list[File]]], target: Target, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """All sessions; one that lies finished in the work folder is read."""
+    sessions: list[dict[str, Any]] = []
+    began, measured = time.monotonic(), 0
+    for done, (model, setting, wanted) in enumerate(todo):
+        key = _key(wanted, setting, options)
+        path = options.work / "sessions" / f"{model.name}-{setting.name.replace(' ', '-')}.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if found.get("key") != key:
+            each = (time.monotonic() - began) / measured if measured else options.seconds
+            left = each * (len(todo) - done) / 60
+            where = f"session {done + 1} of {len(todo)}: {model.name}, {setting.name}"
+            print(f"{where}; about {left:.0f} min left", file=sys.stderr)
+            found = {"key": key, **_session(model, setting, wanted, target, options)}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".part").write_text(json.dumps(found), encoding="utf-8")
+            path.with_suffix(".part").replace(path)
+            measured += 1
+        sessions.append(found)
+    return sessions
+
+
+def _wanted(built: Sequence[File], setting: Setting, precisions: Sequence[str] | None) -> list[File]:
+    asked = precisions or [file.precision for file in built]
+    return [f for f in built if f.precision in asked and (not setting.cap or f.precision in _CAPPED)]
+
+
+def _key(wanted: Sequence[File], setting: Setting, options: argparse.Namespace) -> str:
+    parts = [
+        [f.to_dict() for f in wanted],
+        setting.name,
+        options.rounds,
+        options.seconds,
+        job.tool_versions(),
+        machine(),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _session(
+    model: Model, setting: Setting, wanted: Sequence[File], target: Target, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Measure the files of a model in a setting, and set them against one another."""
+    host = system.environment()
+    threads = min(target.threads, host.cores_usable)
+    there = {f.name: f for f in wanted if not f.error}
+    requests = {name: _request(file, setting, threads) for name, file in there.items()}
+    null_of = next(name for name in ("dense@int8", "dense@fp32", *requests) if name in requests)
+    requests[NULL] = requests[null_of]
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    found = run_session(
+        requests, Processes(setting.variables, _TIMEOUT_SECONDS), options.rounds, options.seconds, job.silent
+    )
+    level = system.PROXY if setting.cap else system.evidence_for(target.to_dict(), host).level
+    return {
+        "model": model.name,
+        "setting": setting.name,
+        "runtime": setting.runtime.name,
+        "runtime_version": " / ".join(sorted(found.versions)),
+        "cap": setting.cap,
+        "threads": threads,
+        "started": started,
+        "seconds": round(found.elapsed_seconds, 1),
+        "evidence": level,
+        "null": _ratio(compare(found.blocks, NULL, null_of, level)),
+        "warnings": list(found.warnings),
+        "cells": [_cell(file, there, found, level) for file in wanted],
+    }
+
+
+def _request(file: File, setting: Setting, threads: int) -> Request:
+    return Request(
+        mode=TIME,
+        arm=file.name,
+        runtime=setting.runtime.name,
+        artifact=file.path,
+        golden_inputs=file.inputs,
+        batch=file.batch,
+        threads=threads,
+        providers=setting.runtime.providers,
+        properties=setting.runtime.properties,
+        min_samples=schedule.MIN_SAMPLES,
+        max_samples=schedule.MAX_SAMPLES,
+    )
+
+
+def _cell(file: File, there: Mapping[str, File], found: Session, level: str) -> dict[str, Any]:
+    """One row: what the file is, how good it is, how long it takes, and beside which others."""
+    said = {key: value for key, value in file.to_dict().items() if key not in ("path", "inputs", "batch")}
+    if file.error:
+        return said
+    blocks = found.blocks
+
+    def against(names: Sequence[str]) -> dict[str, Any] | None:
+        fastest = min((n for n in names if n != file.name), key=lambda n: _median(blocks[n]), default=None)
+        return None if fastest is None else _ratio(compare(blocks, file.name, fastest, level))
+
+    same = [name for name, other in there.items() if other.precision == file.precision]
+    samples = [ns for block in blocks[file.name] for ns in block.samples_ns]
+    return {
+        **said,
+        "median_ns": stats.median(samples),
+        "p90_ns": stats.percentile(samples, 90),
+        "samples": len(samples),
+        "block_medians_ns": [block.median_ns for block in blocks[file.name]],
+        "load_ns": stats.median([block.load_ns for block in blocks[file.name]]),
+        "peak_bytes": stats.median([run.peak_bytes or 0 for run in found.memory[file.name]]),
+        "to_dense": against([n for n in same if n == f"dense@{file.precision}"]),
+        "to_fp32": against([n for n in there if n == "dense@fp32"]),
+        "to_peer": against([n for n, other in there.items() if other.peer]) if not file.peer else None,
+        "to_ours": against([n for n in same if not there[n].peer]) if file.peer else None,
+    }
+
+
+def _median(blocks: Sequence[Block]) -> float:
+    return stats.median([block.median_ns for block in blocks])
+
+
+def _ratio(found: Comparison) -> dict[str, Any]:
+    return {
+        "baseline": found.baseline, "ratio": found.ratio, "ci_low": found.ci_low, "ci_high": found.ci_high,
+        "verdict": found.verdict, "evidence": found.evidence,
+    }  # fmt: skip
+
+
+def _explain(sessions: Sequence[dict[str, Any]], remarks: Mapping[str, str]) -> None:
+    """Beside each cell of another maker that is faster or better than ours: why."""
+    for session in sessions:
+        for cell in session["cells"]:
+            ours = [c for c in session["cells"] if not c["peer"] and c["precision"] == cell["precision"]]
+            beaten = _beaten(cell, ours) if cell["peer"] and not cell["error"] else ""
+            if beaten:
+                name = f"{session['model']} / {session['setting']} / {cell['name']}"
+                cell["beats_ours"] = beaten
+                cell["remark"] = remarks.get(name, "unexplained")
+
+
+def _beaten(cell: Mapping[str, Any], ours: Sequence[Mapping[str, Any]]) -> str:
+    """What another maker's file is ahead in: ``faster``, ``better``, both, or nothing."""
+    ahead = []
+    if cell["to_ours"] and cell["to_ours"]["verdict"] == stats.FASTER:
+        ahead.append("faster")
+    drops = [c["quality"]["drop_pp"] for c in ours if c.get("quality")]
+    if cell.get("quality") and drops and min(drops) - cell["quality"]["drop_pp"] > _BETTER_PP:
+        ahead.append("better")
+    return " and ".join(ahead)
+
+
+if __name__ == "__main__":
+    main()
