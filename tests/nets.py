@@ -92,12 +92,12 @@ class UnevenNet(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(1, 16, 3, padding=1)
         self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
-        self.last = nn.Conv2d(16, 16, 1)
-        self.head = nn.Linear(16, 3)
+        self.last = nn.Conv2d(16, 16, 1, bias=False)
+        self.head = nn.Linear(16, 3, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.depthwise(torch.relu(self.first(x))))
-        return self.head(torch.sigmoid(self.last(x)).mean((2, 3)))
+        return self.head(torch.relu(self.last(x)).mean((2, 3)))
 
 
 def uneven_net() -> UnevenNet:
@@ -123,7 +123,8 @@ class OutlierNet(nn.Module):
         self.register_buffer("gain", torch.ones(16, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.reader(torch.relu(self.stem(x)) * self.gain))
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.reader(x * self.gain + x))  # a product alone would be folded into the weights
         for layer in self.more:
             x = torch.relu(layer(x))
         return self.head(x.mean((2, 3)))
