@@ -29,6 +29,7 @@ def against(verdict: str, ratio: float = 0.5) -> dict[str, Any]:
 def cell(name: str, drop: float, median_ms: float, *, peer: str = "") -> dict[str, Any]:
     return {
         "name": name, "peer": bool(peer), "precision": "int8", "error": "", "parameters": 10**6, "size_bytes": 10**6,
+        "selection_drop_pp": drop,
         "quality": {"metric": "accuracy", "value": 0.9, "n": 400, "flips": 1, "drop_pp": drop, "ci_low_pp": drop - 1,
                     "ci_high_pp": drop + 1},
         "fidelity": {"cosine": 0.99, "relative_error": 0.1, "n": 16}, "median_ns": median_ms * 1e6, "p90_ns": None,

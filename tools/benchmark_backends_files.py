@@ -53,6 +53,7 @@ class File:
     sha256: str = ""
     size_bytes: int = 0
     parameters: int = 0
+    selection_drop_pp: float | None = None
     quality: dict[str, Any] = field(default_factory=dict)
     fidelity: dict[str, float] = field(default_factory=dict)
 
@@ -174,6 +175,7 @@ def _ours(model: Model, target: Target, spec: RuntimeSpec, precision: str, out: 
                     sha256=next(entry.sha256 for entry in manifest.files if entry.path == arm.artifact),
                     size_bytes=arm.size_bytes,
                     parameters=arm.parameters,
+                    selection_drop_pp=arm.quality.get("selection", {}).get("drop_pp"),
                     quality=dict(arm.quality.get("test", {})),
                     fidelity=judge.fidelity(path),
                 )

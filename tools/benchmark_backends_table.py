@@ -100,8 +100,8 @@ def _row(cell: Mapping[str, Any]) -> list[str]:
 
 
 def _held(cells: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Those whose drop is within half a point, where there is a quality at all; all of them if none is."""
-    held = [c for c in cells if not c["quality"] or c["quality"]["drop_pp"] <= 0.5]
+    """Those whose drop on the selection split is within half a point or was not judged; all of them if none is."""
+    held = [c for c in cells if c["selection_drop_pp"] is None or c["selection_drop_pp"] <= 0.5]
     return held or cells
 
 
