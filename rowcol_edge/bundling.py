@@ -189,8 +189,7 @@ def _record(
         "budget": str(job.budgets),
         "splits": {
             split.name: {"reference": split.reference, "samples": len(split), "digest": split.digest}
-            for split in (job.calibration, job.selection, job.test)
-            if split is not None
+            for split in job.splits
         },
         "data": None if data is None else data.to_dict(),
         "trials": [trial.to_dict() for trial in choice.trials],

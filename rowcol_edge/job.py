@@ -66,6 +66,11 @@ class Job:
     cache: Cache
 
     @property
+    def splits(self) -> tuple[Split, ...]:
+        """Those that are there, the calibration split first."""
+        return tuple(split for split in (self.calibration, self.selection, self.test) if split is not None)
+
+    @property
     def key(self) -> str:
         """Digest of all that decides the result: model, data, resolved options, plan, metric, tools and this source."""
         parts = [
