@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 
 TOOLS = (
     "rowcol-edge", "torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino", "nncf", "litert-torch",
-    "ai-edge-litert", "ai-edge-quantizer", "numpy",
+    "ai-edge-litert", "ai-edge-quantizer", "numpy", "torchvision", "timm", "transformers",
 )  # fmt: skip
 
 
