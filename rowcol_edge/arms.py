@@ -49,7 +49,7 @@ class Arm:
         selection: quality on the selection split, with the threshold tuned there; None without labels.
         loss: relative error of its outputs against its own float source, on inputs that no range has seen.
         kept_float: layers that stayed in float, worst first.
-        repaired: whether its layers were equalised before the export, and its biases corrected where the backend does that.
+        repaired: whether its layers were equalised before the export, and its biases corrected by a backend that can.
         notes: what a person should know, such as a simplifier that crashed.
     """
 
