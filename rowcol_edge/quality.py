@@ -237,7 +237,7 @@ class Custom(Metric):
         self.function = function
 
     def value(self, predictions: Predictions, threshold: float | None) -> float:
-        what = f"metric {self.name}"
+        what = f"metric {self.name}(labels, outputs)"
         value = user_code.call(self.function, ConfigError, what, predictions.labels, predictions.outputs)
         try:
             value = float(value)
