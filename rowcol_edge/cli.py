@@ -220,10 +220,10 @@ def build(
     out: Out = None,
     weights: Weights = None,
     runtime: Annotated[
-        str | None, typer.Option(help="a runtime that the target lists: onnxruntime, openvino or tflite")
+        str | None, typer.Option(help="a runtime that the target lists: onnxruntime, openvino, tflite or tensorrt")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16, int8, int8-dynamic, int8-weights, int4-weights or auto")
+        str | None, typer.Option(help="fp32, fp16, int8, int8-io, int8-dynamic, int8-weights, int4-weights or auto")
     ] = None,
     calib: Calib = None,
     calib_size: CalibSize = None,
