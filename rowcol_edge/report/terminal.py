@@ -285,7 +285,7 @@ def profile(measured: Profile, path: Path) -> None:
 
     console = _console()
     console.print(profile_table(measured), soft_wrap=True)
-    console.print(f"written to {path}")
+    console.print(f"written to {path}", soft_wrap=True)
 
 
 def comparison(table: ComparisonTable, *, notes: bool = True) -> None:
