@@ -20,6 +20,7 @@ from .device.manifest import GRAPH_CHECKED, RUN, ArmEntry, Manifest, RuntimeEntr
 from .device.runtimes import load_runtime
 from .device.verify import golden_outputs
 from .evaluation import Judged
+from .factoring.layers import ALREADY_FACTORED
 from .factoring.plan import FactorPlan
 from .job import Job, Progress, silent, tool_versions
 from .search import Choice
@@ -198,6 +199,10 @@ def _record(
 
 
 def _plan_notes(plan: FactorPlan | None) -> list[str]:
-    if plan is None or plan.projected:
+    if plan is None:
         return []
-    return ["no layer could be factored within the budget: the factored arm equals the dense one"]
+    found = [layer.name for layer in plan.layers if layer.reason.startswith(ALREADY_FACTORED)]
+    notes = [f"{ALREADY_FACTORED}, left as they are: {', '.join(found)}"] if found else []
+    if not plan.projected:
+        notes.append("no layer was factored: the factored arm equals the dense one")
+    return notes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import itertools
 import sys
 import warnings
@@ -23,11 +24,16 @@ Arguments = tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """torch's warnings about its own deprecated parts are dropped; what a model prints goes to stderr.
+    """torch's warnings about its own deprecated parts are dropped, and the graph it writes to stderr where it gives up;
+    what a model prints goes to stderr.
 
     stdout belongs to the command line's ``--json``.
     """
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(sys.stderr),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         yield
 

@@ -43,7 +43,8 @@ CalibSize = Annotated[
 Select = Annotated[str | None, typer.Option(help="selection data: every choice is judged on these")]
 Test = Annotated[str | None, typer.Option(help="test data: reported once")]
 Metric = Annotated[
-    str | None, typer.Option(help="accuracy, balanced_accuracy, auroc, escape@overkill=1%, or module:function")
+    str | None,
+    typer.Option(help="accuracy, balanced_accuracy, auroc, escape@overkill=1%, or module:function (labels, outputs)"),
 ]
 Labels = Annotated[str | None, typer.Option(help="class names in the order of the outputs: good,defective")]
 Positive = Annotated[str | None, typer.Option(help="the class whose detection matters: defective")]
@@ -219,10 +220,10 @@ def build(
     out: Out = None,
     weights: Weights = None,
     runtime: Annotated[
-        str | None, typer.Option(help="a runtime that the target lists: onnxruntime, openvino or tflite")
+        str | None, typer.Option(help="a runtime that the target lists: onnxruntime, openvino, tflite or tensorrt")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16, int8, int8-dynamic, int8-weights, int4-weights or auto")
+        str | None, typer.Option(help="fp32, fp16, int8, int8-io, int8-dynamic, int8-weights, int4-weights or auto")
     ] = None,
     calib: Calib = None,
     calib_size: CalibSize = None,

@@ -99,7 +99,12 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
-            raise ConfigError("precision", expected=f"one of {', '.join(PRECISIONS)}", got=repr(self.precision))
+            raise ConfigError(
+                "precision",
+                expected=f"one of {', '.join(PRECISIONS)}",
+                got=repr(self.precision),
+                hint=did_you_mean(self.precision, PRECISIONS),
+            )
         if self.contract is not None and self.contract not in CONTRACTS:
             raise ConfigError("contract", expected=f"one of {', '.join(CONTRACTS)}", got=repr(self.contract))
         if self.energy is not None and not 0.0 < self.energy <= 1.0:
@@ -107,7 +112,12 @@ class BuildOptions:
         if len(set(self.labels)) != len(self.labels):
             raise ConfigError("labels", expected="names that differ", got=", ".join(self.labels))
         if self.positive is not None and self.labels and self.positive not in self.labels:
-            raise ConfigError("positive", expected=f"one of the labels {list(self.labels)}", got=repr(self.positive))
+            raise ConfigError(
+                "positive",
+                expected=f"one of the labels {', '.join(self.labels)}",
+                got=repr(self.positive),
+                hint=did_you_mean(self.positive, self.labels),
+            )
         if not self.target:
             raise ConfigError("target", expected="at least one target", got="none")
         chosen = [n for n in ("plan", "energy") if getattr(self, n) is not None]

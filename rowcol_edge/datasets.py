@@ -27,6 +27,7 @@ Labels = npt.NDArray[np.int64]
 BATCH = 32
 _CACHE_BYTES = 2**30
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+_SOME = "a few hundred real inputs are right; a folder holds .png, .jpg … or a subfolder of them per class"
 _LABEL_KEYS = ("labels", "label", "y")
 
 
@@ -143,6 +144,7 @@ def load(
         f"{name} data {reference!r}",
         expected="a folder of images, an .npz or module:callable",
         got="no such file or folder" if not path.exists() else f"a {path.suffix or 'file'}",
+        hint="a relative path starts from the current folder",
     )
 
 
@@ -165,7 +167,7 @@ def scan(split: Split) -> Split:
         if kept is not None:
             kept.append(feeds)
     if not digests:
-        raise DataError(f"{split.name} data {split.reference}", expected="at least one sample", got="none")
+        raise DataError(f"{split.name} data {split.reference}", expected="at least one sample", got="none", hint=_SOME)
     if labels and sum(map(len, labels)) != len(digests):
         raise DataError(
             f"{split.name} data {split.reference}", expected="labels for every batch or for none", got="some"
@@ -257,7 +259,7 @@ def _check(split: Split, feeds: Feeds) -> int:
         if array.dtype.kind not in "fiub":
             raise DataError(what, expected="numbers", got=str(array.dtype))
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise DataError(what, expected="finite values", got="NaN or Inf")
+            raise DataError(what, expected="finite values", got="NaN or Inf", hint="mend or leave out those samples")
         spec = (array.shape[1:], array.dtype.name)
         if split.specs.setdefault(name, spec) != spec:
             shape, dtype = split.specs[name]

@@ -26,6 +26,7 @@ from .errors import DataError, ModelError
 from .export.capture import name_outputs
 from .factoring.graph import LayerGraph
 from .job import Progress, silent
+from .models import OneByOne
 from .sketches import Sketches, sketch, stack
 
 _WIDEST = 512
@@ -103,19 +104,24 @@ class Observer:
 
     def batch(self, feeds: Feeds) -> tuple[Floats, Floats, Floats, Labels | None]:
         """Features, smallest values, largest values and answered classes of one batch."""
+        count = len(next(iter(feeds.values())))
+        if isinstance(self._model, OneByOne) and count > 1:  # its layers are called once a sample
+            singles = [self.batch({name: a[i : i + 1] for name, a in feeds.items()}) for i in range(count)]
+            features, low, high = (np.concatenate([single[i] for single in singles]) for i in range(3))
+            answers = [single[3] for single in singles if single[3] is not None]
+            return features, low, high, np.concatenate(answers) if answers else None
         tensors = feed(self._model, feeds)
-        self._batch, self._features, self._ranges = len(next(iter(feeds.values()))), [], {}
+        self._batch, self._features, self._ranges = count, [], {}
         args, kwargs = bind(self._model, tensors)
         with evaluating(self._model), self._hooks(), torch.inference_mode():
             try:
                 output = next(iter(name_outputs(self._model(*args, **kwargs)).values()))
             except (RuntimeError, TypeError, ValueError, IndexError) as e:
                 raise ModelError("the model fails on a batch of data", got=str(e)) from e
-        features = _narrow(self._features[-1] if self._features else _pooled(output, 1))
-        if not bool(torch.isfinite(features).all()):
+        seen = _narrow(self._features[-1] if self._features else _pooled(output, 1))
+        if not bool(torch.isfinite(seen).all()):
             raise DataError("the model's features hold NaN or infinity", hint="check the weights and the input scaling")
-        low, high = (self._edges(i) for i in range(2))
-        return _numpy(features), _numpy(low), _numpy(high), _classes(output)
+        return _numpy(seen), _numpy(self._edges(0)), _numpy(self._edges(1)), _classes(output)
 
     @property
     def _tensors(self) -> tuple[str, ...]:

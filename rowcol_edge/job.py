@@ -290,7 +290,10 @@ def _positive(name: str | None, labels: tuple[str, ...]) -> int | None:
         return None
     if name not in labels:
         raise ConfigError(
-            "positive", expected=f"one of the labels {list(labels)}", got=repr(name), hint="--labels good,defective"
+            "positive",
+            expected=f"one of the labels {', '.join(labels)}" if labels else "labels, one of which it is",
+            got=repr(name),
+            hint="name the classes in the order of the outputs: --labels good,defective",
         )
     return labels.index(name)
 

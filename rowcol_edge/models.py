@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from .samples import load as load_sample
 
 _SHOWN_KEYS = 3
 _CHECKPOINTS = (".pt", ".pth", ".bin", ".ckpt")
+_OTHER_MODEL = "hand over the weights that were saved from this model, or the model that they were saved from"
 _NESTED = ("state_dict", "model_state_dict", "model")
 
 
@@ -161,23 +163,33 @@ def load_weights(module: nn.Module, path: Path) -> None:
     for key, value in expected.items():
         if state[key].shape != value.shape:
             raise WeightsError(
-                f"{path}: {key}", expected=f"shape {tuple(value.shape)}", got=f"{tuple(state[key].shape)}"
+                f"{path}: {key}",
+                expected=f"shape {tuple(value.shape)}",
+                got=f"{tuple(state[key].shape)}",
+                hint=_OTHER_MODEL,
             )
         given = state[key].dtype
         # another width of float is a way to store weights; another kind of number is another file
         if given != value.dtype and not (given.is_floating_point and value.is_floating_point()):
-            raise WeightsError(f"{path}: {key}", expected=_dtype(value.dtype), got=_dtype(given))
+            raise WeightsError(f"{path}: {key}", expected=_dtype(value.dtype), got=_dtype(given), hint=_OTHER_MODEL)
     module.load_state_dict(state, strict=True)
 
 
 def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
     if not path.is_file():
-        raise WeightsError(str(path), expected="a weights file", got="no such file")
+        raise WeightsError(
+            str(path),
+            expected="a weights file",
+            got="no such file",
+            hint="a relative path starts from the current folder",
+        )
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except (SafetensorError, OSError) as e:
-            raise WeightsError(str(path), expected="a safetensors file", got=str(e)) from e
+            raise WeightsError(
+                str(path), expected="a safetensors file", got=str(e), hint="save or copy it again"
+            ) from e
     if path.suffix not in _CHECKPOINTS:
         raise WeightsError(str(path), expected=f".safetensors or one of {_CHECKPOINTS}", got=path.suffix or "no ending")
     try:
@@ -188,7 +200,7 @@ def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
         raise WeightsError(
             str(path),
             expected="a checkpoint of plain tensors (read with weights_only=True)",
-            got=str(e).splitlines()[0] if str(e) else type(e).__name__,
+            got=_unpickling(e),
             hint="save only the state dict: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')",
         ) from e
     for key in _NESTED:
@@ -198,6 +210,14 @@ def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
     if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
         raise WeightsError(str(path), expected="a dict of tensors", got=type(loaded).__name__)
     return loaded
+
+
+def _unpickling(error: Exception) -> str:
+    """What stopped torch, without its advice to read the file in spite of it."""
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"a pickle that calls {found[1]}"
+    first = str(error).partition("\n")[0]
+    return "a pickle of more than tensors" if not first or "weights_only" in first else first
 
 
 def _dtype(dtype: torch.dtype) -> str:
@@ -217,7 +237,7 @@ def _prefix_hint(missing: list[str], unexpected: list[str]) -> str:
             return (
                 f"the model's keys all start with {prefix!r}: save the inner module's weights or wrap it the same way"
             )
-    return ""
+    return _OTHER_MODEL
 
 
 def check_finite(module: nn.Module) -> None:
@@ -226,7 +246,10 @@ def check_finite(module: nn.Module) -> None:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
             bad = int((~torch.isfinite(value)).sum())
             raise WeightsError(
-                f"weights {key}", expected="finite values", got=f"{bad} NaN or Inf out of {value.numel()}"
+                f"weights {key}",
+                expected="finite values",
+                got=f"{bad} NaN or Inf out of {value.numel()}",
+                hint="the training diverged or the file is damaged: hand over an earlier checkpoint",
             )
 
 

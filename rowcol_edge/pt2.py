@@ -73,7 +73,8 @@ def load_program(path: str | Path) -> torch.export.ExportedProgram:
     try:
         content = source.read_bytes()
     except OSError as error:
-        raise ModelError(f"cannot read {source}", got=error.strerror or str(error)) from error
+        got, hint = error.strerror or str(error), "a relative path starts from the current folder"
+        raise ModelError(f"cannot read {source}", expected="a saved .pt2", got=got, hint=hint) from error
     try:
         _check_archive(content, source.name)
         # From the bytes that were checked, so the file cannot change in between.

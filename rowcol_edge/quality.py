@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from . import user_code
 from .device.decode import decide, probabilities
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, did_you_mean
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -61,7 +61,10 @@ class Predictions:
         """Probability of the positive class, (samples,)."""
         if self.positive is None:
             raise ConfigError(
-                "metric", expected="a positive class", got="none was named", hint="name it: --positive defective"
+                "metric",
+                expected="a positive class",
+                got="none was named",
+                hint="name it: --positive CLASS, such as defective",
             )
         return np.asarray(probabilities(np.asarray(self.outputs), self.positive)[:, self.positive], np.float64)
 
@@ -237,7 +240,7 @@ class Custom(Metric):
         self.function = function
 
     def value(self, predictions: Predictions, threshold: float | None) -> float:
-        what = f"metric {self.name}"
+        what = f"metric {self.name}(labels, outputs)"
         value = user_code.call(self.function, ConfigError, what, predictions.labels, predictions.outputs)
         try:
             value = float(value)
@@ -272,7 +275,10 @@ def metric(name: str) -> Metric:
     if ":" in name:
         return Custom(name, user_code.resolve(name, ConfigError, "metric"))
     raise ConfigError(
-        "metric", expected=f"{', '.join(built_in)}, escape@overkill=1% or module:function", got=repr(name)
+        "metric",
+        expected=f"{', '.join(built_in)}, escape@overkill=1% or module:function",
+        got=repr(name),
+        hint=did_you_mean(name, [*built_in, "escape@overkill=1%"]),
     )
 
 

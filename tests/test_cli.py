@@ -81,6 +81,23 @@ def test_inspect_shows_every_layer(model: dict[str, str], capsys: pytest.Capture
     assert "column" in capsys.readouterr().out
 
 
+def test_what_the_user_named_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text("import torch\n\n\ndef two():\n    return torch.nn.Linear(4, 4)\n")
+    np.savez(tmp_path / "[red]calib.npz", x=np.ones((2, 4), np.float32), labels=np.array([0, 1]))
+    assert run("inspect", f"{tmp_path / 'mine.py'}:two", "--calib", str(tmp_path / "[red]calib.npz")) == 0
+    assert "mine.py:two:20parameters" in "".join(capsys.readouterr().out.split())
+    data = [
+        "data",
+        f"{tmp_path / 'mine.py'}:two",
+        "--calib",
+        str(tmp_path / "[red]calib.npz"),
+        "--labels",
+        "[red],:two:",
+    ]
+    assert run(*data) == 0
+    assert "[red] 1, :two: 1" in capsys.readouterr().out
+
+
 def test_factor_writes_three_files(model: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "f"
     assert run(

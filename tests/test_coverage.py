@@ -13,11 +13,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 import rowcol_edge
-from rowcol_edge import config, coverage, datasets, duplicates
+from rowcol_edge import config, coverage, datasets, duplicates, models
 from rowcol_edge.cli import app
 from rowcol_edge.coverage import DataReport
 from rowcol_edge.datasets import Split
 from rowcol_edge.errors import ConfigError
+from rowcol_edge.factoring import graph
 from rowcol_edge.features import Observer
 from rowcol_edge.sketches import Likeness, sketch
 
@@ -201,6 +202,19 @@ def test_features_are_the_input_of_the_last_layer_and_narrow() -> None:
     assert low.shape == high.shape == (3, 4)
     assert np.allclose(low[:, 0], batch["input"].min(axis=(1, 2, 3)))
     assert np.allclose(high[:, 0], batch["input"].max(axis=(1, 2, 3)))
+
+
+def test_a_saved_program_for_single_samples_sees_what_the_model_sees(tmp_path: Path) -> None:
+    model, pictures = Pooled(), textures(5, 0)
+    torch.export.save(torch.export.export(model, (torch.from_numpy(pictures[:1]),)), tmp_path / "one.pt2")
+    seen = []
+    for loaded in (models.load(model).module, models.load(str(tmp_path / "one.pt2")).module):
+        name = models.input_names(loaded)[0]
+        traced = graph.trace(loaded, {name: torch.from_numpy(pictures[:1])})
+        seen.append(Observer(loaded, traced).batch({name: pictures}))
+    for whole, single in zip(*seen, strict=True):
+        np.testing.assert_allclose(single, whole, rtol=1e-4, atol=1e-5)
+    assert np.ptp(seen[1][0], axis=0).max() > 0.01  # no sample stands for its whole batch
 
 
 def test_a_large_pool_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:

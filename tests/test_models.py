@@ -163,8 +163,9 @@ def test_a_checkpoint_that_would_run_code_is_refused(
     torch.save({"first.weight": Boom()}, tmp_path / "evil.pt")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Boom()))
     for name in ("evil.pt", "plain.pth"):
-        with pytest.raises(WeightsError, match="weights_only"):
+        with pytest.raises(WeightsError, match="weights_only") as caught:
             models.load(f"{net}:build", tmp_path / name)
+        assert caught.value.got.startswith("a pickle")  # and nothing of torch's advice to trust it
     assert not (tmp_path / "pwned").exists()
 
 

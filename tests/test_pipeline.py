@@ -213,6 +213,12 @@ def test_a_factored_pt2_is_recognised_and_left_as_it_is(
     notes = [layer.note for layer in found.layers if "already factored" in layer.note]
     assert len(notes) == 2 * len(first.plan.projected)
     assert found.parameters == first.parameters_after
+    built = rowcol_edge.build(
+        str(tmp_path / "model.pt2"), out=str(tmp_path / "out"), energy=0.5, precision="fp32", **splits
+    )
+    notes = [note for note in built[0].manifest.build["notes"] if note.startswith("already factored, left as they are")]
+    assert len(notes) == 1
+    assert notes[0].count(",") == 2 * len(first.plan.projected)
 
 
 def test_cost_budgets_choose_without_labels(net: torch.nn.Module, splits: dict[str, str]) -> None:

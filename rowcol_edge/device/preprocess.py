@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from ..errors import DataError, MissingDependencyError
+from ..errors import DataError, MissingDependencyError, did_you_mean
 
 _MODES = {"L": 1, "RGB": 3}
 _RESAMPLING = ("nearest", "bilinear", "bicubic")
@@ -97,7 +97,10 @@ class Preprocess:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise DataError(
-                "preprocess", expected=f"keys out of {sorted(cls.__dataclass_fields__)}", got=f"unknown {unknown}"
+                "preprocess",
+                expected=f"keys out of {', '.join(sorted(cls.__dataclass_fields__))}",
+                got=", ".join(unknown),
+                hint=did_you_mean(unknown[0], cls.__dataclass_fields__),
             )
         for name in ("mean", "std"):
             if name in known:

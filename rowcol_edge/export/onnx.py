@@ -6,6 +6,7 @@ import contextlib
 import logging
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -167,21 +168,32 @@ def _conversion_error(error: Exception, captured: torch.export.ExportedProgram) 
         return StageError("export", expected="a model that torch.onnx can convert", got=first_line(chain[-1]))
     operator = found.group(1)
     return UnsupportedOpError(
-        f"operator {operator} of module {_module_of(operator, captured)} has no ONNX form",
+        f"operator {operator} of module {_module_of(operator, captured, chain)} has no ONNX form",
         expected="operators that torch.onnx can convert",
         got=first_line(chain[-1]),
         hint="replace it in that module by plain torch operators",
     )
 
 
-def _module_of(operator: str, captured: torch.export.ExportedProgram) -> str:
-    """Name and type of the first module that calls the operator."""
-    for node in captured.graph.nodes:
-        stack = node.meta.get("nn_module_stack")
-        if node.op == "call_function" and str(node.target).startswith(operator) and stack:
+def _module_of(operator: str, captured: torch.export.ExportedProgram, chain: Sequence[BaseException]) -> str:
+    """Name and type of the module that the failed node belongs to, else of the first that calls the operator.
+
+    The exporter takes operators apart before it converts them: then the program does not hold the one it stopped at.
+    """
+    calling = [n for n in captured.graph.nodes if n.op == "call_function" and str(n.target).startswith(operator)]
+    for node in (*_failed_nodes(chain), *calling):
+        if stack := node.meta.get("nn_module_stack"):
             name, kind = list(stack.values())[-1]
             return f"{name or 'the model itself'} ({str(kind).rsplit('.', 1)[-1]})"
     return "(unknown)"
+
+
+def _failed_nodes(chain: Sequence[BaseException]) -> Iterator[torch.fx.Node]:
+    """The nodes that the exporter worked on when it raised."""
+    for error in chain:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if isinstance(node := frame.f_locals.get("node"), torch.fx.Node):
+                yield node
 
 
 @contextlib.contextmanager

@@ -106,7 +106,9 @@ def trace(model: nn.Module, example: Mapping[str, torch.Tensor]) -> LayerGraph:
                 shapes = ", ".join(f"{name} {tuple(value.shape)} {value.dtype}" for name, value in example.items())
                 raise ModelError(
                     f"the model fails on the example input, in module {calls.innermost or type(model).__name__!r}",
+                    expected="samples that its forward takes",
                     got=f"{shapes}: {_first_line(error)}",
+                    hint="hand over what it was trained on: floats scaled as then, or pictures with --preprocess",
                 ) from error
         counts = dict(calls.counts)
         program = _export(model, args, kwargs)

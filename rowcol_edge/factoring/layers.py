@@ -14,6 +14,7 @@ from rowcol_edge.factoring.costs import LayerInfo
 from rowcol_edge.factoring.graph import GraphLayer, LayerGraph
 
 SUPPORTED: dict[type[nn.Module], str] = {nn.Linear: "linear", nn.Conv2d: "conv2d"}
+ALREADY_FACTORED = "already factored"  # how the reason of a layer of a bottleneck pair begins
 
 
 def survey(model: nn.Module, graph: LayerGraph) -> dict[str, LayerInfo]:
@@ -24,8 +25,8 @@ def survey(model: nn.Module, graph: LayerGraph) -> dict[str, LayerInfo]:
     static = skip_reasons(model)
     factored: dict[str, str] = {}
     for pair in graph.factored:
-        factored.setdefault(pair.first, f"already factored: rank {pair.rank} with {pair.second}")
-        factored.setdefault(pair.second, f"already factored: rank {pair.rank} with {pair.first}")
+        factored.setdefault(pair.first, f"{ALREADY_FACTORED}: rank {pair.rank} with {pair.second}")
+        factored.setdefault(pair.second, f"{ALREADY_FACTORED}: rank {pair.rank} with {pair.first}")
     found = {}
     for layer in graph.layers:
         module = model.get_submodule(layer.name)

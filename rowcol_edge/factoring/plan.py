@@ -112,7 +112,9 @@ class FactorPlan:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"cannot read plan {path}", got=str(error)) from error
+            got = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            hint = "a bundle and rowcol-edge factor each hold a plan.toml"
+            raise PlanError(f"plan {path}", expected="a readable plan file", got=got, hint=hint) from error
         return cls.from_toml(text, where=str(path))
 
     @classmethod

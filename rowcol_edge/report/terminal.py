@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..device.doctor import GOOD, MARKS, NOTE, STOP, TOLD, verdict
 from ..device.manifest import RUN
@@ -32,12 +32,13 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def _console() -> Console:
-    return Console(highlight=False)
+    # what is printed names the user's own things: "net:two:" is no emoji and "[red]" no colour
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def _table(title: str, columns: Sequence[tuple[str, str]]) -> Table:
     """A table; each column is its heading and ``l`` or ``r`` for the side its text is set on."""
-    table = Table(title=escape(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
     for i, (heading, side) in enumerate(columns):
         table.add_column(heading, justify="right" if side == "r" else "left", overflow="fold", no_wrap=i == 0)
     return table
@@ -51,9 +52,7 @@ def targets(boards: Iterable[Target], samples: Iterable[Sample]) -> None:
         runtimes = ", ".join(runtime.name for runtime in target.runtimes)
         table.add_row(target.name, target.title, runtimes, str(target.threads), f"{target.memory_mb:,}")
     console.print(table)
-    console.print(
-        "One of them, with its precisions and how to install its runtimes: rowcol-edge targets NAME\n", markup=False
-    )
+    console.print("One of them, with its precisions and how to install its runtimes: rowcol-edge targets NAME\n")
     table = _table("Samples", [("name", "l"), ("what", "l"), ("metric", "l"), ("needs", "l")])
     for sample in samples:
         table.add_row(f"sample:{sample.name}", sample.title, sample.metric, ", ".join(sample.packages) or "–")
@@ -70,18 +69,18 @@ def target(board: Target) -> None:
         ("threads", str(board.threads)),
         ("memory", f"{board.memory_mb:,} MiB"),
     ]
-    console.print(f"{board.name}: {board.title}", style="bold", markup=False)
+    console.print(f"{board.name}: {board.title}", style="bold")
     for what, value in facts:
-        console.print(f"  {what}: {value}", markup=False)
-    console.print(f"\n{board.why}", markup=False)
+        console.print(f"  {what}: {value}")
+    console.print(f"\n{board.why}")
     for runtime in board.runtimes:
         opset = "" if runtime.opset is None else f", ONNX opset {runtime.opset}, IR {runtime.ir_version}"
-        console.print(f"\n{runtime.name} ≥ {runtime.oldest}{opset}", style="bold", markup=False)
-        console.print(f"  precisions: {', '.join(runtime.precisions)}", markup=False)
-        console.print(f"  providers: {', '.join(runtime.providers)}", markup=False)
-        console.print(runtime.why, markup=False)
+        console.print(f"\n{runtime.name} ≥ {runtime.oldest}{opset}", style="bold")
+        console.print(f"  precisions: {', '.join(runtime.precisions)}")
+        console.print(f"  providers: {', '.join(runtime.providers)}")
+        console.print(runtime.why)
         # never wrapped: these lines are copied into a shell
-        console.print(f"\n{indent(install_lines(runtime), '    ')}", markup=False, soft_wrap=True)
+        console.print(f"\n{indent(install_lines(runtime), '    ')}", soft_wrap=True)
 
 
 def inspection(found: Inspection) -> None:
@@ -103,13 +102,12 @@ def inspection(found: Inspection) -> None:
     console.print(table)
     for layer in found.layers:
         if layer.note and layer.column_rank_999 is None:
-            console.print(f"left alone: {layer.name}: {layer.note}", markup=False)
+            console.print(f"left alone: {layer.name}: {layer.note}")
     share = found.saves_parameters / max(1, found.parameters)
     console.print(
         "Use: directions that hold 99.9 % of the variance, of all. Spectrum: variance in each eighth of the output's "
         "directions.\nAt 99.9 % a layer, factoring saves "
         f"{found.saves_parameters:,} parameters ({share:.0%}). What that costs in quality, build finds out.",
-        markup=False,
     )
 
 
@@ -118,16 +116,15 @@ def diagnosis(found: Diagnosis) -> None:
     colours = {GOOD: "green", NOTE: "yellow", STOP: "red", TOLD: "none"}
     table = _table(found.subject, [("", "l"), ("what", "l"), ("found", "l")])
     for one in found.findings:
-        mark = f"[{colours[one.level]}]{MARKS[one.level]}[/]"
-        table.add_row(mark, escape(one.what), escape(one.found))
+        table.add_row(Text(MARKS[one.level], colours[one.level]), one.what, one.found)
     console = _console()
     console.print(table)
     for one in found.findings:
         if one.do:
-            console.print(f"{MARKS[one.level]} {one.what}: {one.found}", markup=False)
+            console.print(f"{MARKS[one.level]} {one.what}: {one.found}")
             # never wrapped: these lines are copied into a shell
-            console.print(indent(one.do, "    "), markup=False, soft_wrap=True)
-    console.print(verdict(found), markup=False)
+            console.print(indent(one.do, "    "), soft_wrap=True)
+    console.print(verdict(found))
 
 
 def _use(rank: int | None, size: int) -> str:
@@ -155,10 +152,9 @@ def data(found: DataReport) -> None:
         console.print(
             f"The quantizer's samples span {shares[len(shares) // 2]:.0%} of the pool's range in the median layer; "
             f"least in {found.narrowest[0]}: {found.narrowest[1]:.0%}.",
-            markup=False,
         )
     repeats = ", ".join(f"{name} {len(pairs)}" for name, pairs in found.repeats().items()) or "none"
-    console.print(f"Near-duplicates inside a split: {repeats}.", markup=False)
+    console.print(f"Near-duplicates inside a split: {repeats}.")
     leaks = found.leaks()
     if not leaks:
         console.print("Near-duplicates between splits: none.")
@@ -172,7 +168,7 @@ def data(found: DataReport) -> None:
         table.add_row(f"{first}, {second}", str(len(pairs)), worst)
     console.print(table)
     for note in found.notes():
-        console.print(f"warning: {note}", markup=False)
+        console.print(f"warning: {note}")
 
 
 def factored(result: Factored) -> None:
@@ -205,7 +201,6 @@ def factored(result: Factored) -> None:
     console.print(
         f"{result.parameters_before:,} → {result.parameters_after:,} parameters "
         f"({result.parameters_after / max(1, result.parameters_before):.1%}); written to {result.out}",
-        markup=False,
     )
 
 
@@ -245,14 +240,14 @@ def built(bundles: Sequence[Built]) -> None:
         console.print(table)
         for checked in dict.fromkeys(arm.checked for arm in manifest.arms if arm.checked != RUN):
             names = ", ".join(arm.name for arm in manifest.arms if arm.checked == checked)
-            console.print(f"  {checked}: {names}", markup=False)
+            console.print(f"  {checked}: {names}")
         if "precision" in manifest.build:
             _candidates(console, manifest.build["precision"])
         for note in manifest.build.get("notes", []):
-            console.print(f"  note: {note}", markup=False)
+            console.print(f"  note: {note}")
         if one.wheelhouse is not None:
-            console.print(f"  wheels for the board: {one.wheelhouse}", markup=False)
-        console.print(f"  next: rowcol-edge profile {one.path}", markup=False)
+            console.print(f"  wheels for the board: {one.wheelhouse}")
+        console.print(f"  next: rowcol-edge profile {one.path}", soft_wrap=True)
 
 
 def _candidates(console: Console, chosen: Mapping[str, Any]) -> None:
@@ -275,7 +270,7 @@ def _candidates(console: Console, chosen: Mapping[str, Any]) -> None:
             "; ".join(filter(None, (tried["verdict"], kept, tried["left_out"]))),
         )
     console.print(table)
-    console.print(f"  evidence {chosen['evidence']}: {chosen['evidence_note']}", markup=False)
+    console.print(f"  evidence {chosen['evidence']}: {chosen['evidence_note']}")
 
 
 def _drop(record: dict[str, Any] | None) -> str:
@@ -289,8 +284,8 @@ def profile(measured: Profile, path: Path) -> None:
     from ..device.table import profile_table
 
     console = _console()
-    console.print(profile_table(measured), markup=False, soft_wrap=True)
-    console.print(f"written to {path}", markup=False)
+    console.print(profile_table(measured), soft_wrap=True)
+    console.print(f"written to {path}", soft_wrap=True)
 
 
 def comparison(table: ComparisonTable, *, notes: bool = True) -> None:
@@ -306,7 +301,7 @@ def comparison(table: ComparisonTable, *, notes: bool = True) -> None:
             sheet.add_row(headings[i], *(cells[i] for cells in arms))
         console.print(sheet)
     for note in table.notes if notes else ():
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
 
 
 def demo(shown: Demo) -> None:
@@ -315,11 +310,10 @@ def demo(shown: Demo) -> None:
     from ..device.table import profile_table
 
     console = _console()
-    console.print(profile_table(shown.profile), markup=False, soft_wrap=True)
+    console.print(profile_table(shown.profile), soft_wrap=True)
     comparison(shown.table, notes=False)  # the profile above has said them
     answer = shown.prediction
     console.print(
         f"{shown.image} is {shown.truth}; the packaged model says {answer.get('label')} "
         f"({answer.get('score', 0.0):.2f}). {shown.seconds:.0f} s in all.",
-        markup=False,
     )

@@ -73,7 +73,7 @@ def test_refusals(old: str, new: str, message: str) -> None:
 
 
 def test_unreadable_and_unwritable(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="cannot read plan"):
+    with pytest.raises(PlanError, match="a readable plan file"):
         FactorPlan.read(tmp_path / "none.toml")
     with pytest.raises(PlanError, match="cannot write plan"):
         PLAN.write(tmp_path / "no" / "folder.toml")
