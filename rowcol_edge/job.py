@@ -13,6 +13,7 @@ from pathlib import Path
 
 from . import cache as caching
 from . import datasets, frames, models, quality, targets, user_code
+from .backends import load_backend
 from .backends.base import ACCURACY_CONTROL
 from .budgets import Budgets
 from .cache import Cache
@@ -119,6 +120,7 @@ def prepare(
     chosen = tuple(targets.load(name) for name in dict.fromkeys(options.target))
     for target in chosen:
         _check_precision(target, options)
+    _check_batch(options)
     if options.plan is not None:
         FactorPlan.read(options.plan)  # refused now rather than after the calibration
     progress("load model", 0, 4)
@@ -236,6 +238,16 @@ def _check_precision(target: Target, options: BuildOptions) -> None:
             expected=f"one of {', '.join(runtime.precisions)}",
             got=options.precision,
             hint=runtime.why,
+        )
+
+
+def _check_batch(options: BuildOptions) -> None:
+    if options.dynamic_batch and not load_backend(options.runtime).dynamic_batch:
+        raise ConfigError(
+            f"dynamic-batch with {options.runtime}",
+            expected="a fixed batch: the converter for this runtime fixes every size",
+            got="a free one",
+            hint="build it without --dynamic-batch, or for another runtime",
         )
 
 

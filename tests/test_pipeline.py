@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rowcol_edge
-from rowcol_edge import evaluation, pipeline, targets
+from rowcol_edge import evaluation, job, pipeline, targets
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.manifest import GRAPH_CHECKED
 from rowcol_edge.errors import (
@@ -242,6 +242,8 @@ def test_a_module_that_was_handed_over_leaves_no_file_that_claims_to_repeat_it(b
         ({"select": None}, DataError),
         ({"contract": "segment", "select": None, "test": None}, ConfigError),
         ({"colour": "red"}, ConfigError),
+        ({"runtime": "tflite", "dynamic_batch": True}, ConfigError),
+        ({"accuracy_control": True}, ConfigError),
     ],
 )
 def test_bad_input_writes_nothing(
@@ -251,6 +253,40 @@ def test_bad_input_writes_nothing(
     with pytest.raises(error):
         rowcol_edge.build(net, **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"runtime": "onnxruntime"}, "accuracy-control: expected runtime openvino, got onnxruntime"),
+        ({"runtime": "tflite"}, "accuracy-control: expected runtime openvino, got tflite"),
+        ({"precision": "fp16"}, "accuracy-control: expected precision int8 or auto, got fp16"),
+        ({"select": None, "test": None, "budget": None}, "accuracy-control: expected labelled selection data"),
+        (
+            {"metric": "statistics:mean"},
+            "expected a built-in metric, got statistics:mean – it runs in",
+        ),
+        ({"budget": "size<=4MB"}, "expected a budget for the drop, got .* – add drop<=0.5pp"),
+        ({"energy": 0.9, "budget": None}, "expected a budget for the drop, got none – add drop<=0.5pp"),
+    ],
+)
+def test_accuracy_control_is_refused_where_it_cannot_judge(
+    net: torch.nn.Module, splits: dict[str, str], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    options = {"runtime": "openvino", "accuracy_control": True, "budget": "drop<=2pp", **splits, **change}
+    with pytest.raises(ConfigError, match=message):
+        rowcol_edge.build(net, out=str(tmp_path / "out"), **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_free_batch_that_the_runtime_cannot_have_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job.models, "load", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(ConfigError, match=r"dynamic-batch with tflite: expected a fixed batch.* got a free one"):
+        rowcol_edge.build(
+            "sample:fmnist-vit", target="raspberry-pi-5", runtime="tflite", dynamic_batch=True, out=str(tmp_path / "o")
+        )
 
 
 def test_overlapping_splits_are_refused(net: torch.nn.Module, splits: dict[str, str], tmp_path: Path) -> None:

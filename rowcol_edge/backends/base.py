@@ -183,6 +183,11 @@ class Backend(Protocol):
     def precisions(self) -> tuple[str, ...]: ...
 
     @property
+    def dynamic_batch(self) -> bool:
+        """Whether it takes a model whose batch is free."""
+        ...
+
+    @property
     def host_runtime(self) -> str:
         """The runtime that runs its artifacts while building: its own, or one that stands in for it."""
         ...

@@ -44,6 +44,7 @@ class OnnxRuntimeBackend:
     consumes = Source.ONNX
     precisions = ("fp32", "fp16", "int8", "int8-dynamic", "int8-weights", "int4-weights")
     suffix = ".onnx"
+    dynamic_batch = True
 
     def compile(
         self,

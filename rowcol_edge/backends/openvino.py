@@ -57,6 +57,7 @@ class OpenVinoBackend:
     consumes = Source.ONNX
     precisions = ("fp32", "fp16", "int8")
     suffix = ".xml"
+    dynamic_batch = True
 
     def compile(
         self,

@@ -42,6 +42,7 @@ class TensorRtBackend:
     consumes = Source.ONNX
     precisions = ("fp32", "fp16", "int8")
     suffix = ".onnx"
+    dynamic_batch = True
 
     def compile(
         self,

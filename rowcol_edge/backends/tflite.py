@@ -49,6 +49,7 @@ class TfliteBackend:
     consumes = Source.EXPORTED_PROGRAM
     precisions = ("fp32", "fp16", "int8", "int8-io", "int8-dynamic")
     suffix = ".tflite"
+    dynamic_batch = False
 
     def compile(
         self,

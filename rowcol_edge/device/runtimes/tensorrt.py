@@ -22,7 +22,7 @@ from ...errors import BundleError, DataError
 from .. import progress
 from ..cuda import Cuda
 from ..manifest import TensorSpec
-from .base import EngineFile, FeedCheck, RuntimeOptions
+from .base import EngineFile, FeedCheck, RuntimeOptions, is_at_least
 from .engine_cache import FOLDER_VARIABLE, EngineCache, EngineKey
 from .tensorrt_build import Log, Settings, build, made, trt
 
@@ -40,6 +40,9 @@ class TensorRtRuntime:
 
     def version(self) -> str:
         return str(trt.__version__)
+
+    def fulfils(self, oldest: str) -> bool:
+        return is_at_least(self.version(), oldest)
 
     def open(self, artifact: Path, options: RuntimeOptions) -> TensorRtSession:
         cuda = self._cuda(artifact, options)
