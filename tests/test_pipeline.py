@@ -11,6 +11,7 @@ import torch
 
 import rowcol_edge
 from rowcol_edge import evaluation, job, pipeline, targets
+from rowcol_edge.config import BuildOptions
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.manifest import GRAPH_CHECKED
 from rowcol_edge.errors import (
@@ -287,6 +288,35 @@ def test_a_free_batch_that_the_runtime_cannot_have_is_refused_before_any_work(
         rowcol_edge.build(
             "sample:fmnist-vit", target="raspberry-pi-5", runtime="tflite", dynamic_batch=True, out=str(tmp_path / "o")
         )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"opset": 24}, "opset of target board with onnxruntime: expected 17 to 21, got 24"),
+        ({"opset": 12}, "opset of target board with onnxruntime: expected 17 to 21, got 12"),
+        ({"opset": 21, "ir_version": 9}, r"opset of .*: expected at most 20, which 1\.17\.0 reads, got 21 – lower it"),
+        ({"ir_version": 14}, r"ir_version of .*: expected at most 9, which 1\.17\.0 reads, got 14 – lower it"),
+        ({"ir_version": 11, "oldest": "1.22.1"}, r"expected at most 10, which 1\.22\.1 reads, got 11"),
+    ],
+)
+def test_what_the_oldest_runtime_does_not_read_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    pi = targets.load("raspberry-pi-5")
+    board = replace(pi, name="board", runtimes=(replace(pi.runtime("onnxruntime"), **change),))
+    monkeypatch.setattr(targets, "load", lambda name: board)
+    monkeypatch.setattr(job.models, "load", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(TargetError, match=message):
+        rowcol_edge.build("sample:fmnist-vit", target="board", out=str(tmp_path / "o"))
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("name", targets.available())
+def test_the_targets_promise_runtimes_that_read_their_files(name: str) -> None:
+    target = targets.load(name)
+    for runtime in target.runtimes:
+        job._check_onnx(target, BuildOptions("m", runtime=runtime.name))
 
 
 def test_overlapping_splits_are_refused(net: torch.nn.Module, splits: dict[str, str], tmp_path: Path) -> None:

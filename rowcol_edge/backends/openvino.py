@@ -59,6 +59,9 @@ class OpenVinoBackend:
     suffix = ".xml"
     dynamic_batch = True
 
+    def newest_onnx(self, oldest: str) -> None:
+        """See `Backend.newest_onnx`."""
+
     def compile(
         self,
         model: Path,

@@ -44,6 +44,9 @@ class TensorRtBackend:
     suffix = ".onnx"
     dynamic_batch = True
 
+    def newest_onnx(self, oldest: str) -> None:
+        """See `Backend.newest_onnx`."""
+
     def compile(
         self,
         model: Path,

@@ -51,6 +51,9 @@ class TfliteBackend:
     suffix = ".tflite"
     dynamic_batch = False
 
+    def newest_onnx(self, oldest: str) -> None:
+        """See `Backend.newest_onnx`."""
+
     def compile(
         self,
         model: Path,
