@@ -239,7 +239,7 @@ def _memory(
 
 
 def _check_unchanged(request: Request) -> None:
-    # another digest here would cost a slow board more than the measurement
+    # not another digest: on a slow board it would eat up the time that is there to measure
     for path, seen in request.stamps.items():
         if stamp(Path(path)) != seen:
             hint = "leave the bundle alone while it is measured, then start again"
