@@ -30,6 +30,8 @@ from .targets import RuntimeSpec, Target
 
 _SAMPLES = 16
 _SAID = "source.json"
+CPU = {"CPU", "CPUExecutionProvider"}
+"""What targets call the processor, in the words of their runtimes."""
 _COMPILED = ("name", "oldest", "opset", "ir_version", "providers", "properties")
 """What of a runtime's entry in a target decides the compiled file."""
 #: relative error against the stage before; a stage that only rewrites the graph must stay within
@@ -47,7 +49,7 @@ class Arm:
         selection: quality on the selection split, with the threshold tuned there; None without labels.
         loss: relative error of its outputs against its own float source, on inputs that no range has seen.
         kept_float: layers that stayed in float, worst first.
-        repaired: whether its layers were equalised before the export, and its biases corrected.
+        repaired: whether its layers were equalised before the export, and its biases corrected by a backend that can.
         notes: what a person should know, such as a simplifier that crashed.
     """
 
@@ -137,7 +139,7 @@ class Workbench:
         """Make one arm of what ``module`` returns, which is asked for only where the cache has no file of it.
 
         The layers ``keep_float`` are not quantized. ``repaired`` says that the layers of the module are equalised; the
-        biases are corrected too then.
+        biases are corrected too then, where the backend does that.
 
         Raises:
             UnsupportedOpError: an operator the exporter cannot take; names the module.
@@ -296,8 +298,8 @@ def _key(variant: str, plan: FactorPlan | None, runtime: RuntimeSpec, repaired: 
 
 def runtime_options(target: Target, runtime: RuntimeSpec) -> RuntimeOptions:
     """How the build opens an artifact: on this machine's CPU, as the target asks for otherwise."""
-    own = load_backend(runtime.name).host_runtime == runtime.name
-    # a folder of compiled models is for the board's own starts
+    own = load_backend(runtime.name).host_runtime == runtime.name and set(runtime.providers) <= CPU
+    # a folder of compiled models is for the board's own starts, and another device's settings are for that device
     properties = {key: value for key, value in runtime.properties.items() if own and key != "CACHE_DIR"}
     return RuntimeOptions(threads=target.threads, properties=properties)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy.typing as npt
 
 from . import evaluation, package, recipes
-from .arms import Arm, runtime_options
+from .arms import CPU, Arm, runtime_options
 from .backends import load_backend
 from .coverage import DataReport
 from .device.manifest import GRAPH_CHECKED, RUN, ArmEntry, Manifest, RuntimeEntry, TensorSpec
@@ -27,7 +27,6 @@ from .targets import RuntimeSpec, Target, install_lines
 
 _GOLDEN_SAMPLES = 4
 PLAN_NAME = "plan.toml"
-_CPU = {"CPU", "CPUExecutionProvider"}
 LICENCE_NAME = "LICENSE-weights.md"
 #: what another machine may show against the golden outputs: other kernels round differently, int8 ones also clip
 _TOLERANCE = {
@@ -171,7 +170,7 @@ def _install(runtime: RuntimeSpec, oldest: str, package: str) -> str:
 
 def runs_here(runtime: RuntimeSpec) -> bool:
     """Building runs an artifact on this machine's CPU: is that the runtime and the kind of device it is for?"""
-    return load_backend(runtime.name).host_runtime == runtime.name and set(runtime.providers) <= _CPU
+    return load_backend(runtime.name).host_runtime == runtime.name and set(runtime.providers) <= CPU
 
 
 def _record(
@@ -189,8 +188,7 @@ def _record(
         "budget": str(job.budgets),
         "splits": {
             split.name: {"reference": split.reference, "samples": len(split), "digest": split.digest}
-            for split in (job.calibration, job.selection, job.test)
-            if split is not None
+            for split in job.splits
         },
         "data": None if data is None else data.to_dict(),
         "trials": [trial.to_dict() for trial in choice.trials],

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -39,6 +40,7 @@ _DIGESTS = "digests.json"
 _UNFINISHED = ".writing-"
 _ABANDONED_SECONDS = 24 * 3600.0
 _CHUNK = 1 << 20
+_NAMED = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,8 @@ def _make_room(folder: Path, limit_bytes: int) -> None:
                 if time.time() - used > _ABANDONED_SECONDS:
                     shutil.rmtree(path, ignore_errors=True)
                 continue
-            entries.append((used, sum(file.stat().st_size for file in path.iterdir()), path))
+            if _NAMED.fullmatch(path.name) and (path / _DIGESTS).is_file():  # the folder may hold what is not ours
+                entries.append((used, sum(file.stat().st_size for file in path.iterdir()), path))
     total = sum(size for _, size, _ in entries)
     for _, size, path in sorted(entries):
         if total <= limit_bytes:

@@ -9,9 +9,10 @@ Transformer, as tools/benchmark_calibration.py measures; this rule is never far 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,22 @@ class DataReport:
             said.append(f"calibration: no sample of class {', '.join(absent)}, which other splits hold")
         return said
 
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> DataReport:
+        """What `to_json` wrote."""
+        values = json.loads(text)
+        return cls(
+            splits=tuple(SplitClasses(**split) for split in values["splits"]),
+            chosen=tuple(values["chosen"]),
+            subset=SplitClasses(**values["subset"]),
+            ranges=values["ranges"],
+            pairs=tuple(Pair(**pair) for pair in values["pairs"]),
+            limits=Thresholds(**values["limits"]),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         narrowest = self.narrowest
         return {
@@ -136,14 +153,13 @@ def survey(job: Job, model: nn.Module, traced: LayerGraph, progress: Progress = 
         DataError, ModelError: inputs that the model cannot take.
     """
     observer = Observer(model, traced)
-    splits = [split for split in (job.calibration, job.selection, job.test) if split is not None]
-    observed = [observer.split(split, progress) for split in splits]
+    observed = [observer.split(split, progress) for split in job.splits]
     progress("compare samples", 0, 2)
     pool = observed[0]
     chosen = choose(pool.features, job.options.calib_size)
     likeness = Likeness.of(stack([split.sketches for split in observed]))
     centre = np.concatenate([split.features for split in observed]).mean(axis=0)
-    limits = duplicates.thresholds(observer, splits[0], pool, likeness, centre)
+    limits = duplicates.thresholds(observer, job.calibration, pool, likeness, centre)
     progress("compare samples", 1, 2)
     pairs = duplicates.find(observed, limits, likeness, centre)
     progress("compare samples", 2, 2)

@@ -8,6 +8,8 @@ they have without it.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -50,7 +52,8 @@ def bake(model: LoadedModel, recipe: Preprocess) -> LoadedModel:
             return tuple(map(normalize, args)), {name: normalize(value) for name, value in kwargs.items()}
 
         module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
-    return replace(model, module=module)
+    digest = hashlib.sha256(json.dumps([model.digest, recipe.to_dict()]).encode()).hexdigest()
+    return replace(model, module=module, digest=digest)
 
 
 def _normalizer(recipe: Preprocess) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 
 TOOLS = (
     "rowcol-edge", "torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino", "nncf", "litert-torch",
-    "ai-edge-litert", "ai-edge-quantizer", "numpy",
+    "ai-edge-litert", "ai-edge-quantizer", "numpy", "torchvision", "timm", "transformers",
 )  # fmt: skip
 
 
@@ -66,6 +66,11 @@ class Job:
     preprocess: Preprocess | None
     budgets: Budgets
     cache: Cache
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """Those that are there, the calibration split first."""
+        return tuple(split for split in (self.calibration, self.selection, self.test) if split is not None)
 
     @property
     def key(self) -> str:

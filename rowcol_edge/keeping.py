@@ -46,7 +46,8 @@ def notes(arm: Arm) -> list[str]:
     """What people are told about how an arm was quantized."""
     said = []
     if arm.repaired:
-        said.append(f"{arm.name}: layers equalised and biases corrected, outputs {arm.loss:.1%} off its float source")
+        biases = " and biases corrected" if arm.artifact.biases_corrected else ""
+        said.append(f"{arm.name}: layers equalised{biases}, outputs {arm.loss:.1%} off its float source")
     if arm.kept_float:
         layers = ", ".join(f"{layer.name} (error {layer.error:.1%})" for layer in arm.kept_float)
         said.append(f"{arm.name}: kept in float, because quantizing them hurts most: {layers}")

@@ -24,6 +24,7 @@ from .budgets import Budget
 from .cache import Cache
 from .calling import feed
 from .config import BuildOptions
+from .coverage import DataReport
 from .device.bundle import Bundle
 from .device.manifest import MANIFEST_NAME, Manifest
 from .errors import BudgetError, BundleError, ConfigError, ModelError
@@ -261,7 +262,12 @@ class _Line:
         self.study = _study(job, progress)
         self.chooser = _Chooser(job, self.study, progress)
         # the quantizer gets a diverse subset; the spaces got the whole pool, since a covariance gains from each sample
-        self.data = coverage.survey(job, self.study.folded, self.study.graph, progress)
+        self.data = DataReport.from_json(
+            job.cache.text(
+                job.stage_key("data", [split.key for split in job.splits], job.options.calib_size, job.labels),
+                lambda: coverage.survey(job, self.study.folded, self.study.graph, progress).to_json(),
+            )
+        )
         self.bench = Workbench(job, self.chooser.reference, self.data.chosen, work, progress)
         self._test: Judged | None = None
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import bundling, evaluation
+from . import bundling, evaluation, keeping
 from .arms import Arm
 from .device import measure
 from .device.bundle import Bundle
@@ -85,7 +85,7 @@ def fastest(
     missed: dict[str, RowcolError] = {}
     for precision in runtime.precisions:
         try:
-            made[precision] = make(precision)
+            made[precision] = _usable(*make(precision), job)
         except (BudgetError, StageError) as e:  # over the budget, or not for this kind of network
             missed[precision] = e
     if not made:
@@ -109,6 +109,18 @@ def fastest(
         candidates=tuple(candidates[precision] for precision in runtime.precisions),
     )
     return best, made[best.precision][1], selection
+
+
+def _usable(arm: Arm, choice: Choice, job: Job) -> tuple[Arm, Choice]:
+    """Where no drop is judged, the outputs themselves have to be close to the arm's float source."""
+    if job.budgets.get("drop") is None and arm.loss > keeping.TOLERANCE:
+        raise StageError(
+            f"{arm.name} without a budget for the drop",
+            expected=f"outputs within {keeping.TOLERANCE:.0%} of its float source",
+            got=f"{arm.loss:.1%}",
+            hint="labelled selection data (--select) can judge it: --budget drop<=0.5pp",
+        )
+    return arm, choice
 
 
 def _reason(error: RowcolError) -> str:

@@ -6,12 +6,18 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from .errors import InputError, MissingDependencyError, RowcolError
+
+_INSTALLED = (
+    Path(__file__).resolve().parent,
+    *(Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")),
+)
 
 
 def resolve(reference: str, error: type[InputError], what: str) -> Callable[..., Any]:
@@ -90,8 +96,35 @@ def _import_error(e: BaseException, what: str, error: type[InputError]) -> BaseE
 
 
 def source(thing: Any) -> str:
-    """The source text of a class or function, its qualified name where there is none to be had."""
+    """What a class or function does, as text: its source (its qualified name where there is none to be had), and that
+    of the user's modules whose names it can reach. A helper or a constant beside it decides as much as its own lines.
+    """
     try:
-        return inspect.getsource(thing)
+        own = inspect.getsource(thing)
     except (OSError, TypeError):
-        return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', repr(thing))}"
+        own = f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', repr(thing))}"
+    found: dict[str, str] = {}
+    waiting = [sys.modules.get(getattr(thing, "__module__", None) or "")]
+    while waiting:
+        module = waiting.pop()
+        if module is None or module.__name__ in found or not _is_users(module):
+            continue
+        found[module.__name__] = Path(str(module.__file__)).read_text(encoding="utf-8", errors="replace")
+        waiting += [_home(value) for value in list(vars(module).values())]
+    return "\n".join([own, *(found[name] for name in sorted(found))])
+
+
+def _home(value: object) -> ModuleType | None:
+    """The module a name of another module stands for, or comes from."""
+    if isinstance(value, ModuleType):
+        return value
+    return sys.modules.get(value.__module__ or "") if isinstance(value, (type, FunctionType)) else None
+
+
+def _is_users(module: ModuleType) -> bool:
+    """Neither Python's own, nor an installed package (tool versions stand for those), nor this one."""
+    file = getattr(module, "__file__", None)
+    if file is None or not file.endswith(".py"):
+        return False
+    path = Path(file).resolve()
+    return path.is_file() and not any(path.is_relative_to(folder) for folder in _INSTALLED)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import rowcol_edge
-from rowcol_edge import cache, evaluation, pipeline, search
+from rowcol_edge import cache, evaluation, models, pipeline, search
 from rowcol_edge.backends.onnxruntime import BACKEND
 from rowcol_edge.cache import Cache
 from rowcol_edge.device.manifest import Manifest
@@ -356,3 +356,32 @@ def test_a_choice_comes_back_as_it_was() -> None:
     layers = (LayerPlan("a.b", "project", 16, 1 / 3, 10, 5, 100, 50), LayerPlan("c", reason="small"))
     choice = Choice((FactorPlan(layers, 16, "energy=0.99", "net"),), (Trial("dense", 1, 2, None, 0.1 + 0.2),))
     assert Choice.from_json(choice.to_json()) == choice
+
+
+def test_a_helper_or_a_constant_beside_the_model_decides_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest(name: str, constant: float, factor: float) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "helper_of_net.py").write_text(f"def scaled(x):\n    return {factor} * x\n")
+        (folder / "net.py").write_text(
+            f"import torch\nfrom helper_of_net import scaled\nK = {constant}\n\nclass Net(torch.nn.Module):\n"
+            "    def forward(self, x):\n        return scaled(x) + K\n\ndef build():\n    return Net()\n"
+        )
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(str(folder))
+            found = models.load(f"{folder / 'net.py'}:build").digest
+        del sys.modules["helper_of_net"]
+        return found
+
+    first = digest("a", 1.0, 1.0)
+    assert digest("same", 1.0, 1.0) == first
+    assert len({first, digest("constant", 3.0, 1.0), digest("helper", 1.0, 2.0)}) == 3
+
+
+def test_what_is_not_an_entry_is_never_removed(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"x" * 100)
+    kept = Cache(tmp_path, limit_bytes=10)
+    kept.text(cache.key("a"), lambda: "short")
+    kept.text(cache.key("b"), lambda: "short too")
+    assert (tmp_path / "photos" / "a.png").is_file()

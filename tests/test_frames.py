@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 import rowcol_edge
-from rowcol_edge import models
+from rowcol_edge import models, samples, user_code
 from rowcol_edge.backends import BACKENDS, load_backend
 from rowcol_edge.device.predictor import Predictor
 from rowcol_edge.device.preprocess import Frames, Preprocess
@@ -163,6 +164,33 @@ def test_elpv_labels_are_those_of_the_pytorch_model_on_the_whole_test_split(runt
         "sample:elpv-resnet18", out=str(tmp_path), runtime=runtime, precision="fp32", bake_preprocess=True, energy=1.0,
         dense=False, zip=False,
     )[0]  # fmt: skip
-    test = built.manifest.arm().quality["test"]
-    assert test["n"] == 420
-    assert test["flips"] == 0
+    sample = samples.load("elpv-resnet18")
+    original = models.load("sample:elpv-resnet18").module
+    recipe = sample.preprocess
+    pictures = user_code.resolve(f"{sample.data}:images", DataError, "data")("test")
+    seen = agree = 0
+    with Predictor(built.path) as predictor, torch.inference_mode():
+        threshold = predictor.arm.threshold
+        for picture, _ in pictures:
+            wanted = original(torch.from_numpy(recipe.image(picture)[None])).softmax(1)[0, 1].item() >= threshold
+            agree += (predictor.predict(picture).label == "defective") == wanted
+            seen += 1
+    assert (seen, agree) == (420, 420)
+
+
+def test_another_recipe_is_another_model(data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROWCOL_CACHE", str(tmp_path / "cache"))
+    pixels = pictures(4, 5)[0]
+
+    def outputs(recipe: Preprocess, out: str) -> np.ndarray:
+        options = {"precision": "fp32", "dense": False, "energy": 1.0, "preprocess": recipe}
+        built = build(Colours(), {"calib": data["select"]}, tmp_path / out, **options)
+        with Predictor(built.path) as predictor:
+            return np.concatenate([predictor.run({"picture": p[None]})["output"] for p in pixels])
+
+    other = replace(RECIPE, std=(0.05, 0.05, 0.05))
+    first, second = outputs(RECIPE, "a"), outputs(other, "b")
+    with torch.inference_mode():
+        for recipe, got in ((RECIPE, first), (other, second)):
+            wanted = Colours()(torch.from_numpy(np.stack([recipe.pixels(p) for p in pixels]))).numpy()
+            np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)

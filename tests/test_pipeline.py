@@ -398,9 +398,13 @@ def test_a_bundle_for_a_runtime_that_only_its_board_has_says_that_it_never_ran(
 
 def test_precision_auto_says_what_it_measured(net: torch.nn.Module, splits: dict[str, str], tmp_path: Path) -> None:
     one = rowcol_edge.build(net, out=str(tmp_path), precision="auto", dense=False, budget="drop<=50pp", **splits)[0]
-    note = one.manifest.build["notes"][0]
-    assert note.startswith(f"precision auto chose {one.manifest.arms[0].precision}")
-    assert "evidence target" in note
+    record = one.manifest.build["precision"]
+    assert record["chosen"] == one.manifest.arms[0].precision
+    assert record["evidence"] == "target"
+    tried = {candidate["precision"]: candidate for candidate in record["candidates"]}
+    assert set(tried) == set(targets.load("generic-x86").runtime("onnxruntime").precisions)
+    assert tried[record["chosen"]]["latency_ns"] > 0
+    assert "convolutions" in tried["int8-dynamic"]["left_out"]
 
 
 @pytest.mark.parametrize(("precision", "oldest"), [("int8-weights", "1.23.0"), ("int4-weights", "1.17.0")])

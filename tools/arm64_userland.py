@@ -171,7 +171,8 @@ def print_table(proofs: list[dict[str, Any]]) -> None:
         place = (found["bundle"], found["cpu"], found["suite"], runtime)
         for arm in found.get("arms", []):
             labels = f"{arm['labels_same']}/{arm['samples']}" if arm["labels_same"] is not None else "–"
-            rows.append((*place, arm["name"], f"{arm['relative_error']:.1e}", f"{arm['tolerance']:g}", labels))
+            error = arm["reason"] if arm["relative_error"] is None else f"{arm['relative_error']:.2e}"
+            rows.append((*place, arm["name"], error, f"{arm['tolerance']:g}", labels))
             place = ("",) * len(place)
         if "failed" in found:
             rows.append((*place, "NOT PROVEN", "", "", ""))

@@ -88,7 +88,7 @@ class QuantSpec:
     """Layers that stay in float, by the names of `Backend.layer_errors`; int8 precisions only."""
 
     correct_bias: bool = False
-    """Take the mean error of each channel out of its bias; a quantizer that does so anyway (nncf) ignores it."""
+    """Take the mean error of each channel out of its bias; tflite, tensorrt and nncf, which has its own, ignore it."""
 
     accuracy: AccuracyControl | None = None
     """For int8 by one of `ACCURACY_CONTROL`: keep layers in float until the drop holds."""
@@ -128,6 +128,9 @@ class Artifact:
     """What a person should know of how it was made."""
     oldest: str = ""
     """Oldest version of the runtime that opens it, where the precision asks for more than targets usually promise."""
+
+    biases_corrected: bool = False
+    """Whether `QuantSpec.correct_bias` was followed."""
 
     def describe(self, folder: Path) -> None:
         """Write beside its files, which lie in ``folder``, all else that is known of it."""

@@ -73,7 +73,8 @@ class OnnxRuntimeBackend:
         result = _convert(model, source, quant, calibration)
         onnx_artifacts.finish(source, result, runtime, quant.precision, stage, metadata, quant.keep_float)
         made = onnx_artifacts.write(result, quant.precision, out)
-        return replace(made, oldest=_OLDEST.get(quant.precision, ""))
+        corrected = quant.correct_bias and quant.precision == "int8"
+        return replace(made, oldest=_OLDEST.get(quant.precision, ""), biases_corrected=corrected)
 
     def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
         """See `Backend.layer_errors`; layers are named after the module that holds their weight or bias."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 NOT_INSTALLED = 40
+_ELEMENTWISE = ("Add", "Multiply", "Subtract")
 
 _ABOVE_ZERO = 2.0
 """Added to a metric from -1 to 1: nncf divides by the float model's, though only the difference is limited."""
@@ -64,7 +65,7 @@ def _quantized(model: Any, job: dict[str, Any]) -> tuple[Any, list[str]]:
             "subset_size": len(files),
             "model_type": nncf.ModelType.TRANSFORMER if job["transformer"] else None,
             "target_device": nncf.TargetDevice.ANY,
-            "ignored_scope": nncf.IgnoredScope(names=job["keep_float"]),
+            "ignored_scope": nncf.IgnoredScope(names=_left_float(model, job["keep_float"])),
         }
         advanced = AdvancedQuantizationParameters(
             overflow_fix=OverflowFix.ENABLE if job["reduce_range"] else OverflowFix.DISABLE,
@@ -92,6 +93,18 @@ def _quantized(model: Any, job: dict[str, Any]) -> tuple[Any, list[str]]:
         reason = (str(e).splitlines() or [""])[0][:160]
         note = f"quantized without SmoothQuant, which failed ({type(e).__name__}: {reason})"
         return quantize(AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)), [note]
+
+
+def _left_float(model: Any, layers: Sequence[str]) -> list[str]:
+    """The layers, and elementwise operators that only they read: a quantizer there stands in front of them too."""
+    known = {node.get_friendly_name(): node for node in model.get_ops()}
+    names, above = [], [known[name] for name in layers]
+    while above:
+        node = above.pop()
+        names.append(node.get_friendly_name())
+        makers = [value.get_node() for value in node.input_values()]
+        above += [m for m in makers if m.get_type_name() in _ELEMENTWISE and len(m.output(0).get_target_inputs()) == 1]
+    return list(dict.fromkeys(names))
 
 
 def _judge(accuracy: dict[str, Any], feed: Callable[[Path], dict[str, Any]]) -> Callable[[Any, Iterable[Path]], Any]:

@@ -31,7 +31,8 @@ def described(said: Mapping[str, str], inputs: Sequence[str], outputs: Sequence[
     """The flatbuffer ``ModelMetadata`` for what an arm says of itself (see `Backend.compile`)."""
     labels = bool(json.loads(said.get("rowcol_edge.labels", "[]")))
     preprocess = said.get("rowcol_edge.preprocess")
-    recipe = Preprocess.from_dict(json.loads(preprocess)) if preprocess else None
+    normalizes = json.loads(said.get("rowcol_edge.frames", "false"))  # the graph itself
+    recipe = Preprocess.from_dict(json.loads(preprocess)) if preprocess and not normalizes else None
     b = flatbuffers.Builder(1024)
     # the preprocessing is that of the only input, the labels are those of the first output
     ins = [_tensor(b, name, recipe if len(inputs) == 1 else None, labels=False) for name in inputs]

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...errors import BundleError, MissingDependencyError, RowcolError
 from ..manifest import TensorSpec
-from .base import FeedCheck, RuntimeOptions, is_at_least
+from .base import FeedCheck, Runtime, RuntimeOptions, is_at_least
 from .onnxruntime_providers import Providers, providers
 
 try:
@@ -106,7 +106,7 @@ class OnnxRuntime:
             )
 
 
-RUNTIME = OnnxRuntime()
+RUNTIME: Runtime = OnnxRuntime()
 
 
 class OnnxSession:

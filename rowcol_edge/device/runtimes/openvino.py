@@ -13,7 +13,7 @@ import numpy as np
 
 from ...errors import BundleError, MissingDependencyError, RowcolError
 from ..manifest import TensorSpec
-from .base import FeedCheck, RuntimeOptions, is_at_least
+from .base import FeedCheck, Runtime, RuntimeOptions, is_at_least
 
 try:
     import openvino as ov
@@ -88,7 +88,7 @@ class OpenVinoRuntime:
             ) from e
 
 
-RUNTIME = OpenVinoRuntime()
+RUNTIME: Runtime = OpenVinoRuntime()
 
 
 class OpenVinoSession:

@@ -22,7 +22,7 @@ from ...errors import BundleError, DataError
 from .. import progress
 from ..cuda import Cuda
 from ..manifest import TensorSpec
-from .base import EngineFile, FeedCheck, RuntimeOptions, is_at_least
+from .base import EngineFile, FeedCheck, Runtime, RuntimeOptions, is_at_least
 from .engine_cache import FOLDER_VARIABLE, EngineCache, EngineKey
 from .tensorrt_build import Log, Settings, build, made, trt
 
@@ -87,7 +87,7 @@ class TensorRtRuntime:
         return runtime, engine, EngineFile(_keep(cache, stem, key, built, timings), seconds)
 
 
-RUNTIME = TensorRtRuntime()
+RUNTIME: Runtime = TensorRtRuntime()
 
 
 def _keep(cache: EngineCache, stem: str, key: EngineKey, engine: bytes, timings: bytes) -> Path | None:

@@ -22,7 +22,7 @@ import numpy as np
 from ...errors import BundleError, MissingDependencyError, RowcolError
 from ..manifest import DTYPES, TensorSpec
 from . import seal
-from .base import FeedCheck, RuntimeOptions, is_at_least
+from .base import FeedCheck, Runtime, RuntimeOptions, is_at_least
 
 try:
     try:
@@ -114,7 +114,7 @@ class TfliteRuntime:
         return TfliteSession(interpreter, artifact, f"{self.package} {self.version()}")
 
 
-RUNTIME = TfliteRuntime()
+RUNTIME: Runtime = TfliteRuntime()
 
 
 @dataclass(frozen=True, slots=True)
