@@ -290,7 +290,8 @@ def _as_feeds(value: Any, inputs: Sequence[str], what: str) -> Feeds:
     """A batch's inputs, as a dict by name, a tuple in order, or one array."""
     if isinstance(value, Mapping):
         if set(value) != set(inputs):
-            raise DataError(what, expected=f"inputs {list(inputs)}", got=f"{sorted(value)}")
+            hint = f"name the arrays as the model names its inputs; {', '.join(_LABEL_KEYS)} are taken as labels"
+            raise DataError(what, expected=f"inputs {list(inputs)}", got=f"{sorted(value) or 'none'}", hint=hint)
         return {name: _as_array(value[name]) for name in inputs}
     if isinstance(value, (tuple, list)):
         if len(value) != len(inputs):

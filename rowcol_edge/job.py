@@ -13,6 +13,7 @@ from pathlib import Path
 
 from . import cache as caching
 from . import datasets, frames, models, quality, targets, user_code
+from .backends import load_backend
 from .backends.base import ACCURACY_CONTROL
 from .budgets import Budgets
 from .cache import Cache
@@ -20,7 +21,8 @@ from .config import DEFAULT_BUDGET, BuildOptions
 from .datasets import Split
 from .device.preprocess import Frames, Preprocess
 from .device.system import environment
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, TargetError
+from .export.onnx import OPSETS
 from .factoring.plan import FactorPlan
 from .models import LoadedModel
 from .quality import Custom, Metric
@@ -124,6 +126,8 @@ def prepare(
     chosen = tuple(targets.load(name) for name in dict.fromkeys(options.target))
     for target in chosen:
         _check_precision(target, options)
+        _check_onnx(target, options)
+    _check_batch(options)
     if options.plan is not None:
         FactorPlan.read(options.plan)  # refused now rather than after the calibration
     progress("load model", 0, 4)
@@ -241,6 +245,37 @@ def _check_precision(target: Target, options: BuildOptions) -> None:
             expected=f"one of {', '.join(runtime.precisions)}",
             got=options.precision,
             hint=runtime.why,
+        )
+
+
+def _check_onnx(target: Target, options: BuildOptions) -> None:
+    """TargetError for an opset or IR version that is not written here, or that the oldest runtime does not read."""
+    runtime = target.runtime(options.runtime)
+    if runtime.opset is None or runtime.ir_version is None:
+        return  # a backend that reads ONNX asks for them itself
+    of = f"of target {target.name} with {runtime.name}"
+    if runtime.opset not in OPSETS:
+        raise TargetError(f"opset {of}", expected=f"{OPSETS[0]} to {OPSETS[-1]}", got=str(runtime.opset))
+    newest = load_backend(runtime.name).newest_onnx(runtime.oldest)
+    if newest is None:
+        return
+    for name, value, limit in zip(("opset", "ir_version"), (runtime.opset, runtime.ir_version), newest, strict=True):
+        if value > limit:
+            raise TargetError(
+                f"{name} {of}",
+                expected=f"at most {limit}, which {runtime.oldest} reads",
+                got=str(value),
+                hint="lower it, or promise a newer oldest version",
+            )
+
+
+def _check_batch(options: BuildOptions) -> None:
+    if options.dynamic_batch and not load_backend(options.runtime).dynamic_batch:
+        raise ConfigError(
+            f"dynamic-batch with {options.runtime}",
+            expected="a fixed batch: the converter for this runtime fixes every size",
+            got="a free one",
+            hint="build it without --dynamic-batch, or for another runtime",
         )
 
 

@@ -157,6 +157,8 @@ def test_a_damaged_npz_is_refused(tmp_path: Path, content: bytes) -> None:
         ({"x": np.array(["a", "b"])}, "numbers"),
         ({"x": np.zeros((0, 2), np.float32)}, "at least one sample"),
         ({"x": np.zeros((2, 2), np.float32), "y2": np.zeros((2, 2), np.float32)}, "inputs"),
+        (dict.fromkeys(("a", "b"), np.zeros((2, 2), np.float32)), r"expected inputs \['x'\], got \['a', 'b'\]"),
+        ({"y": np.zeros(2, np.int64)}, r"expected inputs \['x'\], got none – .* label, y are taken as labels"),
     ],
 )
 def test_bad_arrays_are_refused(tmp_path: Path, arrays: dict[str, Any], says: str) -> None:

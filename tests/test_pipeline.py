@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import rowcol_edge
-from rowcol_edge import evaluation, pipeline, targets
+from rowcol_edge import evaluation, job, pipeline, targets
+from rowcol_edge.config import BuildOptions
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.manifest import GRAPH_CHECKED
 from rowcol_edge.errors import (
@@ -248,6 +249,8 @@ def test_a_module_that_was_handed_over_leaves_no_file_that_claims_to_repeat_it(b
         ({"select": None}, DataError),
         ({"contract": "segment", "select": None, "test": None}, ConfigError),
         ({"colour": "red"}, ConfigError),
+        ({"runtime": "tflite", "dynamic_batch": True}, ConfigError),
+        ({"accuracy_control": True}, ConfigError),
     ],
 )
 def test_bad_input_writes_nothing(
@@ -257,6 +260,69 @@ def test_bad_input_writes_nothing(
     with pytest.raises(error):
         rowcol_edge.build(net, **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"runtime": "onnxruntime"}, "accuracy-control: expected runtime openvino, got onnxruntime"),
+        ({"runtime": "tflite"}, "accuracy-control: expected runtime openvino, got tflite"),
+        ({"precision": "fp16"}, "accuracy-control: expected precision int8 or auto, got fp16"),
+        ({"select": None, "test": None, "budget": None}, "accuracy-control: expected labelled selection data"),
+        (
+            {"metric": "statistics:mean"},
+            "expected a built-in metric, got statistics:mean – it runs in",
+        ),
+        ({"budget": "size<=4MB"}, "expected a budget for the drop, got .* – add drop<=0.5pp"),
+        ({"energy": 0.9, "budget": None}, "expected a budget for the drop, got none – add drop<=0.5pp"),
+    ],
+)
+def test_accuracy_control_is_refused_where_it_cannot_judge(
+    net: torch.nn.Module, splits: dict[str, str], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    options = {"runtime": "openvino", "accuracy_control": True, "budget": "drop<=2pp", **splits, **change}
+    with pytest.raises(ConfigError, match=message):
+        rowcol_edge.build(net, out=str(tmp_path / "out"), **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_free_batch_that_the_runtime_cannot_have_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job.models, "load", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(ConfigError, match=r"dynamic-batch with tflite: expected a fixed batch.* got a free one"):
+        rowcol_edge.build(
+            "sample:fmnist-vit", target="raspberry-pi-5", runtime="tflite", dynamic_batch=True, out=str(tmp_path / "o")
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"opset": 24}, "opset of target board with onnxruntime: expected 17 to 21, got 24"),
+        ({"opset": 12}, "opset of target board with onnxruntime: expected 17 to 21, got 12"),
+        ({"opset": 21, "ir_version": 9}, r"opset of .*: expected at most 20, which 1\.17\.0 reads, got 21 – lower it"),
+        ({"ir_version": 14}, r"ir_version of .*: expected at most 9, which 1\.17\.0 reads, got 14 – lower it"),
+        ({"ir_version": 11, "oldest": "1.22.1"}, r"expected at most 10, which 1\.22\.1 reads, got 11"),
+    ],
+)
+def test_what_the_oldest_runtime_does_not_read_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    pi = targets.load("raspberry-pi-5")
+    board = replace(pi, name="board", runtimes=(replace(pi.runtime("onnxruntime"), **change),))
+    monkeypatch.setattr(targets, "load", lambda name: board)
+    monkeypatch.setattr(job.models, "load", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(TargetError, match=message):
+        rowcol_edge.build("sample:fmnist-vit", target="board", out=str(tmp_path / "o"))
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("name", targets.available())
+def test_the_targets_promise_runtimes_that_read_their_files(name: str) -> None:
+    target = targets.load(name)
+    for runtime in target.runtimes:
+        job._check_onnx(target, BuildOptions("m", runtime=runtime.name))
 
 
 def test_overlapping_splits_are_refused(net: torch.nn.Module, splits: dict[str, str], tmp_path: Path) -> None:

@@ -186,6 +186,16 @@ class Backend(Protocol):
     def precisions(self) -> tuple[str, ...]: ...
 
     @property
+    def dynamic_batch(self) -> bool:
+        """Whether it takes a model whose batch is free."""
+        ...
+
+    def newest_onnx(self, oldest: str) -> tuple[int, int] | None:
+        """Newest opset and IR version that this version of the runtime reads; None where `compile` tells, or converts
+        the file."""
+        ...
+
+    @property
     def host_runtime(self) -> str:
         """The runtime that runs its artifacts while building: its own, or one that stands in for it."""
         ...

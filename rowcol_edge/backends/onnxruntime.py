@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..device.runtimes.base import is_at_least
 from ..errors import MissingDependencyError
 from . import calibration as calibrating
 from . import onnx_artifacts, onnx_errors, onnx_files
@@ -35,6 +36,10 @@ _OLDEST = {"int8-weights": "1.23.0"}
 """First versions whose CPU has the operators of a precision: before 1.23.0 MatMulNBits takes 4 bits, not 8 (each minor
 version from 1.17.0 on was tried)."""
 
+_NEWEST_ONNX = {"1.17": (20, 9), "1.18": (21, 10), "1.21": (22, 10), "1.23": (23, 11), "1.32": (26, 14)}
+"""Newest opset and IR version that versions from each on read; 1.17.0, 1.18.1, 1.19.2, 1.20.1, 1.21.1, 1.22.1, 1.23.2
+and 1.32.0 were tried."""
+
 
 class OnnxRuntimeBackend:
     """Compiles ``.onnx`` to ``.onnx``."""
@@ -44,6 +49,12 @@ class OnnxRuntimeBackend:
     consumes = Source.ONNX
     precisions = ("fp32", "fp16", "int8", "int8-dynamic", "int8-weights", "int4-weights")
     suffix = ".onnx"
+    dynamic_batch = True
+
+    def newest_onnx(self, oldest: str) -> tuple[int, int]:
+        """See `Backend.newest_onnx`."""
+        known = [newest for version, newest in _NEWEST_ONNX.items() if is_at_least(oldest, version)]
+        return known[-1] if known else next(iter(_NEWEST_ONNX.values()))
 
     def compile(
         self,

@@ -57,6 +57,10 @@ class OpenVinoBackend:
     consumes = Source.ONNX
     precisions = ("fp32", "fp16", "int8")
     suffix = ".xml"
+    dynamic_batch = True
+
+    def newest_onnx(self, oldest: str) -> None:
+        """See `Backend.newest_onnx`."""
 
     def compile(
         self,

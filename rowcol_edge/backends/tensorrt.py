@@ -42,6 +42,10 @@ class TensorRtBackend:
     consumes = Source.ONNX
     precisions = ("fp32", "fp16", "int8")
     suffix = ".onnx"
+    dynamic_batch = True
+
+    def newest_onnx(self, oldest: str) -> None:
+        """See `Backend.newest_onnx`."""
 
     def compile(
         self,

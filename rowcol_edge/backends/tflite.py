@@ -49,6 +49,10 @@ class TfliteBackend:
     consumes = Source.EXPORTED_PROGRAM
     precisions = ("fp32", "fp16", "int8", "int8-io", "int8-dynamic")
     suffix = ".tflite"
+    dynamic_batch = False
+
+    def newest_onnx(self, oldest: str) -> None:
+        """See `Backend.newest_onnx`."""
 
     def compile(
         self,

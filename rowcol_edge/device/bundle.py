@@ -12,8 +12,8 @@ from types import TracebackType
 import numpy as np
 
 from ..errors import BundleError, IntegrityError
-from .digests import sha256_bytes, sha256_file
-from .manifest import MANIFEST_NAME, PROFILES_FOLDER, ArmEntry, Manifest, TensorSpec
+from .digests import Stamp, sha256_bytes, sha256_file, stamp
+from .manifest import MANIFEST_NAME, PROFILES_FOLDER, ArmEntry, FileEntry, Manifest, TensorSpec
 from .npz import read_npz
 
 Arrays = dict[str, np.ndarray]
@@ -26,6 +26,8 @@ class Bundle:
 
     ``root`` is the folder that holds ``manifest.json``, ``digest`` the sha256 of that file: it stands for the whole
     bundle, since the manifest holds the sha256 of every other file. ``source`` is the path that was opened.
+
+    No file is handed out whose digest was not compared with the manifest since it was last written.
     """
 
     def __init__(self, root: Path, source: Path, temporary: Path | None = None) -> None:
@@ -36,6 +38,7 @@ class Bundle:
         data = _manifest_bytes(root)
         self.digest = sha256_bytes(data)
         self.manifest = Manifest.from_json(data)
+        self._checked: dict[str, Stamp] = {}
         if not self.manifest.files:
             raise BundleError("manifest.files", expected="every file of the bundle", got="none")
 
@@ -43,8 +46,8 @@ class Bundle:
     def open(cls, path: str | Path, *, check: bool = True) -> Bundle:
         """Open a bundle folder or ``.zip`` (unpacked to a temporary folder that :meth:`close` removes).
 
-        ``check`` compares every file with the manifest, see :meth:`check`. BundleError: not a bundle, damaged or of
-        another schema.
+        ``check`` compares every file with the manifest, see :meth:`check`; without it each file is compared when it is
+        handed out. BundleError: not a bundle, damaged or of another schema.
         """
         source = Path(path)
         if source.is_dir():
@@ -92,20 +95,24 @@ class Bundle:
                 raise IntegrityError(
                     f"{self.source}: {entry.path}", expected="a file", got="it is missing", hint="copy the bundle again"
                 )
-            sha256, size_bytes = sha256_file(self.root / entry.path)
-            if size_bytes != entry.size_bytes:
-                raise _changed(self.source, entry.path, f"{entry.size_bytes} bytes", f"{size_bytes} bytes")
-            if sha256 != entry.sha256:
-                raise _changed(self.source, entry.path, f"sha256 {entry.sha256[:16]}…", f"{sha256[:16]}…")
+            self._compare(entry)
 
     def arm(self, name: str | None = None) -> ArmEntry:
         """The arm of that name, or the default one."""
         return self.manifest.arm(name)
 
     def artifact(self, arm: ArmEntry | str | None = None) -> Path:
-        """The file a runtime opens for an arm."""
+        """The file a runtime opens for an arm; checked, like those that belong to it. IntegrityError: changed."""
         entry = arm if isinstance(arm, ArmEntry) else self.arm(arm)
-        return self._file(entry.artifact)
+        for file in self.manifest.files:
+            if entry.owns(file.path):
+                self._file(file.path)
+        return self.root / entry.artifact
+
+    def stamps(self, arm: ArmEntry) -> dict[str, Stamp]:
+        """By path, what a process that runs the arm opens, as it was when it was checked."""
+        paths = [file.path for file in self.manifest.files if arm.owns(file.path)] + [self.manifest.golden_inputs]
+        return {str(self._file(path)): self._checked[path] for path in paths}
 
     def golden(self, arm: ArmEntry | str | None = None) -> tuple[Arrays, Arrays]:
         """Golden inputs and an arm's outputs for them, by name, stacked along the first axis (see :meth:`feeds`)."""
@@ -129,12 +136,25 @@ class Bundle:
     ) -> None:
         self.close()
 
+    def _compare(self, entry: FileEntry) -> None:
+        # before it is read: what is written meanwhile is noticed the next time
+        seen = stamp(self.root / entry.path)
+        sha256, size_bytes = sha256_file(self.root / entry.path)
+        if size_bytes != entry.size_bytes:
+            raise _changed(self.source, entry.path, f"{entry.size_bytes} bytes", f"{size_bytes} bytes")
+        if sha256 != entry.sha256:
+            raise _changed(self.source, entry.path, f"sha256 {entry.sha256[:16]}…", f"{sha256[:16]}…")
+        self._checked[entry.path] = seen
+
     def _file(self, path: str) -> Path:
+        """A file of the bundle, compared with the manifest unless it is still what it was when that was done."""
         file = self.root / path
         if not file.is_file():
             raise IntegrityError(
                 f"{self.source}: {path}", expected="a file", got="it is missing", hint="copy the bundle again"
             )
+        if self._checked.get(path) != stamp(file):
+            self._compare(next(entry for entry in self.manifest.files if entry.path == path))
         return file
 
 

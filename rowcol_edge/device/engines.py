@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, cast
 
 from ..errors import BundleError, MeasurementError
 from .bundle import Bundle
-from .predictor import check_version, runtime_options
+from .predictor import load_checked, runtime_options
 from .processes import child_environment, worker_command
-from .runtimes import ENGINE_BUILDERS, load_runtime
+from .runtimes import ENGINE_BUILDERS
 
 if TYPE_CHECKING:
     from .runtimes.base import EngineBuilder, EngineFile
@@ -29,8 +29,7 @@ def build_engines(bundle: Bundle, arms: Sequence[str] | None = None) -> Iterator
             got=f"one for {name}",
             hint="nothing has to be built: run verify",
         )
-    runtime = cast("EngineBuilder", load_runtime(name))
-    check_version(bundle, runtime)
+    runtime = cast("EngineBuilder", load_checked(bundle))
     for arm in bundle.manifest.arms if arms is None else [bundle.arm(wanted) for wanted in arms]:
         yield arm.name, runtime.build_engine(bundle.artifact(arm), runtime_options(bundle))
 

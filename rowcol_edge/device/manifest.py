@@ -102,6 +102,11 @@ class RuntimeEntry:
     providers: tuple[str, ...] = ()
     properties: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def install_line(self) -> str:
+        """``install`` as one line for a shell, without its comments."""
+        return " && ".join(line for line in self.install.splitlines() if not line.startswith("#"))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:

@@ -13,6 +13,7 @@ from . import schedule, stats, system
 from .bundle import Bundle
 from .engines import prepare
 from .manifest import ArmEntry
+from .predictor import load_checked
 from .processes import Processes
 from .profile import NULL, ArmProfile, ColdStart, Latency, Memory, MemoryReading, Profile, Protocol
 from .session import Executor, Progress, Session, run_session
@@ -59,6 +60,7 @@ def profile(
     requests[NULL] = requests[null_of]
 
     if executor is None:
+        load_checked(bundle)  # a runtime that is missing or too old is told here, not by a process that failed
         prepare(bundle, [arm.name for arm in chosen])
         executor = Processes(caps, _TIMEOUT_SECONDS)
     session = run_session(requests, executor, rounds, budget_seconds, progress or _silent)
@@ -149,6 +151,7 @@ def _request(bundle: Bundle, arm: ArmEntry, threads: int) -> Request:
         properties=manifest.runtime.properties,
         min_samples=schedule.MIN_SAMPLES,
         max_samples=schedule.MAX_SAMPLES,
+        stamps=bundle.stamps(arm),
     )
 
 

@@ -161,9 +161,7 @@ def open_arm(bundle: Bundle, arm: ArmEntry, *, threads: int | None = None) -> Se
     """Load the runtime, open an arm's artifact, and check that its inputs and outputs are those of the manifest."""
     if threads is not None and threads < 0:
         raise DataError("threads", expected="0 (the runtime's choice) or more", got=str(threads))
-    runtime = load_runtime(bundle.manifest.runtime.name)
-    check_version(bundle, runtime)
-    session = runtime.open(bundle.artifact(arm), runtime_options(bundle, threads))
+    session = load_checked(bundle).open(bundle.artifact(arm), runtime_options(bundle, threads))
     for kind, found, listed in (
         ("inputs", session.inputs, bundle.manifest.inputs),
         ("outputs", session.outputs, bundle.manifest.outputs),
@@ -175,16 +173,18 @@ def open_arm(bundle: Bundle, arm: ArmEntry, *, threads: int | None = None) -> Se
     return session
 
 
-def check_version(bundle: Bundle, runtime: Runtime) -> None:
-    """BundleError if the installed runtime is older than the oldest one the bundle was made for."""
+def load_checked(bundle: Bundle) -> Runtime:
+    """Load the bundle's runtime; BundleError if it is older than the oldest one the bundle was made for."""
     entry = bundle.manifest.runtime
+    runtime = load_runtime(entry.name)
     if not runtime.fulfils(entry.oldest):
         raise BundleError(
             f"package {runtime.package}",
             expected=f"{entry.oldest} or newer",
             got=runtime.version(),
-            hint=f"install it with: {entry.install}",
+            hint=f"install it with: {entry.install_line}",
         )
+    return runtime
 
 
 def _specs_text(specs: tuple[TensorSpec, ...]) -> str:

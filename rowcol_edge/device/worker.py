@@ -23,8 +23,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BundleError
+from ..errors import BundleError, IntegrityError
 from . import memory
+from .digests import Stamp, stamp
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +49,10 @@ MEMORY_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a process is to do. ``batch`` gives the rows a feed takes of each golden input, 0: the whole array."""
+    """What a process is to do. ``batch`` gives the rows a feed takes of each golden input, 0: the whole array.
+
+    ``stamps`` are of the files whose digests were checked, by path: the process opens none that was changed since.
+    """
 
     mode: str
     arm: str
@@ -63,6 +67,7 @@ class Request:
     warmup_seconds: float = 0.3
     min_samples: int = 5
     max_samples: int = 500
+    stamps: dict[str, Stamp] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -72,8 +77,9 @@ class Request:
         try:
             values = json.loads(text)
             values["providers"] = tuple(values["providers"])
+            values["stamps"] = {path: tuple(seen) for path, seen in values["stamps"].items()}
             return cls(**values)
-        except (ValueError, TypeError, KeyError) as e:
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise BundleError("worker request", expected="the JSON the profiler sends", got=str(e)) from e
 
 
@@ -133,6 +139,7 @@ def run(request: Request) -> TimedRun | MemoryRun:
     import_ns = clock() - begin
     version = runtime.version()
     options = RuntimeOptions(request.threads, request.providers, request.properties)
+    _check_unchanged(request)
     feed = _feed(request)
     measure = _memory if request.mode == MEMORY else _time
 
@@ -229,6 +236,14 @@ def _memory(
         times = sample(session.run, feed, int(MEMORY_SECONDS * 1e9), (1, MEMORY_RUNS), time.perf_counter_ns)
         peak = memory.peak_bytes()
     return MemoryRun(version, baseline, after_load, peak, reset, sorted(times)[len(times) // 2])
+
+
+def _check_unchanged(request: Request) -> None:
+    # not another digest: on a slow board it would eat up the time that is there to measure
+    for path, seen in request.stamps.items():
+        if stamp(Path(path)) != seen:
+            hint = "leave the bundle alone while it is measured, then start again"
+            raise IntegrityError(path, expected="the file whose digest was checked", got="another one", hint=hint)
 
 
 def _feed(request: Request) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rowcol_edge.backends import BACKENDS, load_backend
 from rowcol_edge.backends.base import Backend, QuantSpec, Source
@@ -16,6 +17,8 @@ from rowcol_edge.device.bundle import split_feeds
 from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
 from rowcol_edge.errors import ConfigError, DataError, StageError, TargetError
 from rowcol_edge.targets import PRECISIONS, RuntimeSpec, load
+
+from .conftest import Convolutions, smooth, write_source
 
 Batches = Callable[[], Iterator[dict[str, np.ndarray]]]
 Sources = Callable[[Source, str], Path]
@@ -134,6 +137,44 @@ def test_int8_without_calibration_data_is_bad_input(
     with pytest.raises(DataError, match="int8 needs calibration data"):
         backend.compile(source, runtime, QuantSpec("int8"), None, tmp_path / "out.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("feed", "message"),
+    [
+        ({}, "calibration batch 0: expected inputs x, got no inputs"),
+        ({"y": (1, 1, 16, 16)}, "calibration batch 0: expected inputs x, got y"),
+        ({"x": (1, 1, 16, 15)}, r"calibration batch 0, input 'x': expected shape \?×1×16×16, got 1×1×16×15"),
+        (None, "calibration data: expected at least one sample, got none"),
+    ],
+)
+def test_calibration_that_misses_an_input_or_does_not_fit_is_bad_input(
+    backend: Backend, sources: Sources, tmp_path: Path, runtime: RuntimeSpec,
+    feed: dict[str, tuple[int, ...]] | None, message: str,
+) -> None:  # fmt: skip
+    source, out = sources(backend.consumes, "convolutions"), tmp_path / f"out{backend.suffix}"
+    out.write_bytes(b"earlier")
+    made = [] if feed is None else [{name: np.zeros(shape, np.float32) for name, shape in feed.items()}]
+    with pytest.raises(DataError, match=message):
+        backend.compile(source, runtime, QuantSpec("int8"), lambda: iter(made), out)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {out.name: b"earlier"}
+
+
+def test_a_free_batch_is_compiled_or_refused_as_the_backend_says(
+    backend: Backend, tmp_path: Path, runtime: RuntimeSpec, batches: Batches
+) -> None:
+    torch.manual_seed(0)
+    example = {"x": np.zeros((1, 1, 16, 16), np.float32)}
+    source = write_source(backend.consumes, Convolutions(), example, tmp_path, dynamic_batch=True)
+    out = tmp_path / f"out{backend.suffix}"
+    if not backend.dynamic_batch:
+        with pytest.raises(ConfigError, match="expected a fixed batch"):
+            backend.compile(source, runtime, QuantSpec("fp32"), batches, out)
+        assert not out.exists()
+        return
+    backend.compile(source, runtime, QuantSpec("fp32"), batches, out)
+    with load_runtime(backend.host_runtime).open(out, RuntimeOptions(threads=1)) as session:
+        assert session.run({"x": smooth(3, seed=1)})["output"].shape == (3, 3)
 
 
 def test_what_it_says_of_itself(backend: Backend) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,8 @@ from .conftest import write_source
 PICTURE = np.random.default_rng(0).normal(size=(1, 1, 5, 6)).astype(np.float32)
 SCALE = np.full((1, 1), 2.0, np.float32)
 OPTIONS = RuntimeOptions(threads=1)
-FIXED_BATCH = {"tflite"}
-"""Runtimes whose converter cannot leave a batch free."""
+FIXED_BATCH = {name for name in RUNTIMES if not load_backend(name).dynamic_batch}
+"""Runtimes whose backend cannot leave a batch free."""
 
 
 class TwoInputs(nn.Module):
@@ -179,6 +182,26 @@ def test_an_artifact_cut_short_is_one_error(name: str, free: Path, tmp_path: Pat
             load_runtime(name).open(copy, OPTIONS)
         path.write_bytes(whole)
     load_runtime(name).open(copy, OPTIONS).close()
+
+
+def test_no_damage_takes_the_caller_down(name: str, free: Path, tmp_path: Path, root: Path) -> None:
+    """The tool's own loop, in a fresh interpreter: it forks, which a process with threads must not."""
+    np.savez(tmp_path / "feeds.npz", image=PICTURE, scale=SCALE)
+    code = (
+        "import json, sys, numpy as np, fuzz_artifacts as tool; from pathlib import Path\n"
+        "artifact = tool.Artifact(sys.argv[1], Path(sys.argv[2]), tool.RuntimeOptions(1), dict(np.load(sys.argv[3])))\n"
+        "files = tool.files(artifact.path)\n"
+        "print(json.dumps([tool.fuzz(artifact, file, 24, seed=0, seconds=60) for file in files]))"
+    )
+    command = [sys.executable, "-c", code, name, free, tmp_path / "feeds.npz"]
+    done = subprocess.run(command, cwd=root / "tools", capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert len(found) == len(list(free.parent.glob(f"{free.stem}.*")))
+    for outcomes in found:
+        assert sum(outcomes.values()) == 24
+        assert set(outcomes) <= {"typed error", "opened and ran"}
+        assert outcomes["typed error"] > 0
 
 
 def test_another_file_or_none_is_one_error(name: str, free: Path, tmp_path: Path) -> None:
