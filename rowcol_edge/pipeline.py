@@ -262,9 +262,10 @@ class _Line:
         self.study = _study(job, progress)
         self.chooser = _Chooser(job, self.study, progress)
         # the quantizer gets a diverse subset; the spaces got the whole pool, since a covariance gains from each sample
+        splits = [(split.name, split.key) for split in job.splits]
         self.data = DataReport.from_json(
             job.cache.text(
-                job.stage_key("data", [split.key for split in job.splits], job.options.calib_size, job.labels),
+                job.stage_key("data", splits, job.options.calib_size, job.labels),
                 lambda: coverage.survey(job, self.study.folded, self.study.graph, progress).to_json(),
             )
         )

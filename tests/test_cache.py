@@ -75,6 +75,7 @@ def test_without_a_folder_nothing_is_kept(tmp_path: Path) -> None:
         lambda entry: (entry / "digests.json").unlink(),
         lambda entry: (entry / "digests.json").write_text("{"),
         lambda entry: (entry / "digests.json").write_text("[]"),
+        lambda entry: (entry / "digests.json").write_text("{}"),
         lambda entry: (entry / "digests.json").write_text('{"file.bin": 3, "more.bin": null}'),
     ],
 )
@@ -118,6 +119,18 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path: Path) -> None:
     store = Cache(tmp_path / "file" / "cache")
     assert [get(store, "a", make, tmp_path) for _ in range(2)] == [b"made"] * 2
     assert make.calls == 2
+
+
+def test_a_cache_that_can_only_be_read_is_used(store: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Counter()
+    get(store, "a", make, tmp_path)
+
+    def refused(path: Path) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert get(store, "a", make, tmp_path) == b"made"
+    assert make.calls == 1
 
 
 def test_arrays_keep_names_types_and_values(store: Cache) -> None:
