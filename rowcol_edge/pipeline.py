@@ -293,12 +293,13 @@ class _Line:
         return _Ready(target, runtime, tuple(arms), choice, selected)
 
     def write(self, ready: _Ready, out: Path) -> Built:
-        """The bundle, and the only look at the test split."""
-        path = bundling.path(out, ready.target, ready.runtime.name)
+        """The bundle; this is the only time that the test split is judged."""
+        job, path = self.job, bundling.path(out, ready.target, ready.runtime.name)
         bundling.write(
-            path, self.job, ready.target, ready.runtime, ready.arms, ready.choice, self._original(),
+            path, job, ready.target, ready.runtime, ready.arms, ready.choice, self._original(),
             data=self.data, notes=[note for arm in ready.arms for note in keeping.notes(arm)],
-            precision=None if ready.selected is None else ready.selected.to_dict(), progress=self.progress,
+            precision=None if ready.selected is None else ready.selected.to_dict(), zip_too=job.options.zip,
+            progress=self.progress,
         )  # fmt: skip
         with Bundle.open(path) as bundle:
             return Built(path, bundle.manifest, reused=False)
