@@ -357,7 +357,8 @@ class _Line:
         """The arm, if need be repaired or with its worst layers in float; None where it does not hold the drop then.
 
         The need is a missed drop, or outputs that are off by more than `keeping.TOLERANCE` where that can be changed.
-        A repair (equalised layers, corrected biases) costs nothing on the board, so it comes first.
+        A repair (equalised layers, corrected biases) costs nothing on the board, so it comes first. The number of
+        layers in float is found by halving: it is less than twice the fewest that would do.
         """
         within = self._within(arm)
         if (within and arm.loss <= keeping.TOLERANCE) or arm.precision not in keeping.PRECISIONS:
