@@ -201,9 +201,16 @@ class Workbench:
 
     def layer_errors(self, arm: Arm, runtime: RuntimeSpec) -> tuple[LayerError, ...]:
         """What quantization does to each layer of an int8 arm, worst first."""
-        self._progress(f"layer errors {arm.name}", 0, 1)
         source = self._sources[_key(arm.variant, arm.plan, runtime, arm.repaired)]
-        errors = load_backend(runtime.name).layer_errors(source.path, arm.artifact.path, self._ranges)
+
+        def found() -> str:
+            errors = load_backend(runtime.name).layer_errors(source.path, arm.artifact.path, self._ranges)
+            return json.dumps([asdict(layer) for layer in errors])
+
+        self._progress(f"layer errors {arm.name}", 0, 1)
+        job = self._job
+        key = job.stage_key("layer errors", runtime.name, source.sha256, arm.artifact.sha256, self._inputs_key)
+        errors = tuple(LayerError(**layer) for layer in json.loads(job.cache.text(key, found)))
         self._progress(f"layer errors {arm.name}", 1, 1)
         return errors
 

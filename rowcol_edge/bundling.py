@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from . import evaluation, package, recipes
 from .arms import CPU, Arm, runtime_options
 from .backends import load_backend
 from .coverage import DataReport
+from .device.installed import PACKAGES
 from .device.manifest import GRAPH_CHECKED, RUN, ArmEntry, Manifest, RuntimeEntry, TensorSpec
 from .device.runtimes import load_runtime
 from .device.verify import golden_outputs
@@ -57,9 +62,9 @@ def key(job: Job, target: Target) -> str:
 def write(
     out: Path, job: Job, target: Target, runtime: RuntimeSpec, arms: Sequence[Arm], choice: Choice, original: Quality,
     *, data: DataReport | None = None, notes: Sequence[str] = (), precision: Mapping[str, Any] | None = None,
-    progress: Progress = silent,
+    zip_too: bool = False, progress: Progress = silent,
 ) -> Path:  # fmt: skip
-    """Judge the arms on the test split – the only time it is looked at – and write the bundle.
+    """Judge the arms on the test split – the only time it is judged – and write the bundle.
 
     Args:
         arms: the default arm first.
@@ -67,6 +72,7 @@ def write(
         data: what the splits hold, for the record.
         notes: said in the manifest beside the arms' own.
         precision: how the precision was chosen, where it was not named.
+        zip_too: write ``out.zip`` as well.
     """
     inputs = job.calibration.take(_GOLDEN_SAMPLES)
     golden: dict[str, dict[str, npt.NDArray[Any]]] = {}
@@ -88,7 +94,7 @@ def write(
             opset=runtime.opset,
             ir_version=runtime.ir_version,
             threads=target.threads,
-            install=_install(runtime, oldest, load_runtime(host).package),
+            install=_install(runtime, oldest),
             providers=runtime.providers,
             properties=runtime.properties,
         ),
@@ -122,7 +128,7 @@ def write(
         golden_inputs=inputs,
         golden_outputs=golden,
         readme=package.board_readme(manifest),
-        zip_too=job.options.zip,
+        zip_too=zip_too,
         extra=extra,
     )
 
@@ -161,12 +167,31 @@ def _oldest(runtime: RuntimeSpec, arms: Sequence[Arm]) -> str:
     return max(versions, key=lambda version: [int(part) for part in version.split(".")])
 
 
-def _install(runtime: RuntimeSpec, oldest: str, package: str) -> str:
-    """The target's install lines; a last one where the bundle needs a newer runtime than they ask for."""
-    lines = install_lines(runtime)
+def _install(runtime: RuntimeSpec, oldest: str) -> str:
+    """The target's install lines, where the bundle needs a newer runtime than they ask for with its version."""
     if oldest == runtime.oldest:
-        return lines
-    return f'{lines}\npython3 -m pip install --upgrade "{package}>={oldest}"'
+        return install_lines(runtime)
+    packages = [name for name in PACKAGES[runtime.name] if name != "ai-edge-litert"]  # any is new enough
+    alternatives = tuple(
+        replace(other, requirements=_raised(other.requirements, packages, oldest)) for other in runtime.alternatives
+    )
+    requirements = _raised(runtime.requirements, packages, oldest)
+    return install_lines(replace(runtime, requirements=requirements, alternatives=alternatives))
+
+
+def _raised(requirements: Sequence[str], packages: Sequence[str], oldest: str) -> tuple[str, ...]:
+    """The requirements, those of a runtime's packages with no older version than ``oldest``."""
+    raised = []
+    for text in requirements:
+        requirement = Requirement(text)
+        if canonicalize_name(requirement.name) in packages:
+            others = [str(one) for one in requirement.specifier if one.operator != ">="]
+            floors = [one.version for one in requirement.specifier if one.operator == ">="]
+            floor = max([*floors, oldest], key=Version)
+            requirement.specifier = SpecifierSet(",".join([f">={floor}", *others]))
+            text = str(requirement).replace('"', "'")  # the shell line has it between double quotes
+        raised.append(text)
+    return tuple(raised)
 
 
 def runs_here(runtime: RuntimeSpec) -> bool:

@@ -133,11 +133,15 @@ def _restored(entry: Path, into: Path) -> bool:
     """Whether ``into`` now holds the entry's files, each with the digest it had when it was stored."""
     try:
         digests = json.loads((entry / _DIGESTS).read_bytes())
-        whole = all(_copied(entry / name, into / Path(name).name) == digest for name, digest in digests.items())
-        os.utime(entry)  # used now
+        whole = bool(digests) and all(
+            _copied(entry / name, into / Path(name).name) == digest for name, digest in digests.items()
+        )
     except (OSError, ValueError, AttributeError):  # not there, going just now, or damaged
         whole = False
-    if not whole:
+    if whole:
+        with contextlib.suppress(OSError):  # a shared cache may be read-only
+            os.utime(entry)  # used now
+    else:
         for file in into.iterdir():
             file.unlink()
     return whole

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .device.manifest import PRECISIONS
+from .device.runtimes import RUNTIMES
 from .errors import InputError, MissingDependencyError, RowcolError
 
 if TYPE_CHECKING:
@@ -219,12 +221,8 @@ def build(
     ] = None,
     out: Out = None,
     weights: Weights = None,
-    runtime: Annotated[
-        str | None, typer.Option(help="a runtime that the target lists: onnxruntime, openvino, tflite or tensorrt")
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16, int8, int8-io, int8-dynamic, int8-weights, int4-weights or auto")
-    ] = None,
+    runtime: Annotated[str | None, typer.Option(help=f"a runtime that the target lists: {', '.join(RUNTIMES)}")] = None,
+    precision: Annotated[str | None, typer.Option(help=f"{', '.join(PRECISIONS)} or auto")] = None,
     calib: Calib = None,
     calib_size: CalibSize = None,
     select: Select = None,

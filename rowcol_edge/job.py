@@ -223,7 +223,7 @@ def _own_source() -> str:
 def _processor() -> str:
     """Kernels are picked by it, and round differently: a cache may lie in a home that machines share."""
     host = environment()
-    return f"{host.machine} {host.cpu_model} {host.caps}"
+    return f"{host.machine} {host.cpu_model} {host.isa} {host.caps}"
 
 
 def check_out(out: Path) -> None:

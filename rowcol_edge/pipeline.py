@@ -262,9 +262,10 @@ class _Line:
         self.study = _study(job, progress)
         self.chooser = _Chooser(job, self.study, progress)
         # the quantizer gets a diverse subset; the spaces got the whole pool, since a covariance gains from each sample
+        splits = [(split.name, split.key) for split in job.splits]
         self.data = DataReport.from_json(
             job.cache.text(
-                job.stage_key("data", [split.key for split in job.splits], job.options.calib_size, job.labels),
+                job.stage_key("data", splits, job.options.calib_size, job.labels),
                 lambda: coverage.survey(job, self.study.folded, self.study.graph, progress).to_json(),
             )
         )
@@ -292,12 +293,13 @@ class _Line:
         return _Ready(target, runtime, tuple(arms), choice, selected)
 
     def write(self, ready: _Ready, out: Path) -> Built:
-        """The bundle, and the only look at the test split."""
-        path = bundling.path(out, ready.target, ready.runtime.name)
+        """The bundle; this is the only time that the test split is judged."""
+        job, path = self.job, bundling.path(out, ready.target, ready.runtime.name)
         bundling.write(
-            path, self.job, ready.target, ready.runtime, ready.arms, ready.choice, self._original(),
+            path, job, ready.target, ready.runtime, ready.arms, ready.choice, self._original(),
             data=self.data, notes=[note for arm in ready.arms for note in keeping.notes(arm)],
-            precision=None if ready.selected is None else ready.selected.to_dict(), progress=self.progress,
+            precision=None if ready.selected is None else ready.selected.to_dict(), zip_too=job.options.zip,
+            progress=self.progress,
         )  # fmt: skip
         with Bundle.open(path) as bundle:
             return Built(path, bundle.manifest, reused=False)
@@ -355,7 +357,8 @@ class _Line:
         """The arm, if need be repaired or with its worst layers in float; None where it does not hold the drop then.
 
         The need is a missed drop, or outputs that are off by more than `keeping.TOLERANCE` where that can be changed.
-        A repair (equalised layers, corrected biases) costs nothing on the board, so it comes first.
+        A repair (equalised layers, corrected biases) costs nothing on the board, so it comes first. The number of
+        layers in float is found by halving: it is less than twice the fewest that would do.
         """
         within = self._within(arm)
         if (within and arm.loss <= keeping.TOLERANCE) or arm.precision not in keeping.PRECISIONS:

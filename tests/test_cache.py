@@ -24,7 +24,7 @@ from rowcol_edge.factoring import spaces
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan
 from rowcol_edge.search import Choice, Trial
 
-from .nets import small_net, write_splits
+from .nets import outlier_net, small_net, write_splits
 
 
 class Counter:
@@ -75,6 +75,7 @@ def test_without_a_folder_nothing_is_kept(tmp_path: Path) -> None:
         lambda entry: (entry / "digests.json").unlink(),
         lambda entry: (entry / "digests.json").write_text("{"),
         lambda entry: (entry / "digests.json").write_text("[]"),
+        lambda entry: (entry / "digests.json").write_text("{}"),
         lambda entry: (entry / "digests.json").write_text('{"file.bin": 3, "more.bin": null}'),
     ],
 )
@@ -118,6 +119,18 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path: Path) -> None:
     store = Cache(tmp_path / "file" / "cache")
     assert [get(store, "a", make, tmp_path) for _ in range(2)] == [b"made"] * 2
     assert make.calls == 2
+
+
+def test_a_cache_that_can_only_be_read_is_used(store: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Counter()
+    get(store, "a", make, tmp_path)
+
+    def refused(path: Path) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert get(store, "a", make, tmp_path) == b"made"
+    assert make.calls == 1
 
 
 def test_arrays_keep_names_types_and_values(store: Cache) -> None:
@@ -323,6 +336,21 @@ def test_a_changed_weight_datum_or_option_is_noticed(
     np.savez(tmp_path / "calib.npz", **arrays)
     build(net, options, calib=str(tmp_path / "calib.npz"))
     assert stages.look() == ONCE
+
+
+def test_the_errors_of_layers_are_found_once(
+    splits: dict[str, str], stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"calib": splits["calib"], "energy": 1.0, "precision": "int8", "dense": False, "zip": False}
+    [first] = rowcol_edge.build(outlier_net(), out=tmp_path / "a", target="raspberry-pi-5", **options)
+    assert first.manifest.arms[0].kept_float == ("reader",)
+
+    def found_again(*arguments: Any) -> None:
+        raise AssertionError("errors of layers are kept too")
+
+    monkeypatch.setattr(type(BACKEND), "layer_errors", found_again)
+    [second] = rowcol_edge.build(outlier_net(), out=tmp_path / "b", target="raspberry-pi-5", **options)
+    assert second.manifest.arms == first.manifest.arms
 
 
 def test_a_build_that_fails_leaves_what_it_had_made(

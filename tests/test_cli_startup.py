@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from rowcol_edge.device.manifest import PRECISIONS
+from rowcol_edge.device.runtimes import RUNTIMES
 
 HEAVY = {"torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "onnxsim", "numpy", "scipy", "PIL", "safetensors"}
 
@@ -31,6 +35,13 @@ def test_listing_targets_loads_neither_torch_nor_a_runtime(python_loads: Callabl
     )
     assert "rowcol_edge.targets" in loaded
     assert not loaded & (HEAVY - {"numpy", "PIL"})
+
+
+def test_the_help_of_build_names_every_runtime_and_precision(root: Path) -> None:
+    command = [sys.executable, "-c", "from rowcol_edge.cli import main; main()", "build", "--help"]
+    shown = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    wanted = {*RUNTIMES, *PRECISIONS, "auto"}
+    assert wanted <= set(re.findall(r"[\w-]+", shown))
 
 
 def test_help_names_every_command(root: Path) -> None:

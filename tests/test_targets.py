@@ -302,3 +302,10 @@ def test_the_proxy_environment_is_kept(values: dict[str, Any]) -> None:
     values["proxy_env"] = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
     target = targets.parse(values, name="my-board", source="my-board.toml")
     assert target.to_dict()["proxy_env"] == {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+
+
+@pytest.mark.parametrize("name", targets.available())
+def test_a_camera_recipe_finds_the_gi_of_the_system(name: str) -> None:
+    target = targets.load(name)
+    if "gstreamer" in target.recipes:
+        assert all("--system-site-packages" in runtime.venv for runtime in target.runtimes)

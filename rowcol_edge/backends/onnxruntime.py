@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..device.runtimes.base import is_at_least
+from ..device.versions import is_at_least
 from ..errors import MissingDependencyError
 from . import calibration as calibrating
 from . import onnx_artifacts, onnx_errors, onnx_files

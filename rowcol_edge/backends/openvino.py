@@ -9,9 +9,7 @@ Conversion and quantization run in a process of their own.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -39,6 +37,7 @@ from .base import (
 )
 from .onnx_files import Port
 from .openvino_worker import NOT_INSTALLED
+from .publishing import publish
 
 if TYPE_CHECKING:
     from ..targets import RuntimeSpec
@@ -117,7 +116,7 @@ class OpenVinoBackend:
             if "accuracy" in job:
                 notes = (*notes, _kept(openvino_files.float_layers(made)))
             types = openvino_files.weight_types(made)
-            sha256, size_bytes = _publish(made, out)
+            sha256, size_bytes = publish(made, out, (".bin", ".xml"))  # weights first
         return Artifact(out, sha256, size_bytes, types, quant.precision, (out.with_suffix(".bin"),), notes)
 
     def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
@@ -184,19 +183,3 @@ def _multiplies_activations(proto: onnx.ModelProto) -> bool:
         if any(node.op_type == "MatMul" and not constants & set(node.input) for node in graph.node):
             return True
     return False
-
-
-def _publish(made: Path, out: Path) -> tuple[str, int]:
-    """Move the IR to ``out``, weights first; sha256 over both files and their size in bytes."""
-    digest, size_bytes = hashlib.sha256(), 0
-    for suffix in (".bin", ".xml"):
-        content = made.with_suffix(suffix).read_bytes()
-        digest.update(content)
-        size_bytes += len(content)
-        temporary = out.with_name(f".{out.stem}.{os.getpid()}{suffix}")
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(out.with_suffix(suffix))
-        finally:
-            temporary.unlink(missing_ok=True)
-    return digest.hexdigest(), size_bytes

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,11 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import native
-from ..device.runtimes.base import is_at_least
+from ..device.versions import is_at_least
 from ..errors import ConfigError, MissingDependencyError, StageError, UnsupportedOpError
 from . import calibration as calibrating
 from . import program_files
 from .base import Artifact, Calibration, LayerError, QuantSpec, Source, check_precision, worst_first
+from .publishing import publish
 from .tflite_worker import NOT_INSTALLED, REFUSED
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class TfliteBackend:
             tflite_files.check_types(compiled, quant.precision, quant.keep_float)
             notes = tuple(json.loads(made.with_suffix(".json").read_text(encoding="utf-8")))
             types = tflite_files.weight_types(compiled)
-            sha256, size_bytes = _publish(made, out)
+            sha256, size_bytes = publish(made, out)
         return Artifact(out, sha256, size_bytes, types, quant.precision, notes=notes)
 
     def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
@@ -114,12 +114,12 @@ class TfliteBackend:
 
         signature = program_files.signature(model)
         with tempfile.TemporaryDirectory(prefix="rowcol-tflite-") as work:
-            folder = Path(work)
+            folder, compiled = Path(work), tflite_files.read(artifact)
             job: dict[str, Any] = {
                 "float": str(_float_file(model)),
                 "artifact": str(artifact.resolve()),
-                "static": not tflite_files.is_dynamic(tflite_files.read(artifact)),
-                "linear_per_channel": False,
+                "static": not tflite_files.is_dynamic(compiled),
+                "linear_per_channel": tflite_files.linear_per_channel(compiled),
                 "keep_float": [],
                 "inputs": [port.name for port in signature.inputs],
                 "calibration": str(folder / "calibration"),
@@ -179,15 +179,3 @@ def _refusal(said: Mapping[str, str]) -> StageError | UnsupportedOpError:
         got=said["error"],
         hint="replace it in that module by plain torch operators",
     )
-
-
-def _publish(made: Path, out: Path) -> tuple[str, int]:
-    """Move the file to ``out`` in one step; its sha256 and size in bytes."""
-    content = made.read_bytes()
-    temporary = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return hashlib.sha256(content).hexdigest(), len(content)

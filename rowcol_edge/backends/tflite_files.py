@@ -42,6 +42,7 @@ class _Weight:
     dtype: str
     values: int
     activation: str
+    scales: int
 
 
 def read(path: Path) -> Any:
@@ -125,6 +126,11 @@ def is_dynamic(model: Any) -> bool:
     return any(weight.dtype == "int8" and weight.activation == "float32" for weight in _weights(model))
 
 
+def linear_per_channel(model: Any) -> bool:
+    """Whether int8 weights of linear layers have a scale a channel, where there are several."""
+    return any(w.scales > 1 for w in _weights(model) if w.kind == "FULLY_CONNECTED" and w.dtype == "int8")
+
+
 def check_types(model: Any, precision: str, keep_float: Sequence[str] = ()) -> None:
     """StageError unless the model holds the types that ``precision`` claims.
 
@@ -171,7 +177,9 @@ def _weights(model: Any) -> Iterator[_Weight]:
                     activation = _TYPES[graph.tensors[other].type]
                     layer = _text(graph.tensors[operator.outputs[0]].name)
                     values = math.prod(tensor.shape)
-                    yield _Weight(layer, name, tensor.buffer, _TYPES[tensor.type], values, activation)
+                    scale = None if tensor.quantization is None else tensor.quantization.scale
+                    scales = 0 if scale is None else len(scale)
+                    yield _Weight(layer, name, tensor.buffer, _TYPES[tensor.type], values, activation, scales)
 
 
 def kind(model: Any, operator: Any) -> str:

@@ -22,7 +22,7 @@ from ..errors import BundleError
 from . import installed, system
 from .fields import Fields, parse_json
 from .manifest import MANIFEST_NAME, SCHEMA, RuntimeEntry, runtime_entry
-from .versions import name_of, numbers, satisfies
+from .versions import WITH_NUMPY_2, is_at_least, name_of, numbers, satisfies
 
 GOOD, NOTE, STOP, TOLD = "good", "note", "stop", "told"
 MARKS = {GOOD: "✓", NOTE: "!", STOP: "✗", TOLD: "·"}
@@ -193,13 +193,13 @@ def _packages(needs: Needs | None) -> list[Finding]:
 
 def _numpy_conflict(needs: Needs | None, version: str) -> str:
     """The runtime that was built against numpy 1 and is used with a newer one."""
-    if numbers(version) < (2,):
+    if not is_at_least(version, "2"):
         return ""
     names = [needs.runtime.name] if needs else list(installed.PACKAGES)
-    if "tflite" in names and installed.version("tflite-runtime") and not installed.version("ai-edge-litert"):
-        return "which tflite-runtime does not work with"
-    ort = installed.version("onnxruntime")
-    if "onnxruntime" in names and ort and numbers(ort) < (1, 19):
+    lite, ort = installed.version("tflite-runtime"), installed.version("onnxruntime")
+    if "tflite" in names and lite and not (installed.version("ai-edge-litert") or is_at_least(lite, WITH_NUMPY_2)):
+        return f"which tflite-runtime {lite} does not work with"
+    if "onnxruntime" in names and ort and not is_at_least(ort, "1.19"):
         return f"which onnxruntime {ort} does not work with"
     return ""
 
@@ -214,7 +214,7 @@ def _runtime(needs: Needs) -> list[Finding]:
     package, version = present[0] if present else (entry.name, loaded.version)
     findings = _several(entry.name, present)
     newer = package == "ai-edge-litert"  # numbers its versions anew: any of them is newer than every tflite-runtime
-    if not newer and numbers(version) < numbers(entry.oldest):
+    if not newer and not is_at_least(version, entry.oldest):
         reads = "" if entry.opset is None else f" that reads opset {entry.opset} and IR version {entry.ir_version}"
         found = f"{package} {version} is older than {entry.oldest}, the oldest{reads}"
         return [*findings, Finding(STOP, entry.name, found, entry.install)]

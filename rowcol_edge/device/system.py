@@ -30,6 +30,8 @@ ISA_FLAGS = (
 """Instruction sets that change what an inference costs, as /proc/cpuinfo of Linux names them (x86, then Arm)."""
 INT8_FLAGS = ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 """Of these, the ones that make int8 fast."""
+_VNNI = ("avx_vnni", "avx512_vnni")
+"""What x86 int8 that does not saturate rests on: a target that says so counts on one of them."""
 
 CAP_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "OPENBLAS_CORETYPE", "OMP_NUM_THREADS", "QEMU_CPU")
 """Environment variables that hold a runtime to fewer instructions or threads than the processor has."""
@@ -124,7 +126,8 @@ def evidence_for(target: Mapping[str, Any], host: Environment) -> Evidence:
     where = host.board or host.cpu_model or host.machine
     same = host.machine == match.get("machine") and board in host.board and bool(re.search(cpu, host.cpu_model))
     if same and not lacking:
-        beyond = [flag for flag in INT8_FLAGS if flag in host.isa and flag not in (target.get("isa") or ())]
+        counted = {*(target.get("isa") or ()), *(() if target.get("int8_saturates", True) else _VNNI)}
+        beyond = [flag for flag in INT8_FLAGS if flag in host.isa and flag not in counted]
         more = f"; it has {', '.join(beyond)}, which the target does not count on" if beyond else ""
         return Evidence(TARGET, f"measured on {where}{more}")
     wanted = board or (str(target.get("title", "")) if cpu else "") or match.get("machine", "") or "the target"

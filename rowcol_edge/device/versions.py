@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+WITH_NUMPY_2 = "2.15"
+"""Of tflite-runtime: PyPI's ends at 2.14 and is built for numpy 1, newer ones are vendors' and for their own numpy."""
+
 
 def satisfies(found: str, requirement: str) -> bool:
     """Does a version fit a requirement such as ``numpy>=1.24,<2``? Releases only: that is all a target may ask for."""
@@ -16,6 +19,11 @@ def satisfies(found: str, requirement: str) -> bool:
         if not fits[operator]:
             return False
     return True
+
+
+def is_at_least(version: str, oldest: str) -> bool:
+    """Is a version the other one, or newer? Only the leading numbers count: ``1.17.3rc1`` is 1.17.3."""
+    return numbers(version) >= numbers(oldest)
 
 
 def name_of(requirement: str) -> str:

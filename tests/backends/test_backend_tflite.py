@@ -6,7 +6,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,26 @@ def test_the_layer_that_quantization_hurts_can_stay_in_float(
     mixed = backend.compile(program, runtime, kept, batches, tmp_path / "mixed.tflite")
     assert set(tflite_files.int8_layers(tflite_files.read(mixed.path))) == set(held) - {errors[0].name}
     assert mixed.weight_types["float32"] > made.weight_types["float32"]
+
+
+@pytest.mark.parametrize(("oldest", "per_channel"), [("2.14.0", False), ("2.15.0", True)])
+def test_layer_errors_are_of_the_scales_that_the_file_has(
+    program: Path, tmp_path: Path, runtime: RuntimeSpec, batches: Batches, oldest: str, per_channel: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    backend, out = load_backend("tflite"), tmp_path / "a.tflite"
+    backend.compile(program, replace(runtime, oldest=oldest), QuantSpec("int8-dynamic"), batches, out)
+    assert tflite_files.linear_per_channel(tflite_files.read(out)) == per_channel
+    asked: list[dict[str, Any]] = []
+    run = native.run
+
+    def watched(module: str, arguments: list[Path], **more: Any) -> str:
+        asked.append(json.loads(arguments[0].read_text()))
+        return run(module, arguments, **more)
+
+    monkeypatch.setattr(native, "run", watched)
+    assert len(backend.layer_errors(program, out, batches)) == len(tflite_files.int8_layers(tflite_files.read(out)))
+    assert [job["linear_per_channel"] for job in asked] == [per_channel]
 
 
 class Table:

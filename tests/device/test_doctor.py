@@ -134,7 +134,8 @@ def test_a_delegate_is_a_library_that_must_be_there(pi: Path, packages: Packages
 @pytest.mark.parametrize(
     ("needs", "versions", "conflict"),
     [
-        (TFLITE, {"tflite_runtime": "2.14.0"}, "2.4.6, which tflite-runtime does not work with"),
+        (TFLITE, {"tflite_runtime": "2.14.0"}, "2.4.6, which tflite-runtime 2.14.0 does not work with"),
+        (replace(TFLITE, target={}), {"tflite_runtime": "2.16.2"}, ""),  # a vendor's
         (TFLITE, {"tflite_runtime": "2.14.0", "ai_edge_litert": "2.3.0"}, ""),
         (PI5, {"onnxruntime": "1.17.0"}, "2.4.6, which onnxruntime 1.17.0 does not work with"),
         (PI5, {"onnxruntime": "1.19.2"}, ""),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -148,3 +151,31 @@ def test_a_delegate_that_takes_nothing_is_no_silent_run_on_the_processor(
 def test_properties_are_a_delegate_s_options(path: Path) -> None:
     with pytest.raises(BundleError, match="property cache: expected a delegate"):
         load_runtime("tflite").open(path, RuntimeOptions(providers=("CPU",), properties={"cache": "x"}))
+
+
+@pytest.mark.parametrize(("version", "numpy", "loads"), [
+    ("2.14.0", "2.1.0", False), ("2.14.0", "1.26.4", True), ("2.16.2", "2.1.0", True),
+])  # fmt: skip
+def test_only_the_tflite_runtime_of_pypi_is_refused_beside_numpy_2(
+    tmp_path: Path, version: str, numpy: str, loads: bool
+) -> None:
+    for name, text in (
+        ("tflite_runtime/__init__.py", f"__version__ = '{version}'"),
+        ("tflite_runtime/interpreter.py", ""),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    code = (
+        "import sys; sys.modules['ai_edge_litert'] = None; import numpy; "
+        f"numpy.__version__ = '{numpy}'; import rowcol_edge.device.runtimes.tflite as t; print(t.RUNTIME.package)"
+    )
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode == 0) == loads, done.stderr
+    assert loads or f"numpy before 2, which tflite-runtime {version} was built for" in done.stderr

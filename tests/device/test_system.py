@@ -160,6 +160,8 @@ def test_a_generic_target_is_any_matching_machine_with_its_instructions(tmp_path
     level, note = system.evidence_for(GENERIC, host)
     assert level == system.TARGET
     assert note == "measured on Some Core; it has avx_vnni, which the target does not count on"
+    # int8 that does not saturate rests on it
+    assert system.evidence_for({**GENERIC, "int8_saturates": False}, host).note == "measured on Some Core"
     level, note = system.evidence_for(GENERIC, replace(host, isa=("fma",)))
     assert level == system.PROXY
     assert note.startswith("Some Core (x86_64) without avx2 stands in for x86_64")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rowcol_edge.device.versions import name_of, numbers, satisfies
+from rowcol_edge.device.versions import is_at_least, name_of, numbers, satisfies
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,10 @@ def test_names_are_those_of_packages() -> None:
         "numpy",
         "pillow",
     ]
+
+
+def test_a_version_is_at_least_another() -> None:
+    assert is_at_least("1.17.3rc1", "1.17.3")
+    assert is_at_least("2.15", "2.15.0")
+    assert is_at_least("2.16.2", "2.15")
+    assert not is_at_least("2.14.0", "2.15")

@@ -1,11 +1,17 @@
-"""The runtimes a bundle can be opened with: one module each, found by name in this table."""
+"""The runtimes a bundle can be opened with: one module each, found by name in this table.
+
+What needs numpy loads on first use, so that the table alone costs nothing.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ...errors import BundleError, did_you_mean
-from .base import Runtime, RuntimeOptions, Session
+
+if TYPE_CHECKING:
+    from .base import Runtime, RuntimeOptions, Session
 
 RUNTIMES: dict[str, str] = {
     "onnxruntime": "rowcol_edge.device.runtimes.onnxruntime",
@@ -32,3 +38,9 @@ def load_runtime(name: str) -> Runtime:
         )
     runtime: Runtime = import_module(RUNTIMES[name]).RUNTIME
     return runtime
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("Runtime", "RuntimeOptions", "Session"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.base"), name)

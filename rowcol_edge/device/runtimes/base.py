@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,20 +122,6 @@ class FeedCheck:
         unexpected = [name for name in feeds if name not in names]
         got = [f"no {name!r}" for name in missing] + [f"an unexpected {name!r}" for name in unexpected]
         return DataError("inputs", expected=", ".join(names), got=", ".join(got))
-
-
-def is_at_least(version: str, oldest: str) -> bool:
-    """Is a version the other one, or newer? Only the leading numbers count: ``1.17.3rc1`` is 1.17.3."""
-    return _numbers(version) >= _numbers(oldest)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """``1.17.3rc1`` → (1, 17, 3); trailing zeros do not count."""
-    match = re.match(r"\d+(\.\d+)*", version)
-    numbers = [int(part) for part in match.group().split(".")] if match else []
-    while numbers and not numbers[-1]:
-        numbers.pop()
-    return tuple(numbers)
 
 
 def fits(shape: tuple[int, ...], spec: tuple[int | None, ...]) -> bool:

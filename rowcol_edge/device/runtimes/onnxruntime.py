@@ -12,7 +12,8 @@ import numpy as np
 
 from ...errors import BundleError, MissingDependencyError, RowcolError
 from ..manifest import TensorSpec
-from .base import FeedCheck, Runtime, RuntimeOptions, is_at_least
+from ..versions import is_at_least
+from .base import FeedCheck, Runtime, RuntimeOptions
 from .onnxruntime_providers import Providers, providers
 
 try:

@@ -22,7 +22,8 @@ from ...errors import BundleError, DataError
 from .. import progress
 from ..cuda import Cuda
 from ..manifest import TensorSpec
-from .base import EngineFile, FeedCheck, Runtime, RuntimeOptions, is_at_least
+from ..versions import is_at_least
+from .base import EngineFile, FeedCheck, Runtime, RuntimeOptions
 from .engine_cache import FOLDER_VARIABLE, EngineCache, EngineKey
 from .tensorrt_build import Log, Settings, build, made, trt
 

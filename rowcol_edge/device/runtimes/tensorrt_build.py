@@ -28,7 +28,7 @@ except ImportError as e:  # the bindings are there, the libraries are not
         "package tensorrt",
         expected="a version that loads on this machine",
         got=str(e),
-        hint="on JetPack: sudo apt-get install nvidia-tensorrt",
+        hint="on JetPack: sudo apt-get install tensorrt python3-libnvinfer",
     ) from e
 
 __all__ = ["Log", "Settings", "build", "made", "trt"]

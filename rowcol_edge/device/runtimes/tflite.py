@@ -1,4 +1,4 @@
-"""TFLite: a ``.tflite`` file, opened by ai-edge-litert or, where only that exists, by tflite-runtime 2.14.
+"""TFLite: a ``.tflite`` file, opened by ai-edge-litert or, where only that exists, by tflite-runtime 2.14 or newer.
 
 Providers are delegates: ``CPU`` is the interpreter's own kernels with XNNPACK; any other is the name or path of an
 external delegate's library, such as ``libvx_delegate.so``, and the runtime's properties are its options. With a
@@ -21,8 +21,9 @@ import numpy as np
 
 from ...errors import BundleError, MissingDependencyError, RowcolError
 from ..manifest import DTYPES, TensorSpec
+from ..versions import WITH_NUMPY_2, is_at_least
 from . import seal
-from .base import FeedCheck, Runtime, RuntimeOptions, is_at_least
+from .base import FeedCheck, Runtime, RuntimeOptions
 
 try:
     try:
@@ -40,14 +41,15 @@ except ImportError as e:  # installed, but for another numpy, C library or proce
         "package ai-edge-litert or tflite-runtime",
         expected="a version that loads on this machine",
         got=str(e).strip().splitlines()[-1],
-        hint="tflite-runtime needs 'numpy<2'; ai-edge-litert takes any",
+        hint="tflite-runtime 2.14 needs 'numpy<2'; ai-edge-litert takes any",
     ) from e
 
 _PACKAGE = str(_package.__name__).replace("_", "-")
-if _PACKAGE == "tflite-runtime" and is_at_least(np.__version__, "2"):  # it loads, and fails at the first array
+_OLD = _PACKAGE == "tflite-runtime" and not is_at_least(_package.__version__, WITH_NUMPY_2)
+if _OLD and is_at_least(np.__version__, "2"):  # it loads, and fails at the first array
     raise RowcolError(
         "package numpy",
-        expected="numpy before 2, which tflite-runtime was built for",
+        expected=f"numpy before 2, which tflite-runtime {_package.__version__} was built for",
         got=np.__version__,
         hint="python -m pip install 'numpy<2', or ai-edge-litert in place of tflite-runtime",
     )
