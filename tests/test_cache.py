@@ -93,14 +93,15 @@ def test_a_damaged_entry_is_made_anew(store: Cache, tmp_path: Path, damage: Call
 def test_what_was_used_longest_ago_makes_room(tmp_path: Path) -> None:
     store = Cache(tmp_path / "cache", limit_bytes=3500)
     assert store.folder is not None
-    for age, key in enumerate("abc"):
+    a, b, c, d = (cache.key(name) for name in "abcd")
+    for age, key in enumerate((a, b, c)):
         get(store, key, Counter(b"x" * 1000), tmp_path)
         os.utime(store.folder / key, (1000 + age, 1000 + age))
-    get(store, "a", Counter(), tmp_path)  # used again
-    get(store, "d", Counter(b"x" * 1000), tmp_path)
-    assert {path.name for path in store.folder.iterdir()} == {"a", "c", "d"}
-    get(store, "huge", Counter(b"x" * 4000), tmp_path)
-    assert {path.name for path in store.folder.iterdir()} == {"a", "c", "d"}
+    get(store, a, Counter(), tmp_path)  # used again
+    get(store, d, Counter(b"x" * 1000), tmp_path)
+    assert {path.name for path in store.folder.iterdir()} == {a, c, d}
+    get(store, cache.key("huge"), Counter(b"x" * 4000), tmp_path)
+    assert {path.name for path in store.folder.iterdir()} == {a, c, d}
 
 
 def test_a_stage_that_fails_leaves_no_entry(store: Cache, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from rowcol_edge import keeping, precision
 from rowcol_edge.arms import Arm
 from rowcol_edge.backends.base import Artifact, LayerError
 from rowcol_edge.board_readme import board_readme
+from rowcol_edge.budgets import Budgets
 from rowcol_edge.device.profile import NULL, Profile
 from rowcol_edge.errors import BudgetError, ConfigError, StageError
 from rowcol_edge.report.compare import compare
@@ -74,7 +75,7 @@ def select(monkeypatch: pytest.MonkeyPatch, levels_ms: Mapping[str, float]) -> t
             raise StageError("no", got="convolutions")
         return arm(name, sizes[name]), None
 
-    job = cast(Any, SimpleNamespace())
+    job = cast(Any, SimpleNamespace(budgets=Budgets.parse("drop<=0.5pp")))
     chosen, _, selection = precision.fastest(make, job, load("generic-x86"), runtime, None, lambda *given: None)
     assert chosen.precision == selection.chosen
     return selection.chosen, selection.to_dict()

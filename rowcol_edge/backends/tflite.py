@@ -116,12 +116,15 @@ class TfliteBackend:
         with tempfile.TemporaryDirectory(prefix="rowcol-tflite-") as work:
             folder, compiled = Path(work), tflite_files.read(artifact)
             job: dict[str, Any] = {
+                "program": str(model.resolve()),
                 "float": str(_float_file(model)),
                 "artifact": str(artifact.resolve()),
                 "static": not tflite_files.is_dynamic(compiled),
                 "linear_per_channel": tflite_files.linear_per_channel(compiled),
                 "keep_float": [],
+                "ports": [asdict(port) for port in signature.inputs],
                 "inputs": [port.name for port in signature.inputs],
+                "outputs": list(signature.outputs),
                 "calibration": str(folder / "calibration"),
                 "out": str(folder / "errors.json"),
             }

@@ -25,6 +25,8 @@ def main(job_file: str) -> int:
 
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     folder, samples = Path(job_file).parent, sorted(Path(job["calibration"]).glob("*.npz"))
+    if not Path(job["float"]).is_file():  # where the artifact came from the cache
+        tflite_worker.convert(job)
     layers = tflite_files.int8_layers(tflite_files.read(Path(job["artifact"])))
     precision = "int8" if job["static"] else "int8-dynamic"
     ranges = tflite_worker.ranges(job, tflite_worker.recipe(job | {"precision": precision})) if job["static"] else None

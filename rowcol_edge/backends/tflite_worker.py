@@ -32,7 +32,7 @@ def main(job_file: str) -> int:
     try:
         from . import tflite_files, tflite_metadata
 
-        refusal = None if Path(job["float"]).is_file() else _convert(job)
+        refusal = None if Path(job["float"]).is_file() else convert(job)
         if refusal is not None:
             out.with_suffix(".json").write_text(json.dumps(refusal), encoding="utf-8")
             return REFUSED
@@ -51,7 +51,7 @@ def main(job_file: str) -> int:
     return 0
 
 
-def _convert(job: dict[str, Any]) -> dict[str, str] | None:
+def convert(job: dict[str, Any]) -> dict[str, str] | None:
     """Write the float file, whole or not at all; where litert-torch cannot, which operator of which module it is."""
     import litert_torch
     import torch
