@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import shutil
@@ -160,12 +161,15 @@ def bare_python() -> Callable[..., Path]:
         folder = ROOT / ".cache" / "venvs" / name
         python, done = folder / "bin" / "python", folder / "requirements.txt"
         wanted = "\n".join([str(base), *requirements])
-        if not (done.is_file() and done.read_text() == wanted and python.exists()):
-            done.unlink(missing_ok=True)
-            subprocess.run([base, "-m", "venv", "--clear", folder], check=True)
-            pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
-            subprocess.run(pip, check=True)
-            done.write_text(wanted)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
+            if not (done.is_file() and done.read_text() == wanted and python.exists()):
+                done.unlink(missing_ok=True)
+                subprocess.run([base, "-m", "venv", "--clear", folder], check=True)
+                pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
+                subprocess.run(pip, check=True)
+                done.write_text(wanted)
         return python
 
     return make

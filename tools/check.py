@@ -21,7 +21,7 @@ CHECKS: dict[str, list[str]] = {
         *("vermin", "--target=3.10-", "--no-tips", "--violations", "--eval-annotations"),
         *("rowcol_edge/device", "rowcol_edge/errors.py"),
     ],
-    "pytest": ["pytest", *sys.argv[1:]],
+    "pytest": ["pytest", "-n", "auto", "--dist", "loadfile", *sys.argv[1:]],
 }
 
 
