@@ -97,7 +97,7 @@ def test_quantization_goes_on_without_smoothquant_and_says_so(
 
     monkeypatch.setattr(nncf, "quantize", quantize)
     np.savez(tmp_path / "0.npz", np.zeros((1, 1, 16, 16), np.float32))
-    job = {"calibration": str(tmp_path), "inputs": ["x"], "transformer": True, "reduce_range": False}
+    job = {"calibration": str(tmp_path), "inputs": ["x"], "transformer": True, "reduce_range": False, "keep_float": []}
     _, notes = openvino_worker._quantized(ov.Core().read_model(tokens), job)
     assert tried == [0.95, -1]
     assert notes == ["quantized without SmoothQuant, which failed (RuntimeError: no smooth way)"]
