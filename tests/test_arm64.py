@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 import rowcol_edge
-from rowcol_edge import targets
-from rowcol_edge.device.digests import sha256_file
+from rowcol_edge import targets, wheelhouse
 from rowcol_edge.device.manifest import TensorSpec
 from rowcol_edge.device.preprocess import Preprocess
 
@@ -55,11 +54,14 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.system("arm64-userland")
 @pytest.mark.parametrize(
-    ("target", "suite", "cpu"),
-    [("raspberry-pi-4", "bookworm", "Cortex-A72"), ("raspberry-pi-5", "trixie", "Cortex-A76")],
+    ("target", "suite", "cpu", "tflite"),
+    [
+        ("raspberry-pi-4", "bookworm", "Cortex-A72", {"first": "ai-edge-litert", "alternative": "tflite-runtime"}),
+        ("raspberry-pi-5", "trixie", "Cortex-A76", {"first": "ai-edge-litert"}),
+    ],
 )
 def test_every_runtime_gives_its_golden_outputs_on_the_board(
-    root: Path, tmp_path: Path, target: str, suite: str, cpu: str
+    root: Path, tmp_path: Path, target: str, suite: str, cpu: str, tflite: dict[str, str]
 ) -> None:
     out = tmp_path / "arm64.json"
     done = tool(
@@ -69,6 +71,8 @@ def test_every_runtime_gives_its_golden_outputs_on_the_board(
     assert done.returncode == 0, done.stdout + done.stderr
     proofs = json.loads(out.read_text(encoding="utf-8"))["proofs"]
     assert {proof["runtime"] for proof in proofs} == {spec.name for spec in targets.load(target).runtimes}
+    used = {proof["choice"]: proof["environment"]["package"] for proof in proofs if proof["runtime"] == "tflite"}
+    assert used == tflite
     for proof in proofs:
         assert [arm["name"] for arm in proof["arms"]] == ["factored@int8", "dense@int8", "dense@fp32"]
         assert all(arm["ok"] and arm["relative_error"] <= arm["tolerance"] for arm in proof["arms"])
@@ -79,21 +83,12 @@ def test_every_runtime_gives_its_golden_outputs_on_the_board(
 
 
 @pytest.mark.system("arm64-userland")
-def test_a_wheelhouse_is_all_that_a_board_needs(
-    root: Path, tmp_path: Path, small_bundle: Path, tools: SimpleNamespace
-) -> None:
-    suite = tools.root.SUITES["trixie"]
-    tools.packages.fetch(suite, ("onnxruntime", "numpy", "pillow"), tmp_path)
-    pinned = [pin(wheel) for wheel in sorted(tmp_path.glob("*.whl"))]
-    (tmp_path / "requirements-py313.txt").write_text("\n".join(pinned), encoding="utf-8")
-    done = tool(root, "prove-wheelhouse", tmp_path, small_bundle, "--suites", "trixie")
+def test_a_wheelhouse_is_all_that_a_board_needs(root: Path, tmp_path: Path, small_bundle: Path) -> None:
+    target = targets.load("raspberry-pi-5")
+    made = wheelhouse.collect(target, target.runtime("onnxruntime"), tmp_path / "wheelhouse", lambda *_: None)
+    done = tool(root, "prove-wheelhouse", made, small_bundle, "--suites", "trixie")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "installed and verified: onnxruntime" in done.stdout
-
-
-def pin(wheel: Path) -> str:
-    name, version = wheel.name.split("-")[:2]
-    return f"{name}=={version} --hash=sha256:{sha256_file(wheel)[0]}"
 
 
 def test_a_board_that_is_not_emulated_arm_proves_nothing(tools: SimpleNamespace, small_bundle: Path) -> None:
@@ -143,6 +138,16 @@ def test_what_is_installed_is_what_the_target_says(tools: SimpleNamespace) -> No
     # its wheels end before this Python
     assert [choice.label for choice in tools.packages.choices(spec, suites["trixie"], oldest=True)] == ["first"]
     assert [c.label for c in tools.packages.choices(replace(spec, oldest="1.18.0"), suites["bookworm"])] == ["first"]
+
+
+def test_a_missing_program_is_named_by_its_package(tools: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools.root.os, "geteuid", lambda: 1000)
+    there = {"debootstrap": "/usr/sbin/debootstrap", "qemu-aarch64": "/usr/bin/qemu-aarch64"}
+    monkeypatch.setattr(tools.root.shutil, "which", lambda program, path=None: there.get(program))
+    with pytest.raises(SystemExit, match=r"are missing: apt-get install dpkg fakeroot$"):
+        tools.root.ensure("trixie")
+    monkeypatch.setattr(tools.root.os, "geteuid", lambda: 0)
+    assert tools.root.lacking() == ["dpkg"]
 
 
 def test_a_killed_run_leaves_nothing_that_counts(tools: SimpleNamespace, tmp_path: Path) -> None:

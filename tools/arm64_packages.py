@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -27,13 +26,9 @@ class Choice:
 
 def choices(spec: RuntimeSpec, suite: Suite, *, oldest: bool = False) -> list[Choice]:
     """What a target says to install for a runtime, on a board with this Debian; with ``oldest`` its oldest too."""
-    first = _requirements(spec)
+    first = spec.requirements
     found = [Choice("first", first)]
-    found += [
-        Choice("alternative", tuple(other.requirements))
-        for other in getattr(spec, "alternatives", ())
-        if suite.python in other.pythons
-    ]
+    found += [Choice("alternative", a.requirements) for a in spec.alternatives if suite.python in a.pythons]
     # the oldest versions have wheels for the older Python only, and were built against numpy 1
     if oldest and suite.name == "bookworm" and any(_name(text) == spec.name for text in first):
         pinned = tuple(f"{spec.name}=={spec.oldest}" if _name(text) == spec.name else text for text in first)
@@ -71,14 +66,6 @@ def fetch(suite: Suite, requirements: tuple[str, ...], folder: Path) -> None:
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         sys.exit(f"pip found no wheels for the userland: {' | '.join(lines[:3])}")
-
-
-def _requirements(spec: RuntimeSpec) -> tuple[str, ...]:
-    listed = getattr(spec, "requirements", None)
-    if listed is not None:
-        return tuple(listed)
-    [line] = [line for line in spec.install.splitlines() if "pip install " in line]
-    return tuple(shlex.split(line.partition("pip install ")[2]))
 
 
 def _name(requirement: str) -> str:

@@ -22,17 +22,20 @@ from rowcol_edge.device.system import EMULATED
 
 ARCHIVE = "rowcol-edge-device.pyz"
 
-# What the device side itself says of the machine, and of what times taken on it would be worth to the bundle's target.
+# What the device side itself says of the machine, of the package its runtime comes from, and of what times taken there
+# would be worth to the bundle's target.
 _WHERE = """
 import json, sys
 from dataclasses import asdict
 from rowcol_edge.device.bundle import Bundle
+from rowcol_edge.device.runtimes import load_runtime
 from rowcol_edge.device.system import environment, evidence_for
 host = environment()
 with Bundle.open(sys.argv[1]) as bundle:
     evidence = evidence_for(bundle.manifest.target, host)
+    package = load_runtime(bundle.manifest.runtime.name).package
 told = {key: asdict(host)[key] for key in ("machine", "cpu_model", "isa", "emulated", "python", "numpy")}
-print(json.dumps({**told, "evidence": evidence.level}))
+print(json.dumps({**told, "package": package, "evidence": evidence.level}))
 """
 
 

@@ -90,14 +90,18 @@ def debootstrap() -> str | None:
     return shutil.which("debootstrap", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 
-def available() -> bool:
-    return all((emulator(), debootstrap(), shutil.which("dpkg-deb")))
+def lacking() -> list[str]:
+    """The packages whose programs are needed to make and run a userland and are not here."""
+    needed = {"debootstrap": debootstrap(), "dpkg": shutil.which("dpkg-deb"), "qemu-user": emulator()}
+    if os.geteuid() != 0:
+        needed["fakeroot"] = shutil.which("fakeroot")  # debootstrap insists on root
+    return [package for package, program in needed.items() if program is None]
 
 
 def ensure(name: str) -> Userland:
     """The userland of a suite, made if it is not there. A killed run leaves a folder that the next one throws away."""
-    if not available():
-        sys.exit("debootstrap, dpkg-deb and qemu-aarch64 are needed: apt-get install debootstrap qemu-user")
+    if packages := lacking():
+        sys.exit(f"programs that arm64 userlands need are missing: apt-get install {' '.join(packages)}")
     suite, folder = SUITES[name], CACHE / name
     with alone(name):
         made = _read(folder / "userland.json")

@@ -91,7 +91,7 @@ class TfliteBackend:
                 "ports": [asdict(port) for port in signature.inputs],
                 "inputs": [port.name for port in signature.inputs],
                 "outputs": list(signature.outputs),
-                "metadata": dict(metadata or {}),
+                "metadata": dict(sorted((metadata or {}).items())),
             }
             if quant.precision in ("int8", "int8-io"):
                 job["calibration"] = str(folder / "calibration")
