@@ -56,7 +56,7 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("target", "suite", "cpu", "runtimes"),
     [
-        # not tflite on bookworm: tflite-runtime 2.14, its alternative there, crashes on factored int8 files (README, Limits)
+        # not tflite on bookworm: tflite-runtime 2.14, the alternative there, crashes on factored int8 (README, Limits)
         ("raspberry-pi-4", "bookworm", "Cortex-A72", ("onnxruntime", "openvino")),
         ("raspberry-pi-5", "trixie", "Cortex-A76", ("onnxruntime", "openvino", "tflite")),
     ],
