@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +105,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if missing := _missing():
         remedies = "; ".join(f"{name} ({SYSTEM_NEEDS[name].remedy})" for name in missing)
         terminalreporter.write_line(f"not checked, because this system lacks: {remedies}", yellow=True)
+
+
+@pytest.fixture(scope="module")
+def shared_stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Until the module ends, a build takes what another of the module has made: for tests of what comes out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROWCOL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -77,11 +77,13 @@ def write_splits(folder: Path, count: int = 80) -> dict[str, str]:
 
 def widened_target(folder: Path, name: str, precision: str) -> str:
     """The file of a target that also lists this precision for each of its runtimes."""
-    text = (targets_dir() / f"{name}.toml").read_text(encoding="utf-8")
+    lines = (targets_dir() / f"{name}.toml").read_text(encoding="utf-8").splitlines(keepends=True)
     path = folder / f"{name}.toml"
-    if f'"{precision}"' not in text:
-        text = text.replace("precisions = [", f'precisions = ["{precision}", ')
-    path.write_text(text, encoding="utf-8")
+    wider = [
+        line if f'"{precision}"' in line else line.replace("precisions = [", f'precisions = ["{precision}", ')
+        for line in lines
+    ]
+    path.write_text("".join(wider), encoding="utf-8")
     return str(path)
 
 

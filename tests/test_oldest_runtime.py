@@ -69,18 +69,18 @@ def board(request: pytest.FixtureRequest, spec: RuntimeSpec, bare_python: Callab
 
 
 @pytest.fixture(scope="module")
-def vit(promise: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vit(promise: tuple[str, str], tmp_path_factory: pytest.TempPathFactory, shared_stages: None) -> Path:
     """A Transformer at int8; by an energy, not a budget: what is tried here is the format, not the search."""
     out = tmp_path_factory.mktemp("vit")
     target, runtime = promise
     [built] = rowcol_edge.build(
-        "sample:fmnist-vit", target=target, runtime=runtime, energy=0.98, out=str(out), zip=False
+        "sample:fmnist-vit", target=target, runtime=runtime, energy=0.98, calib_size=16, out=str(out), zip=False
     )
     return Path(built.path)
 
 
 @pytest.fixture(scope="module")
-def others(promise: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def others(promise: tuple[str, str], tmp_path_factory: pytest.TempPathFactory, shared_stages: None) -> list[Path]:
     """Small nets at the other precisions; some of those are for linear layers."""
     target, runtime = promise
     made = []

@@ -34,12 +34,12 @@ def board(request: pytest.FixtureRequest, bare_python: Callable[..., Path]) -> P
 
 
 @pytest.fixture(scope="module", params=["int8", "int8-io", "int8-dynamic", "fp16"])
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, shared_stages: None) -> Path:
     """By an energy, not a budget: what is tried here is the format, not the search."""
     out = tmp_path_factory.mktemp(request.param)
     [built] = rowcol_edge.build(
         "sample:fmnist-vit", target="generic-x86", runtime="tflite", precision=request.param, energy=0.98,
-        out=str(out / "bundles"), zip=False,
+        calib_size=16, out=str(out / "bundles"), zip=False,
     )  # fmt: skip
     return Path(built.path)
 

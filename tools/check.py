@@ -32,7 +32,9 @@ def main() -> int:
         print(f"── {name} ──", flush=True)
         started = time.monotonic()
         command = [str(python.with_name(program)), *arguments]
-        code = subprocess.run(command, cwd=_venv.ROOT, env=_venv.environment(), check=False).returncode
+        # a pytest worker has one core: threads of its own would only stand in the way of the other's
+        environment = _venv.environment() | ({"OMP_NUM_THREADS": "1"} if name == "pytest" else {})
+        code = subprocess.run(command, cwd=_venv.ROOT, env=environment, check=False).returncode
         results[name] = (code, time.monotonic() - started)
     failed = [name for name, (code, _) in results.items() if code != 0]
     times = ", ".join(f"{name} {seconds:.0f} s" for name, (_, seconds) in results.items())

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from .. import native
 from ..errors import MissingDependencyError, StageError
 from . import calibration as calibrating
-from . import onnx_files, openvino_files, openvino_info
+from . import onnx_files, openvino_files, openvino_info, workers
 from .base import (
     ERROR_SAMPLES,
     AccuracyControl,
@@ -33,7 +32,6 @@ from .base import (
     QuantSpec,
     Source,
     check_precision,
-    worst_first,
 )
 from .onnx_files import Port
 from .openvino_worker import NOT_INSTALLED
@@ -42,7 +40,6 @@ from .publishing import publish
 if TYPE_CHECKING:
     from ..targets import RuntimeSpec
 
-_TIMEOUT_S = 1800.0
 _MISSING = "not installed"
 _CONTROLLED_SHARE = 0.5
 """With accuracy control an int8 file may hold float layers, yet most of its weights are int8."""
@@ -93,14 +90,7 @@ class OpenVinoBackend:
                 calibrating.spool(feeds, job["inputs"], folder / "calibration")
                 if quant.accuracy is not None:
                     job["accuracy"] = _spool_selection(quant.accuracy, onnx_files.inputs(source), folder / "selection")
-            (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-            failure = native.run(
-                "rowcol_edge.backends.openvino_worker",
-                [folder / "job.json"],
-                tool="openvino",
-                timeout_s=_TIMEOUT_S,
-                exit_codes={NOT_INSTALLED: _MISSING},
-            )
+            failure = workers.run("openvino_worker", job, folder, tool="openvino", exit_codes={NOT_INSTALLED: _MISSING})
             if failure == _MISSING:
                 raise MissingDependencyError("compiling for openvino", package="rowcol-edge[openvino]")
             if failure or not made.is_file():
@@ -123,25 +113,14 @@ class OpenVinoBackend:
         """See `Backend.layer_errors`; layers have the names of the IR's operators."""
         ports = onnx_files.inputs(onnx_files.load(model))
         single = tuple(replace(port, shape=port.shape and (port.shape[0] or 1, *port.shape[1:])) for port in ports)
+        job = {
+            "model": str(model.resolve()),
+            "artifact": str(artifact.resolve()),
+            "inputs": [port.name for port in ports],
+        }
+        feeds = calibrating.first_samples(calibrating.feeds(calibration, single), ERROR_SAMPLES)
         with tempfile.TemporaryDirectory(prefix="rowcol-openvino-") as work:
-            folder = Path(work)
-            job = {
-                "model": str(model.resolve()),
-                "artifact": str(artifact.resolve()),
-                "calibration": str(folder / "calibration"),
-                "inputs": [port.name for port in ports],
-                "out": str(folder / "errors.json"),
-            }
-            feeds = calibrating.first_samples(calibrating.feeds(calibration, single), ERROR_SAMPLES)
-            calibrating.spool(feeds, job["inputs"], folder / "calibration")
-            (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-            failure = native.run(
-                "rowcol_edge.backends.openvino_errors", [folder / "job.json"], tool="openvino", timeout_s=_TIMEOUT_S
-            )
-            if failure:
-                raise StageError("layer errors", expected="a model that openvino can run", got=failure)
-            names, errors = json.loads((folder / "errors.json").read_text(encoding="utf-8"))
-        return worst_first(LayerError(name, error) for name, error in zip(names, errors, strict=True))
+            return workers.layer_errors("openvino_errors", job, feeds, Path(work), tool="openvino")
 
 
 BACKEND = OpenVinoBackend()

@@ -3,8 +3,8 @@
 The float model runs first; in the int8 model, whatever reads a layer is then fed with the output of its float twin. So
 a layer answers for its weights, for the range of its input and for the operators on the way to it, as openvino fuses
 them with that range, but not for the layers before it. Two models and not one: in one, operators that both have would
-be shared, and not be fused as they are in the artifact. (Seen in openvino 2026.4: a ReduceMean fused with the quantizer
-behind it is off by 15 %, alone it is exact.) One sample's activations are held at a time.
+be shared, and not be fused as they are in the artifact, and openvino does not fuse all of them rightly (2026.4: a
+ReduceMean with the quantizer behind it). One sample's activations are held at a time.
 
 The job names the float ONNX file, the int8 IR, a folder with one ``.npz`` a sample, its arrays in the order of
 ``inputs``, and the JSON file to write: the layers' names and errors.

@@ -21,19 +21,17 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import native
 from ..device.versions import is_at_least
 from ..errors import ConfigError, MissingDependencyError, StageError, UnsupportedOpError
 from . import calibration as calibrating
-from . import program_files
-from .base import Artifact, Calibration, LayerError, QuantSpec, Source, check_precision, worst_first
+from . import program_files, workers
+from .base import Artifact, Calibration, LayerError, QuantSpec, Source, check_precision
 from .publishing import publish
 from .tflite_worker import NOT_INSTALLED, REFUSED
 
 if TYPE_CHECKING:
     from ..targets import RuntimeSpec
 
-_TIMEOUT_S = 1800.0
 _PER_CHANNEL = "2.15"
 """tflite-runtime, which ends at 2.14, takes the first scale of a linear layer's weight for all of its channels where it
 finds the ranges of activations itself: int8-dynamic then has one scale a tensor."""
@@ -82,15 +80,11 @@ class TfliteBackend:
             folder = Path(work)
             made = folder / "model.tflite"
             job: dict[str, Any] = {
-                "program": str(model.resolve()),
-                "float": str(_float_file(model)),
+                **_job(model, signature),
                 "out": str(made),
                 "precision": quant.precision,
                 "keep_float": quant.keep_float,
                 "linear_per_channel": is_at_least(runtime.oldest, _PER_CHANNEL),
-                "ports": [asdict(port) for port in signature.inputs],
-                "inputs": [port.name for port in signature.inputs],
-                "outputs": list(signature.outputs),
                 "metadata": dict(sorted((metadata or {}).items())),
             }
             if quant.precision in ("int8", "int8-io"):
@@ -113,34 +107,31 @@ class TfliteBackend:
         from . import tflite_files
 
         signature = program_files.signature(model)
+        compiled = tflite_files.read(artifact)
+        job = {
+            **_job(model, signature),
+            "artifact": str(artifact.resolve()),
+            "static": not tflite_files.is_dynamic(compiled),
+            "linear_per_channel": tflite_files.linear_per_channel(compiled),
+            "keep_float": [],
+        }
+        feeds = islice(calibrating.feeds(calibration, signature.inputs), _ERROR_SAMPLES)
         with tempfile.TemporaryDirectory(prefix="rowcol-tflite-") as work:
-            folder, compiled = Path(work), tflite_files.read(artifact)
-            job: dict[str, Any] = {
-                "program": str(model.resolve()),
-                "float": str(_float_file(model)),
-                "artifact": str(artifact.resolve()),
-                "static": not tflite_files.is_dynamic(compiled),
-                "linear_per_channel": tflite_files.linear_per_channel(compiled),
-                "keep_float": [],
-                "ports": [asdict(port) for port in signature.inputs],
-                "inputs": [port.name for port in signature.inputs],
-                "outputs": list(signature.outputs),
-                "calibration": str(folder / "calibration"),
-                "out": str(folder / "errors.json"),
-            }
-            feeds = islice(calibrating.feeds(calibration, signature.inputs), _ERROR_SAMPLES)
-            calibrating.spool(feeds, job["inputs"], folder / "calibration")
-            (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-            failure = native.run(
-                "rowcol_edge.backends.tflite_errors", [folder / "job.json"], tool="litert", timeout_s=_TIMEOUT_S
-            )
-            if failure:
-                raise StageError("layer errors", expected="a model that litert can run", got=failure)
-            names, errors = json.loads((folder / "errors.json").read_text(encoding="utf-8"))
-        return worst_first(LayerError(name, error) for name, error in zip(names, errors, strict=True))
+            return workers.layer_errors("tflite_errors", job, feeds, Path(work), tool="litert")
 
 
 BACKEND = TfliteBackend()
+
+
+def _job(model: Path, signature: program_files.Signature) -> dict[str, Any]:
+    """What both workers know of the program."""
+    return {
+        "program": str(model.resolve()),
+        "float": str(_float_file(model)),
+        "ports": [asdict(port) for port in signature.inputs],
+        "inputs": [port.name for port in signature.inputs],
+        "outputs": list(signature.outputs),
+    }
 
 
 def _float_file(model: Path) -> Path:
@@ -151,15 +142,9 @@ def _float_file(model: Path) -> Path:
 
 def _run(job: dict[str, Any], folder: Path) -> None:
     """The worker's errors as ours."""
-    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     made = Path(job["out"])
-    failure = native.run(
-        "rowcol_edge.backends.tflite_worker",
-        [folder / "job.json"],
-        tool="litert",
-        timeout_s=_TIMEOUT_S,
-        exit_codes={NOT_INSTALLED: _MISSING, REFUSED: _REFUSED},
-    )
+    own = {NOT_INSTALLED: _MISSING, REFUSED: _REFUSED}
+    failure = workers.run("tflite_worker", job, folder, tool="litert", exit_codes=own)
     if failure == _MISSING:
         raise MissingDependencyError("compiling for tflite", package="rowcol-edge[tflite]")
     if failure == _REFUSED:

@@ -97,6 +97,26 @@ def metadata(model: Any) -> dict[str, bytes]:
     return {_text(entry.name): bytes(model.buffers[entry.buffer].data) for entry in model.metadata or []}
 
 
+def add_biases(model: Any) -> None:
+    """A bias of zeros for each int8 linear layer without one: tflite-runtime 2.14 reads it on Arm all the same."""
+    for graph in model.subgraphs:
+        for operator in graph.operators:
+            given, weight, *bias = operator.inputs if kind(model, operator) == "FULLY_CONNECTED" else (-1, -1, 0)
+            if any(index >= 0 for index in bias) or _TYPES[graph.tensors[given].type] != "int8":
+                continue
+            scale = graph.tensors[weight].quantization.scale * graph.tensors[given].quantization.scale
+            tensor, buffer, quantization = schema.TensorT(), schema.BufferT(), schema.QuantizationParametersT()
+            zeros = np.zeros(graph.tensors[weight].shape[0], np.int32)
+            buffer.data = zeros.view(np.uint8)
+            quantization.scale, quantization.zeroPoint = scale.astype(np.float32), np.zeros(scale.size, np.int64)
+            tensor.name = f"{_text(graph.tensors[operator.outputs[0]].name)};bias".encode()
+            tensor.shape, tensor.type, tensor.buffer = zeros.shape, schema.TensorType.INT32, len(model.buffers)
+            tensor.quantization = quantization
+            operator.inputs = np.array([given, weight, len(graph.tensors)], np.int32)
+            model.buffers.append(buffer)
+            graph.tensors.append(tensor)
+
+
 def operators(model: Any) -> Counter[str]:
     """How many of each operator."""
     return Counter(kind(model, operator) for graph in model.subgraphs for operator in graph.operators)

@@ -42,6 +42,7 @@ def main(job_file: str) -> int:
             raise
         return NOT_INSTALLED
     model = tflite_files.unpacked(content)
+    tflite_files.add_biases(model)
     said = job["metadata"]
     described = tflite_metadata.described(said, job["inputs"], job["outputs"])
     entries = {tflite_metadata.NAME: described, **{key: text.encode() for key, text in said.items()}}

@@ -131,6 +131,23 @@ def test_buffers_are_aligned_for_vector_instructions(make: Make, program: Path) 
         assert content.index(bytes(data)) % 16 == 0
 
 
+def test_every_int8_linear_layer_has_a_bias(make: Make, tmp_path: Path, runtime: RuntimeSpec) -> None:
+    model = nn.Sequential(nn.Linear(16, 4, bias=False), nn.Linear(4, 16))
+    example = {"x": np.linspace(-1, 1, 16, dtype=np.float32)[None]}
+    source = write_source(Source.EXPORTED_PROGRAM, model, example, tmp_path)
+    out = tmp_path / "biased.tflite"
+    load_backend("tflite").compile(source, runtime, QuantSpec("int8"), lambda: iter([example] * 2), out)
+    held = tflite_files.read(out)
+    [graph] = held.subgraphs
+    linear = [layer for layer in graph.operators if tflite_files.kind(held, layer) == "FULLY_CONNECTED"]
+    assert [len(layer.inputs) for layer in linear] == [3, 3]
+    given, weight, bias = (graph.tensors[index] for index in linear[0].inputs)
+    values = held.buffers[bias.buffer].data.view(np.int32)
+    assert values.tolist() == [0] * 4
+    assert list(bias.shape) == [4]
+    assert bias.quantization.scale.tolist() == (weight.quantization.scale * given.quantization.scale).tolist()
+
+
 def test_a_dynamic_batch_is_refused(make: Make, tmp_path: Path) -> None:
     example = {"x": np.zeros((1, 4), np.float32)}
     source = write_source(Source.EXPORTED_PROGRAM, nn.Linear(4, 2), example, tmp_path, dynamic_batch=True)
