@@ -273,7 +273,8 @@ def _check_labels(split: Split, labels: npt.NDArray[Any], count: int) -> Labels:
     if labels.shape != (count,):
         raise DataError(what, expected=f"one per sample, shape ({count},)", got=str(labels.shape))
     if labels.dtype.kind not in "iub":
-        raise DataError(what, expected="whole numbers (class indices)", got=str(labels.dtype))
+        hint = "labels.argmax(1) turns one-hot labels, labels.astype(int) whole numbers stored as floats into indices"
+        raise DataError(what, expected="whole numbers (class indices)", got=str(labels.dtype), hint=hint)
     if count and labels.min() < 0:
         raise DataError(what, expected="class indices from 0", got=str(labels.min()))
     return labels.astype(np.int64)

@@ -138,7 +138,12 @@ def _stem(module_name: str) -> str:
 def _made(factory: str, reference: str) -> nn.Module:
     module = user_code.call(user_code.resolve(factory, ModelError, "model"), ModelError, f"model {reference!r}")
     if not isinstance(module, nn.Module):
-        raise ModelError(f"model {reference!r}", expected="a torch.nn.Module", got=type(module).__name__)
+        raise ModelError(
+            f"model {reference!r}",
+            expected="a torch.nn.Module",
+            got=type(module).__name__,
+            hint="name a function without parameters that returns the model",
+        )
     return module
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import sys
 import sysconfig
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -44,13 +45,19 @@ def resolve(reference: str, error: type[InputError], what: str) -> Callable[...,
 
 
 def call(function: Callable[..., Any], error: type[InputError], what: str, *arguments: Any) -> Any:
-    """``function(*arguments)``; whatever it raises becomes an ``error`` that names it."""
+    """``function(*arguments)``; whatever it raises becomes an ``error`` that names it and the line it came from."""
     try:
         return function(*arguments)
     except RowcolError:
         raise
     except Exception as e:  # boundary: the user's code may raise anything
-        raise error(what, expected="code that runs", got=f"{type(e).__name__}: {e}") from e
+        raise error(what, expected="code that runs", got=f"{type(e).__name__}: {e}", hint=_raised_at(e)) from e
+
+
+def _raised_at(e: BaseException) -> str:
+    """The last line of the user's own that an exception came through."""
+    lines = [frame for frame in traceback.extract_tb(e.__traceback__) if _is_users_file(Path(frame.filename))]
+    return f"it came from {lines[-1].filename}, line {lines[-1].lineno}" if lines else ""
 
 
 def import_file(path: Path, error: type[InputError]) -> ModuleType:
@@ -126,5 +133,9 @@ def _is_users(module: ModuleType) -> bool:
     file = getattr(module, "__file__", None)
     if file is None or not file.endswith(".py"):
         return False
-    path = Path(file).resolve()
+    return _is_users_file(Path(file))
+
+
+def _is_users_file(path: Path) -> bool:
+    path = path.resolve()
     return path.is_file() and not any(path.is_relative_to(folder) for folder in _INSTALLED)
