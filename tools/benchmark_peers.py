@@ -100,6 +100,10 @@ def nncf_quantize(task: Task) -> None:
     )
     dataset = nncf.Dataset(list(task.each()), lambda feeds: list(feeds.values()))
     quantized = nncf.quantize(model, dataset, model_type=nncf.ModelType.TRANSFORMER if task.transformer else None)
+    # the converter may leave inputs and outputs without names, by which our device side feeds and reads them
+    names = [*task.inputs, *(f"output_{i}" for i in range(len(quantized.outputs)))]
+    for port, name in zip([*quantized.inputs, *quantized.outputs], names, strict=True):
+        port.get_tensor().set_names({name})
     ov.save_model(quantized, task.out)
 
 
@@ -111,12 +115,21 @@ def edge_static(task: Task) -> None:
     data = [dict(zip(names, feeds.values(), strict=True)) for feeds in task.each()]
     result = quantizer.calibrate({"serving_default": data})
     quantizer.quantize(result).export_model(task.out)
+    _seal(task.out)
 
 
 def edge_dynamic(task: Task) -> None:
     from ai_edge_quantizer import recipe
 
     _edge(task, recipe.dynamic_wi8_afp32()).quantize().export_model(task.out)
+    _seal(task.out)
+
+
+def _seal(path: Path) -> None:
+    """Append the checksum without which our device side opens no TFLite file; the runtime does not read that far."""
+    from rowcol_edge.backends import tflite_metadata
+
+    path.write_bytes(tflite_metadata.attached(path.read_bytes(), {}))
 
 
 def _edge(task: Task, recipe: Any) -> Any:
