@@ -223,15 +223,17 @@ def built(bundles: Sequence[Built]) -> None:
         state = "unchanged, kept" if one.reused else "built"
         table = _table(
             f"{one.path} ({state}); quality is {manifest.metric or 'not judged'}",
-            [("arm", "l"), ("params", "r"), ("file", "r"), ("selection", "r"), ("test", "r"),
-             ("drop, pp [95 %]", "r"), ("flips", "r")],
+            [("arm", "l"), ("params", "r"), ("MB", "r"), ("select", "r"), ("test", "r"),
+             ("drop, pp\n[95 %]", "r"), ("flips", "r")],
         )  # fmt: skip
+        for i, column in enumerate(table.columns):
+            column.no_wrap = i > 0  # where it is too wide, a name can still be read in two lines, a number cannot
         for arm in manifest.arms:
             selection, test = arm.quality.get("selection"), arm.quality.get("test")
             table.add_row(
                 arm.name + (" *" if arm.name == manifest.default_arm else ""),
                 f"{arm.parameters / 1e6:.3f} M",
-                f"{arm.size_bytes / 1e6:.2f} MB",
+                f"{arm.size_bytes / 1e6:.2f}",
                 f"{selection['value']:.4f}" if selection else "–",
                 f"{test['value']:.4f}" if test else "–",
                 _drop(test),
@@ -276,7 +278,7 @@ def _candidates(console: Console, chosen: Mapping[str, Any]) -> None:
 def _drop(record: dict[str, Any] | None) -> str:
     if not record or "drop_pp" not in record:
         return "–"
-    return f"{record['drop_pp']:+.2f} [{record['ci_low_pp']:+.2f}, {record['ci_high_pp']:+.2f}]"
+    return f"{record['drop_pp']:+.2f}\n[{record['ci_low_pp']:+.2f}, {record['ci_high_pp']:+.2f}]"
 
 
 def profile(measured: Profile, path: Path) -> None:
