@@ -29,7 +29,7 @@ from .device.bundle import Bundle
 from .device.manifest import MANIFEST_NAME, Manifest
 from .errors import BudgetError, BundleError, ConfigError, ModelError
 from .evaluation import Judged
-from .export.onnx import program
+from .export.onnx import check_size, program
 from .export.parity import torch_run
 from .factoring.apply import apply
 from .factoring.equalize import equalize
@@ -109,6 +109,8 @@ def build(
     out = Path(options.out)
     check_out(out)
     job = prepare(options, model, progress, cache)
+    if options.dense:
+        check_size(job.model.module)  # its dense arms cannot be written: no reason to factor first
     found: dict[str, Built] = {}
     for target in job.targets:
         kept = None if force else _unchanged(bundling.path(out, target, options.runtime), bundling.key(job, target))

@@ -110,6 +110,7 @@ def make_profile(
         "runtime": "onnxruntime",
         "runtime_version": "1.20",
         "threads": 2,
+        "properties": {},
         "created": "2026-01-02T03:04:05Z",
         "evidence": evidence,
         "evidence_note": "measured on Some Core",

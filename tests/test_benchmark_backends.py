@@ -42,6 +42,7 @@ def session(*cells: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": "net", "setting": "openvino AVX2", "runtime": "openvino", "runtime_version": "1", "threads": 2,
         "evidence": "proxy", "null": against("no significant difference", 1.0), "cells": list(cells), "warnings": [],
+        "properties": {"INFERENCE_PRECISION_HINT": "f32"},
     }  # fmt: skip
 
 
@@ -68,6 +69,13 @@ def test_another_makers_lead_is_said_with_its_reason(
     assert "beats_ours" not in found["cells"][0]
 
 
+def test_another_makers_precision_that_we_do_not_make_is_held_to_all_of_ours(benchmark: ModuleType) -> None:
+    other = {**cell("quantize_dynamic", -0.7, 2.0, peer="faster"), "precision": "int8-dynamic"}
+    found = session(cell("dense@int8", 0.0, 4.0), other)
+    benchmark._explain([found], {})
+    assert found["cells"][1]["beats_ours"] == "faster and better"
+
+
 def test_the_tables_show_every_file_and_every_reason(benchmark: ModuleType) -> None:
     broken = {"name": "dense@fp16", "peer": False, "precision": "fp16", "error": "it crashed"}
     cells = [cell("dense@int8", 0.0, 4.0), cell("factored@int8", 0.9, 3.0), cell("nncf", 0.0, 2.0, peer="faster")]
@@ -79,6 +87,7 @@ def test_the_tables_show_every_file_and_every_reason(benchmark: ModuleType) -> N
     }  # fmt: skip
     every = benchmark.long_table(result)
     assert all(text in every for text in ("`dense@int8`", "`factored@int8`", "*nncf*", "it fuses more", "it crashed"))
+    assert "2 threads, INFERENCE_PRECISION_HINT=f32, evidence **proxy**" in every
     import benchmark_backends_table
 
     short = benchmark_backends_table.short_table(result)

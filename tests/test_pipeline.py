@@ -11,6 +11,7 @@ import torch
 
 import rowcol_edge
 from rowcol_edge import evaluation, job, pipeline, targets
+from rowcol_edge.backends import onnx_files
 from rowcol_edge.config import BuildOptions
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.manifest import GRAPH_CHECKED
@@ -21,6 +22,7 @@ from rowcol_edge.errors import (
     DataError,
     MissingDependencyError,
     SplitError,
+    StageError,
     TargetError,
 )
 from rowcol_edge.factoring.plan import FactorPlan
@@ -315,6 +317,16 @@ def test_what_the_oldest_runtime_does_not_read_is_refused_before_any_work(
     monkeypatch.setattr(job.models, "load", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(TargetError, match=message):
         rowcol_edge.build("sample:fmnist-vit", target="board", out=str(tmp_path / "o"))
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_original_too_large_for_its_file_is_refused_before_it_is_factored(
+    net: torch.nn.Module, splits: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_files, "LIMIT_BYTES", 1000)
+    monkeypatch.setattr(pipeline, "study", lambda *_, **__: pytest.fail("the model was studied"))
+    with pytest.raises(StageError, match=r"at most 1,000 bytes of weights.* – package its factored arm alone"):
+        rowcol_edge.build(net, out=str(tmp_path / "o"), **splits)
     assert not (tmp_path / "o").exists()
 
 

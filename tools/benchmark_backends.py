@@ -9,7 +9,8 @@ the others', with a null arm. A session that is finished is not measured again a
 command can be stopped and run again. Under a cap only fp32 and int8 are measured; those figures have evidence `proxy`.
 
 A file of another maker counts as faster where it is significantly faster than the fastest of ours at its precision, and
-as better where its drop is more than 0.5 pp smaller than the smallest of ours. The reason is looked up in
+as better where its drop is more than 0.5 pp smaller than the smallest of ours. Where we make none at its precision (our
+int8-dynamic refuses convolutions, which it slows down), all of ours are its rivals. The reason is looked up in
 `tools/backends_remarks.toml`; without one the cell is marked `unexplained`.
 """
 
@@ -218,6 +219,7 @@ def _session(
         "runtime_version": " / ".join(sorted(found.versions)),
         "cap": setting.cap,
         "threads": threads,
+        "properties": dict(setting.runtime.properties),
         "started": started,
         "seconds": round(found.elapsed_seconds, 1),
         "evidence": level,
@@ -254,7 +256,6 @@ def _cell(file: File, there: Mapping[str, File], found: Session, level: str) -> 
         fastest = min((n for n in names if n != file.name), key=lambda n: _median(blocks[n]), default=None)
         return None if fastest is None else _ratio(compare(blocks, file.name, fastest, level))
 
-    same = [name for name, other in there.items() if other.precision == file.precision]
     samples = [ns for block in blocks[file.name] for ns in block.samples_ns]
     return {
         **said,
@@ -264,11 +265,19 @@ def _cell(file: File, there: Mapping[str, File], found: Session, level: str) -> 
         "block_medians_ns": [block.median_ns for block in blocks[file.name]],
         "load_ns": stats.median([block.load_ns for block in blocks[file.name]]),
         "peak_bytes": stats.median([run.peak_bytes or 0 for run in found.memory[file.name]]),
-        "to_dense": against([n for n in same if n == f"dense@{file.precision}"]),
+        "to_dense": against([n for n in there if n == f"dense@{file.precision}"]),
         "to_fp32": against([n for n in there if n == "dense@fp32"]),
         "to_peer": against([n for n, other in there.items() if other.peer]) if not file.peer else None,
-        "to_ours": against([n for n in same if not there[n].peer]) if file.peer else None,
+        "to_ours": against([other["name"] for other in _rivals(file.to_dict(), [f.to_dict() for f in there.values()])])
+        if file.peer
+        else None,
     }
+
+
+def _rivals(cell: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What a file of another maker is held to: ours at its precision, or all of ours."""
+    ours = [c for c in cells if not c["peer"] and not c["error"]]
+    return [c for c in ours if c["precision"] == cell["precision"]] or ours
 
 
 def _median(blocks: Sequence[Block]) -> float:
@@ -286,8 +295,7 @@ def _explain(sessions: Sequence[dict[str, Any]], remarks: Mapping[str, str]) -> 
     """Beside each cell of another maker that is faster or better than ours: why."""
     for session in sessions:
         for cell in session["cells"]:
-            ours = [c for c in session["cells"] if not c["peer"] and c["precision"] == cell["precision"]]
-            beaten = _beaten(cell, ours) if cell["peer"] and not cell["error"] else ""
+            beaten = _beaten(cell, _rivals(cell, session["cells"])) if cell["peer"] and not cell["error"] else ""
             if beaten:
                 name = f"{session['model']} / {session['setting']} / {cell['name']}"
                 cell["beats_ours"] = beaten

@@ -22,8 +22,8 @@ def long_table(result: Mapping[str, Any]) -> str:
         model = result["models"][session["model"]]
         parts.append(f"## {model['title']}, {session['setting']}")
         parts.append(
-            f"{session['runtime']} {session['runtime_version']}, {session['threads']} threads, evidence "
-            f"**{session['evidence']}**; {model['source']}. Null arm: {ratio(session['null'])}."
+            f"{session['runtime']} {session['runtime_version']}, {session['threads']} threads{_settings(session)}, "
+            f"evidence **{session['evidence']}**; {model['source']}. Null arm: {ratio(session['null'])}."
         )
         parts.append(_table(_HEADS, [_row(cell) for cell in session["cells"]]))
         parts += [
@@ -94,9 +94,18 @@ def _row(cell: Mapping[str, Any]) -> list[str]:
         _ms(cell["median_ns"]),
         _ms(cell["p90_ns"]),
         ratio(cell["to_dense"]),
-        ratio(cell["to_peer"]) if not cell["peer"] else f"to ours: {ratio(cell['to_ours'])}",
+        ratio(cell["to_peer"]) if not cell["peer"] else _to_ours(cell["to_ours"]),
         f"{cell['peak_bytes'] / 2**20:.0f} MiB",
     ]
+
+
+def _to_ours(found: Mapping[str, Any] | None) -> str:
+    return f"to `{found['baseline']}`: {ratio(found)}" if found else ratio(found)
+
+
+def _settings(session: Mapping[str, Any]) -> str:
+    """The runtime's own settings, the same for every file: openvino's inference precision is one."""
+    return "".join(f", {name}={value}" for name, value in session["properties"].items())
 
 
 def _held(cells: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

@@ -81,6 +81,7 @@ def profile(
         runtime=bundle.manifest.runtime.name,
         runtime_version=" / ".join(sorted(session.versions)),
         threads=used,
+        properties=dict(bundle.manifest.runtime.properties),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         evidence=level,
         evidence_note=note,

@@ -14,10 +14,11 @@ from .records import decode
 from .stats import NOT_COMPARABLE, VERDICTS, median
 from .system import EVIDENCE, Environment
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the profile's format. History:
 
 1 – first one: every raw sample of every block, memory runs, comparisons, the null arm, environment and evidence.
+2 – the runtime's settings (``properties``), which decide for instance in which precision openvino calculates.
 """
 
 NULL = "null"
@@ -140,7 +141,8 @@ class Protocol:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What one session found. ``null_arm`` is a second copy of ``null.baseline``; ``caps`` were set for the workers."""
+    """What one session found. ``null_arm`` is a second copy of ``null.baseline``; ``caps`` were set for the workers,
+    ``properties`` for the runtime."""
 
     schema: int = SCHEMA
     bundle: str
@@ -149,6 +151,7 @@ class Profile:
     runtime: str
     runtime_version: str
     threads: int
+    properties: dict[str, str]
     created: str
     evidence: str
     evidence_note: str
@@ -222,9 +225,15 @@ def conditions(profile: Profile) -> dict[str, str]:
         "usable cores": str(host.cores_usable),
         "runtime": f"{profile.runtime} {profile.runtime_version}",
         "threads": str(profile.threads),
+        "settings": settings_text(profile) or "none",
         "caps": " ".join(f"{k}={v}" for k, v in sorted({**host.caps, **profile.caps}.items())) or "none",
         "evidence": profile.evidence,
     }
+
+
+def settings_text(profile: Profile) -> str:
+    """The runtime's settings, as ``INFERENCE_PRECISION_HINT=f32``; empty without any."""
+    return " ".join(f"{key}={value}" for key, value in sorted(profile.properties.items()))
 
 
 def differences(a: Profile, b: Profile) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .profile import ArmProfile, Comparison, Profile
+from .profile import ArmProfile, Comparison, Profile, settings_text
 from .stats import NOT_COMPARABLE, refusal
 from .system import EMULATED, PREDICTED
 
@@ -16,9 +16,11 @@ def profile_table(profile: Profile) -> str:
     protocol = profile.protocol
     runtime = f"{profile.runtime} {profile.runtime_version}"
     threads = f"{profile.threads or 'default'} thread(s)"
+    settings = settings_text(profile)
     taken = f"{protocol.rounds} rounds in {protocol.elapsed_seconds:.0f} s"
     lines = [
         f"{profile.bundle} for {profile.target}: {runtime}, {threads}, {taken}",
+        *([f"runtime settings: {settings}"] if settings else []),
         f"evidence: {profile.evidence} – {profile.evidence_note}",
         f"host: {_host(profile)}",
         "",

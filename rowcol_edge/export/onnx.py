@@ -59,7 +59,7 @@ def export(
     """
     if opset not in OPSETS:
         raise ConfigError("opset", expected=f"{OPSETS[0]} to {OPSETS[-1]}", got=str(opset))
-    _check_size(model)
+    check_size(model)
     _check_finite(model)
     captured = program(model, example, dynamic_batch=dynamic_batch)
     names = _output_names(captured, output_names)
@@ -70,6 +70,23 @@ def export(
     onnx_files.check(proto, "export", opset_version=opset, ir_version=ir_version)
     _check_signature(proto, set(example), names)
     onnx_files.write(proto, out)
+
+
+def check_size(model: nn.Module) -> None:
+    """Needs nothing traced: a parameter that two modules share counts once.
+
+    Raises:
+        StageError: over 2 GB.
+    """
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    size_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+    if size_bytes > onnx_files.LIMIT_BYTES:
+        raise StageError(
+            "export",
+            expected=f"at most {onnx_files.LIMIT_BYTES:,} bytes of weights: an ONNX file ends at 2 GB",
+            got=f"{size_bytes:,} bytes",
+            hint="package its factored arm alone (--no-dense), or hand over a smaller model",
+        )
 
 
 def _convert(
@@ -124,19 +141,6 @@ def _output_names(captured: torch.export.ExportedProgram, wanted: Sequence[str] 
     if len(wanted) != len(own) or len(set(wanted)) != len(own):
         raise ModelError("output names", expected=f"{len(own)} different ones", got=", ".join(wanted) or "none")
     return list(wanted)
-
-
-def _check_size(model: nn.Module) -> None:
-    """Counted before anything is traced: a parameter that two modules share counts once."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    size_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-    if size_bytes > onnx_files.LIMIT_BYTES:
-        raise StageError(
-            "export",
-            expected=f"at most {onnx_files.LIMIT_BYTES:,} bytes of weights: an ONNX file ends at 2 GB",
-            got=f"{size_bytes:,} bytes",
-            hint="factor the model to fewer parameters first, or hand over a smaller one",
-        )
 
 
 def _check_finite(model: nn.Module) -> None:

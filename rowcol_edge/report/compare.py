@@ -13,7 +13,7 @@ from typing import Any
 
 from ..device.bundle import Bundle
 from ..device.manifest import PROFILES_FOLDER, RUN, ArmEntry
-from ..device.profile import Comparison, Profile, differences
+from ..device.profile import Comparison, Profile, differences, settings_text
 from ..device.stats import NOT_COMPARABLE
 from ..device.system import EVIDENCE, TARGET
 from ..device.table import NONE, mebibytes, milliseconds, ratio_text, size, times_count
@@ -217,6 +217,8 @@ def _find(profile: Profile | None, arm: str, baseline: str) -> Comparison | None
 def _profile_notes(bundle: Bundle, profile: Profile) -> list[str]:
     null = f"null arm ({profile.null.baseline} twice) {ratio_text(profile.null)}"
     runtime = f"{profile.runtime} {profile.runtime_version}, {profile.threads or 'default'} thread(s)"
+    if settings := settings_text(profile):
+        runtime += f", {settings}"
     head = (
         f"{bundle.source}, measured {profile.created}: {profile.evidence}, {profile.evidence_note}; {runtime}; {null}"
     )

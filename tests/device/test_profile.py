@@ -39,7 +39,7 @@ def test_the_samples_of_a_block_stand_on_one_line() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "profile.schema: expected 1, got 2"),
+        ({"schema": 1}, "profile.schema: expected 2, got 1"),
         ({"evidence": "hearsay"}, "evidence: expected one of target, proxy, emulated, predicted, got 'hearsay'"),
         ({"threads": "2"}, "profile.threads: expected a whole number, got '2'"),
         ({"arms": {"a": {}}}, "profile.arms.a.name: expected a value"),
@@ -90,6 +90,7 @@ def test_derived_figures() -> None:
     ("change", "difference"),
     [
         ({"threads": 4}, "threads: 2 and 4"),
+        ({"properties": {"INFERENCE_PRECISION_HINT": "bf16"}}, "settings: none and INFERENCE_PRECISION_HINT=bf16"),
         ({"runtime_version": "1.21"}, "runtime: onnxruntime 1.20 and onnxruntime 1.21"),
         ({"evidence": "proxy"}, "evidence: target and proxy"),
         ({"caps": {"ONEDNN_MAX_CPU_ISA": "AVX2"}}, "caps: none and ONEDNN_MAX_CPU_ISA=AVX2"),

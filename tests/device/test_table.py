@@ -41,6 +41,12 @@ def test_the_whole_table() -> None:
     assert all(line == line.rstrip() for line in lines)
 
 
+def test_the_runtimes_settings_are_stated() -> None:
+    lines = profile_table(make_profile(properties={"INFERENCE_PRECISION_HINT": "f32"})).splitlines()
+    assert lines[1] == "runtime settings: INFERENCE_PRECISION_HINT=f32"
+    assert lines[2].startswith("evidence: target")
+
+
 def test_refused_percentiles_are_dashes_with_a_reason() -> None:
     text = profile_table(make_profile(samples=41))
     assert "–" in next(line for line in text.splitlines() if line.startswith("factored@int8"))

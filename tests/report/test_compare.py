@@ -50,7 +50,7 @@ def test_profiles_of_another_build_and_damaged_ones_are_left_out_by_name(tmp_pat
     found, notes = best_profile(one)
     assert found is None
     assert notes[0].endswith("0.json left out, it measured another build")
-    assert "1.json left out, 1.json.schema: expected 1" in notes[1]
+    assert "1.json left out, 1.json.schema: expected 2" in notes[1]
     assert "has no profile of this build" in compare([one]).notes[-1]
 
 
@@ -118,11 +118,14 @@ def test_emulated_times_are_not_shown(tmp_path: Path) -> None:
 def test_bundles_measured_under_different_conditions_are_kept_apart(tmp_path: Path) -> None:
     same = compare([bundle(tmp_path / "a", make_profile()), bundle(tmp_path / "b", make_profile())])
     assert not any("do not set" in note for note in same.notes)
-    other = make_profile(threads=4, environment=replace(ENVIRONMENT, cpu_model="Other Core"))
+    other = make_profile(
+        threads=4, properties={"HINT": "bf16"}, environment=replace(ENVIRONMENT, cpu_model="Other Core")
+    )
     table = compare([bundle(tmp_path / "a", make_profile()), bundle(tmp_path / "c", other)])
     assert len(table.rows()) == 6
     note = next(note for note in table.notes if note.startswith("do not set latencies"))
-    assert "processor: x86_64 Some Core and x86_64 Other Core; threads: 2 and 4" in note
+    assert "processor: x86_64 Some Core and x86_64 Other Core; threads: 2 and 4; settings: none and HINT=bf16" in note
+    assert any("4 thread(s), HINT=bf16; null arm" in note for note in table.notes)
 
 
 def test_markdown(tmp_path: Path) -> None:
