@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from rowcol_edge.device.predictor import Predictor
 from rowcol_edge.device.preprocess import Frames, Preprocess
 from rowcol_edge.errors import ConfigError, DataError
 from rowcol_edge.frames import bake
+
+from . import stored
 
 RUNTIMES = sorted(name for name in BACKENDS if load_backend(name).host_runtime == name)
 RECIPE = Preprocess(mode="RGB", height=12, width=16, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
@@ -68,8 +71,7 @@ def build(model: str | nn.Module, data: dict[str, str], out: Path, **options: An
     return rowcol_edge.build(model, out=str(out), **data, **{**given, **options})[0]
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(("runtime", "precision"), [*product(RUNTIMES, ("fp32", "int8")), ("tflite", "int8-io")])
 def test_an_artifact_takes_frames_and_decides_as_the_model(
     runtime: str, precision: str, data: dict[str, str], tmp_path: Path
 ) -> None:
@@ -79,6 +81,7 @@ def test_an_artifact_takes_frames_and_decides_as_the_model(
     assert [(s.shape, s.dtype) for s in built.manifest.inputs] == [((1, 12, 16, 3), "uint8")]
     assert rowcol_edge.verify(built.path).ok
     assert built.manifest.arm().quality["test"]["value"] > 0.95
+    _check_metadata(built)
     pixels, _ = pictures(30, 3)
     with torch.inference_mode():
         logits = net(torch.from_numpy(np.stack([RECIPE.pixels(p) for p in pixels]))).numpy()
@@ -86,6 +89,19 @@ def test_an_artifact_takes_frames_and_decides_as_the_model(
         got = np.concatenate([predictor.run({"picture": p[None]})["output"] for p in pixels])
         assert [predictor.predict(p).label for p in pixels] == [("r", "g", "b")[i] for i in logits.argmax(1)]
     assert np.linalg.norm(got - logits) <= (1e-5 if precision == "fp32" else 0.1) * np.linalg.norm(logits)
+
+
+def _check_metadata(built: rowcol_edge.Built) -> None:
+    """Each arm's file says itself what it is."""
+    for arm in built.manifest.arms:
+        said = stored.metadata(built.path / arm.artifact)
+        assert said["rowcol_edge.arm"] == arm.name
+        assert json.loads(said["rowcol_edge.labels"]) == ["r", "g", "b"]
+        assert Preprocess.from_dict(json.loads(said["rowcol_edge.preprocess"])) == Preprocess.from_dict(
+            RECIPE.to_dict()
+        )
+        assert json.loads(said["rowcol_edge.frames"]) is True
+        assert said.get("rowcol_edge.plan_digest") == arm.plan_digest
 
 
 def test_every_way_to_hand_over_a_picture_gives_the_same_answer(data: dict[str, str], tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def _quantized(model: Any, job: dict[str, Any]) -> tuple[Any, list[str]]:
         AdvancedSmoothQuantParameters,
         OverflowFix,
     )
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     nncf.set_log_level("ERROR")
     files = sorted(Path(job["calibration"]).glob("*.npz"))
@@ -70,6 +71,8 @@ def _quantized(model: Any, job: dict[str, Any]) -> tuple[Any, list[str]]:
         advanced = AdvancedQuantizationParameters(
             overflow_fix=OverflowFix.ENABLE if job["reduce_range"] else OverflowFix.DISABLE,
             smooth_quant_alphas=smooth,
+            # nncf's default, the mean of the samples' extremes, clips where a sample has few values
+            activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
         )
         calibration = nncf.Dataset(files, feed)
         if "accuracy" not in job:

@@ -8,18 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
-import openvino
 import pytest
 import torch
+from torch import nn
 
-from rowcol_edge.backends import BACKENDS, load_backend, tflite_files
+from rowcol_edge.backends import BACKENDS, load_backend
 from rowcol_edge.backends.base import Backend, QuantSpec, Source
 from rowcol_edge.device.bundle import split_feeds
 from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
 from rowcol_edge.errors import ConfigError, DataError, StageError, TargetError
 from rowcol_edge.targets import PRECISIONS, RuntimeSpec, load
 
+from .. import stored
 from .conftest import Convolutions, smooth, write_source
 
 Batches = Callable[[], Iterator[dict[str, np.ndarray]]]
@@ -93,24 +93,6 @@ def test_the_same_input_gives_the_same_bytes(
 METADATA = {"rowcol_edge.arm": "dense@fp32", "rowcol_edge.labels": '["good", "Kratzer <ü> & \\"x\\""]'}
 
 
-def in_onnx(path: Path) -> dict[str, str]:
-    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
-
-
-def in_openvino(path: Path) -> dict[str, str]:
-    model = openvino.Core().read_model(path)
-    return {key: model.get_rt_info(["rowcol_edge", key.partition(".")[2]]).astype(str) for key in METADATA}
-
-
-def in_tflite(path: Path) -> dict[str, str]:
-    found = tflite_files.metadata(tflite_files.read(path))
-    return {key: found[key].decode() for key in METADATA}
-
-
-STORED = {".onnx": in_onnx, ".xml": in_openvino, ".tflite": in_tflite}
-"""By an artifact's suffix: what a program that knows the format only reads of the metadata."""
-
-
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_metadata_is_in_the_file_in_its_formats_own_way(
     backend: Backend, precision: str, sources: Sources, tmp_path: Path, runtime: RuntimeSpec, batches: Batches
@@ -118,7 +100,7 @@ def test_metadata_is_in_the_file_in_its_formats_own_way(
     tokens = sources(backend.consumes, "tokens")
     paths = [tmp_path / f"{name}{backend.suffix}" for name in "abc"]
     backend.compile(tokens, runtime, QuantSpec(precision), batches, paths[0], METADATA)
-    assert STORED[backend.suffix](paths[0]) == METADATA
+    assert stored.metadata(paths[0]) == METADATA
     turned = dict(reversed(METADATA.items()))
     again = backend.compile(tokens, runtime, QuantSpec(precision), batches, paths[1], turned)
     assert paths[0].read_bytes() == paths[1].read_bytes()
@@ -183,6 +165,37 @@ def test_a_free_batch_is_compiled_or_refused_as_the_backend_says(
     backend.compile(source, runtime, QuantSpec("fp32"), batches, out)
     with load_runtime(backend.host_runtime).open(out, RuntimeOptions(threads=1)) as session:
         assert session.run({"x": smooth(3, seed=1)})["output"].shape == (3, 3)
+
+
+class Two(nn.Module):
+    """Vibration in thousandths and temperature in hundreds → three values; mixed up, they saturate or vanish."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vibration, self.heat, self.head = nn.Linear(24, 16), nn.Linear(24, 16), nn.Linear(16, 3)
+
+    def forward(self, vibration: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.vibration(vibration * 1e3)) + torch.relu(self.heat(heat / 1e2)))
+
+
+def test_ranges_of_several_inputs_are_not_mixed_up(backend: Backend, tmp_path: Path, runtime: RuntimeSpec) -> None:
+    torch.manual_seed(0)
+    net = Two().eval()
+    rng = np.random.default_rng(0)
+
+    def feed() -> dict[str, np.ndarray]:
+        values = {"heat": 1e2 * rng.uniform(-1, 1, (1, 24)), "vibration": 1e-3 * rng.uniform(-1, 1, (1, 24))}
+        return {name: array.astype(np.float32) for name, array in values.items()}
+
+    seen, fresh = [feed() for _ in range(32)], [feed() for _ in range(16)]
+    example = {name: np.zeros((1, 24), np.float32) for name in ("vibration", "heat")}
+    source = write_source(backend.consumes, net, example, tmp_path)
+    out = tmp_path / f"out{backend.suffix}"
+    backend.compile(source, runtime, QuantSpec("int8"), lambda: iter(seen), out)
+    with load_runtime(backend.host_runtime).open(out, RuntimeOptions(threads=1)) as session, torch.inference_mode():
+        got = np.concatenate([session.run(values)["output"] for values in fresh])
+        wanted = np.concatenate([net(**{k: torch.from_numpy(v) for k, v in values.items()}) for values in fresh])
+    assert np.linalg.norm(got - wanted) <= ERROR["int8"] * np.linalg.norm(wanted)
 
 
 def test_what_it_says_of_itself(backend: Backend) -> None:
