@@ -182,6 +182,35 @@ def device() -> str:
     )
 
 
+def calibration() -> str:
+    """How far int8 outputs are off, by how the calibration subset was chosen."""
+    found = _result("calibration.json")
+    rows = []
+    for name, sample in found["samples"].items():
+        errors: dict[tuple[str, int], list[float]] = {}
+        for row in sample["rows"]:
+            errors.setdefault((row["way"], row["samples"]), []).append(row["relative_error"] * 100)
+        for size in sorted(size for way, size in errors if way == "k-center"):
+            drawn = errors["random", size]
+            rows.append(
+                [
+                    f"`sample:{name}`",
+                    f"{size} of {sample['pool']:,}",
+                    f"{errors['k-center', size][0]:.2f} %",
+                    f"{sum(drawn) / len(drawn):.2f} % [{min(drawn):.2f}, {max(drawn):.2f}]",
+                    f"{errors['widest ranges', size][0]:.2f} %",
+                    f"{errors['all', sample['pool']][0]:.2f} %",
+                ]
+            )
+    heads = ["", "images", "diverse (ours)", "random, mean of 5 draws [lowest, highest]", "widest ranges", "all"]
+    return (
+        "Relative error of the dense int8 model's outputs (ONNX Runtime) on the selection split, by how its calibration "
+        f"images were chosen:\n\n{_table(heads, rows)}\n\n"
+        f"{found['machine']['cpu_model']}. Command: `{found['command']}`; every way: "
+        "[tools/results/calibration.json](tools/results/calibration.json)."
+    )
+
+
 def backends() -> str:
     """Every model and runtime in one row: the dense original, the best of ours, the best of the runtimes' own ways."""
     return short_table(_result("backends.json"))
@@ -194,6 +223,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "samples": samples,
     "profiler": profiler,
     "device": device,
+    "calibration": calibration,
 }
 if (RESULTS / "backends.json").is_file():  # half an hour on a quiet machine; until it was run there is nothing to show
     TABLES["backends"] = backends
