@@ -204,8 +204,8 @@ def calibration() -> str:
             )
     heads = ["", "images", "diverse (ours)", "random, mean of 5 draws [lowest, highest]", "widest ranges", "all"]
     return (
-        "Relative error of the dense int8 model's outputs (ONNX Runtime) on the selection split, by how its calibration "
-        f"images were chosen:\n\n{_table(heads, rows)}\n\n"
+        "Relative error of the dense int8 model's outputs (ONNX Runtime) on the selection split, by how its "
+        f"calibration images were chosen:\n\n{_table(heads, rows)}\n\n"
         f"{found['machine']['cpu_model']}. Command: `{found['command']}`; every way: "
         "[tools/results/calibration.json](tools/results/calibration.json)."
     )
