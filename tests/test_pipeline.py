@@ -402,15 +402,9 @@ def test_a_model_with_two_inputs_and_a_free_batch(tmp_path: Path) -> None:
 
 
 def test_a_bundle_for_a_runtime_that_only_its_board_has_says_that_it_never_ran(
-    net: torch.nn.Module, splits: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    net: torch.nn.Module, splits: dict[str, str], tmp_path: Path
 ) -> None:
-    pi = targets.load("raspberry-pi-5")
-    runtime = replace(
-        pi.runtime("onnxruntime"), name="tensorrt", oldest="10.3.0", providers=("cuda:0",), precisions=("fp32", "int8")
-    )
-    board = replace(pi, name="board", runtimes=(runtime,), recipes=("deepstream", "gstreamer"))
-    monkeypatch.setattr(targets, "load", lambda name: board)
-    options: dict[str, Any] = {"target": "board", "runtime": "tensorrt", "precision": "int8", "energy": 0.99}
+    options: dict[str, Any] = {"target": "jetson-orin-nano", "runtime": "tensorrt", "precision": "int8", "energy": 0.99}
     options["preprocess"] = "mode=L,size=16x16,mean=0.5,std=0.25"
     built = rowcol_edge.build(net, out=str(tmp_path), **options, **splits)[0]
     assert {arm.checked for arm in built.manifest.arms} == {GRAPH_CHECKED}
