@@ -61,7 +61,8 @@ def _normalizer(recipe: Preprocess) -> Callable[[torch.Tensor], torch.Tensor]:
     factor, offset = (torch.from_numpy(step) for step in recipe.steps)
 
     def normalize(frames: torch.Tensor) -> torch.Tensor:
-        return frames.permute(0, 3, 1, 2).float() * factor + offset
+        # first of all the type: TensorRT takes uint8 from a Cast only
+        return frames.float().permute(0, 3, 1, 2) * factor + offset
 
     return normalize
 

@@ -37,6 +37,10 @@ TOOLS = (
 )  # fmt: skip
 
 
+_NPU = "NPU"
+"""OpenVINO's device that takes no dynamic shapes (its documentation, "Supported Devices", feature support)."""
+
+
 def silent(label: str, done: int, total: int) -> None:
     """The progress of someone who does not watch."""
 
@@ -127,7 +131,7 @@ def prepare(
     for target in chosen:
         _check_precision(target, options)
         _check_onnx(target, options)
-    _check_batch(options)
+        _check_batch(target, options)
     if options.plan is not None:
         FactorPlan.read(options.plan)  # refused now rather than after the calibration
     progress("load model", 0, 4)
@@ -260,7 +264,7 @@ def _check_onnx(target: Target, options: BuildOptions) -> None:
     if newest is None:
         return
     for name, value, limit in zip(("opset", "ir_version"), (runtime.opset, runtime.ir_version), newest, strict=True):
-        if value > limit:
+        if limit is not None and value > limit:
             raise TargetError(
                 f"{name} {of}",
                 expected=f"at most {limit}, which {runtime.oldest} reads",
@@ -269,14 +273,21 @@ def _check_onnx(target: Target, options: BuildOptions) -> None:
             )
 
 
-def _check_batch(options: BuildOptions) -> None:
-    if options.dynamic_batch and not load_backend(options.runtime).dynamic_batch:
-        raise ConfigError(
-            f"dynamic-batch with {options.runtime}",
-            expected="a fixed batch: the converter for this runtime fixes every size",
-            got="a free one",
-            hint="build it without --dynamic-batch, or for another runtime",
-        )
+def _check_batch(target: Target, options: BuildOptions) -> None:
+    if not options.dynamic_batch:
+        return
+    if not load_backend(options.runtime).dynamic_batch:
+        what, why = options.runtime, "the converter for this runtime fixes every size"
+    elif any(device.partition(".")[0] == _NPU for device in target.runtime(options.runtime).providers):
+        what, why = f"{options.runtime} on the {_NPU} of {target.name}", "it takes no free sizes"
+    else:
+        return
+    raise ConfigError(
+        f"dynamic-batch with {what}",
+        expected=f"a fixed batch: {why}",
+        got="a free one",
+        hint="build it without --dynamic-batch, or for another runtime",
+    )
 
 
 def _metric(options: BuildOptions, model: LoadedModel, selection: Split | None, contract: str) -> Metric | None:

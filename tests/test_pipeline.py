@@ -298,6 +298,20 @@ def test_a_free_batch_that_the_runtime_cannot_have_is_refused_before_any_work(
         )
 
 
+@pytest.mark.parametrize("device", ["NPU", "NPU.0"])
+def test_a_free_batch_for_a_device_that_cannot_have_it_is_refused_before_any_work(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nuc = targets.load("intel-nuc")
+    board = replace(nuc, name="board", runtimes=(replace(nuc.runtime("openvino"), providers=(device,)),))
+    monkeypatch.setattr(targets, "load", lambda name: board)
+    monkeypatch.setattr(job.models, "load", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(ConfigError, match="dynamic-batch with openvino on the NPU of board: expected a fixed batch"):
+        rowcol_edge.build(
+            "sample:fmnist-vit", target="board", runtime="openvino", dynamic_batch=True, out=str(tmp_path / "o")
+        )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -306,6 +320,10 @@ def test_a_free_batch_that_the_runtime_cannot_have_is_refused_before_any_work(
         ({"opset": 21, "ir_version": 9}, r"opset of .*: expected at most 20, which 1\.17\.0 reads, got 21 – lower it"),
         ({"ir_version": 14}, r"ir_version of .*: expected at most 9, which 1\.17\.0 reads, got 14 – lower it"),
         ({"ir_version": 11, "oldest": "1.22.1"}, r"expected at most 10, which 1\.22\.1 reads, got 11"),
+        (
+            {"name": "tensorrt", "oldest": "10.3.0", "opset": 21},
+            r"opset of target board with tensorrt: expected at most 20, which 10\.3\.0 reads, got 21",
+        ),
     ],
 )
 def test_what_the_oldest_runtime_does_not_read_is_refused_before_any_work(
@@ -315,8 +333,9 @@ def test_what_the_oldest_runtime_does_not_read_is_refused_before_any_work(
     board = replace(pi, name="board", runtimes=(replace(pi.runtime("onnxruntime"), **change),))
     monkeypatch.setattr(targets, "load", lambda name: board)
     monkeypatch.setattr(job.models, "load", lambda *_: pytest.fail("the model was loaded"))
+    runtime = change.get("name", "onnxruntime")
     with pytest.raises(TargetError, match=message):
-        rowcol_edge.build("sample:fmnist-vit", target="board", out=str(tmp_path / "o"))
+        rowcol_edge.build("sample:fmnist-vit", target="board", runtime=runtime, out=str(tmp_path / "o"))
     assert not (tmp_path / "o").exists()
 
 
@@ -395,15 +414,9 @@ def test_a_model_with_two_inputs_and_a_free_batch(tmp_path: Path) -> None:
 
 
 def test_a_bundle_for_a_runtime_that_only_its_board_has_says_that_it_never_ran(
-    net: torch.nn.Module, splits: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    net: torch.nn.Module, splits: dict[str, str], tmp_path: Path
 ) -> None:
-    pi = targets.load("raspberry-pi-5")
-    runtime = replace(
-        pi.runtime("onnxruntime"), name="tensorrt", oldest="10.3.0", providers=("cuda:0",), precisions=("fp32", "int8")
-    )
-    board = replace(pi, name="board", runtimes=(runtime,), recipes=("deepstream", "gstreamer"))
-    monkeypatch.setattr(targets, "load", lambda name: board)
-    options: dict[str, Any] = {"target": "board", "runtime": "tensorrt", "precision": "int8", "energy": 0.99}
+    options: dict[str, Any] = {"target": "jetson-orin-nano", "runtime": "tensorrt", "precision": "int8", "energy": 0.99}
     options["preprocess"] = "mode=L,size=16x16,mean=0.5,std=0.25"
     built = rowcol_edge.build(net, out=str(tmp_path), **options, **splits)[0]
     assert {arm.checked for arm in built.manifest.arms} == {GRAPH_CHECKED}

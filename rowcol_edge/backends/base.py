@@ -88,7 +88,7 @@ class QuantSpec:
     """Layers that stay in float, by the names of `Backend.layer_errors`; int8 precisions only."""
 
     correct_bias: bool = False
-    """Take the mean error of each channel out of its bias; tflite, tensorrt and nncf, which has its own, ignore it."""
+    """Take the mean error of each channel out of its bias; tflite and nncf, which has its own, ignore it."""
 
     accuracy: AccuracyControl | None = None
     """For int8 by one of `ACCURACY_CONTROL`: keep layers in float until the drop holds."""
@@ -190,9 +190,9 @@ class Backend(Protocol):
         """Whether it takes a model whose batch is free."""
         ...
 
-    def newest_onnx(self, oldest: str) -> tuple[int, int] | None:
-        """Newest opset and IR version that this version of the runtime reads; None where `compile` tells, or converts
-        the file."""
+    def newest_onnx(self, oldest: str) -> tuple[int, int | None] | None:
+        """Newest opset and IR version that this version of the runtime reads, None for any; None alone where `compile`
+        tells, or converts the file."""
         ...
 
     @property

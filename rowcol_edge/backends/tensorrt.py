@@ -14,19 +14,20 @@ file on the CPU in its place; the package says so ("graph-checked, not run").
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import MissingDependencyError
 from . import calibration as calibrating
 from . import onnx_artifacts, onnx_errors, onnx_files, tensorrt_graph
-from .base import ERROR_SAMPLES, Artifact, Calibration, LayerError, QuantSpec, Source, check_precision
+from .base import BIAS_SAMPLES, ERROR_SAMPLES, Artifact, Calibration, LayerError, QuantSpec, Source, check_precision
 from .float16 import half
 
 try:
     import onnx
 
-    from . import tensorrt_qdq
+    from . import onnx_bias, tensorrt_qdq
 except ModuleNotFoundError as e:
     raise MissingDependencyError("compiling for tensorrt", package="rowcol-edge[build]") from e
 
@@ -44,8 +45,9 @@ class TensorRtBackend:
     suffix = ".onnx"
     dynamic_batch = True
 
-    def newest_onnx(self, oldest: str) -> None:
-        """See `Backend.newest_onnx`."""
+    def newest_onnx(self, oldest: str) -> tuple[int, None]:
+        """See `Backend.newest_onnx`. The parser does not look at the IR version."""
+        return tensorrt_graph.OPSETS[-1], None
 
     def compile(
         self,
@@ -64,6 +66,9 @@ class TensorRtBackend:
         if quant.precision == "int8":
             feeds = calibrating.feeds(calibration, onnx_files.inputs(source))
             result = tensorrt_qdq.quantize(model, quant, feeds)
+            if quant.correct_bias:
+                few = calibrating.first_samples(calibrating.feeds(calibration, onnx_files.inputs(source)), BIAS_SAMPLES)
+                result = onnx_bias.correct(tensorrt_qdq.prepare(model), result, few)
         else:
             result = onnx.ModelProto()
             result.CopyFrom(source)
@@ -71,7 +76,8 @@ class TensorRtBackend:
                 result = half(result)
         onnx_artifacts.finish(source, result, runtime, quant.precision, stage, metadata, quant.keep_float)
         tensorrt_graph.check(result)
-        return onnx_artifacts.write(result, quant.precision, out)
+        made = onnx_artifacts.write(result, quant.precision, out)
+        return replace(made, biases_corrected=quant.correct_bias and quant.precision == "int8")
 
     def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
         """See `Backend.layer_errors`; layers are named after the module that holds their weight or bias."""

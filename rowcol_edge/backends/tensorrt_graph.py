@@ -49,7 +49,8 @@ _BIAS_INPUT = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2}
 
 
 def check(model: onnx.ModelProto) -> None:
-    """StageError for the first thing TensorRT would refuse, or would not run as int8 although it is quantized."""
+    """StageError for the first thing TensorRT would refuse, would not run as int8 although it is quantized, or would
+    calculate with fewer scales than it could."""
     if opset(model) not in OPSETS:
         raise _refused("opset", f"{OPSETS.start} to {OPSETS.stop - 1}", str(opset(model)), "lower the target's opset")
     _check_ports(model.graph)
@@ -165,7 +166,8 @@ def _check_zero_point(node: onnx.NodeProto, view: _Graph) -> None:
 
 
 def _check_weighted(node: onnx.NodeProto, view: _Graph) -> None:
-    """A quantized weight with a quantized activation, and its scales along its output channels.
+    """A quantized weight with a quantized activation, and a scale for each of its output channels: TensorRT would take
+    one for all of them, which costs quality and saves no time.
 
     The other way round is a layer kept in float that reads what other layers need quantized.
     """
@@ -178,8 +180,12 @@ def _check_weighted(node: onnx.NodeProto, view: _Graph) -> None:
             raise _refused(_name(node), "an activation that is quantized as the weight is", got)
         scales = numpy_helper.to_array(view.constants[pair.input[1]]).size
         axis, expected = _attribute(pair, "axis", 1), _output_axis(node, len(weight.dims))
+        wanted = f"a scale an output channel (axis {expected})"
         if scales > 1 and axis % len(weight.dims) != expected:
-            raise _refused(_name(pair), f"a scale an output channel (axis {expected})", f"axis {axis}")
+            raise _refused(_name(pair), wanted, f"axis {axis}")
+        # a product's left side has its channels along its rows, which no quantizer gives scales of their own
+        if index == 1 and scales != weight.dims[expected]:
+            raise _refused(_name(pair), wanted, f"{scales} for {weight.dims[expected]}")
 
 
 def _output_axis(node: onnx.NodeProto, rank: int) -> int:

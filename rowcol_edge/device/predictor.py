@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BundleError, DataError
+from ..errors import BundleError, DataError, MissingDependencyError
 from .bundle import Bundle
 from .decode import Prediction, decoder, first
 from .manifest import ArmEntry, TensorSpec
@@ -154,7 +154,7 @@ def runtime_options(bundle: Bundle, threads: int | None = None) -> RuntimeOption
     """The options the manifest asks for; ``threads`` None keeps its number."""
     entry = bundle.manifest.runtime
     used = entry.threads if threads is None else threads
-    return RuntimeOptions(threads=used, providers=entry.providers, properties=entry.properties)
+    return RuntimeOptions(used, entry.providers, entry.properties, install_line=entry.install_line)
 
 
 def open_arm(bundle: Bundle, arm: ArmEntry, *, threads: int | None = None) -> Session:
@@ -174,9 +174,16 @@ def open_arm(bundle: Bundle, arm: ArmEntry, *, threads: int | None = None) -> Se
 
 
 def load_checked(bundle: Bundle) -> Runtime:
-    """Load the bundle's runtime; BundleError if it is older than the oldest one the bundle was made for."""
+    """Load the bundle's runtime.
+
+    BundleError: it is older than the oldest one the bundle was made for. MissingDependencyError: it is not installed;
+    the line is the bundle's own, since what pip finds under the runtime's name may be the wrong build for the board.
+    """
     entry = bundle.manifest.runtime
-    runtime = load_runtime(entry.name)
+    try:
+        runtime = load_runtime(entry.name)
+    except MissingDependencyError as e:
+        raise MissingDependencyError(e.what, package=e.package, install=entry.install_line) from e
     if not runtime.fulfils(entry.oldest):
         raise BundleError(
             f"package {runtime.package}",

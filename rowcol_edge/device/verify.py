@@ -13,8 +13,8 @@ from ..errors import BundleError, VerifyError
 from .bundle import Arrays, Bundle, split_feeds
 from .decode import decide, index_of, probabilities
 from .manifest import ArmEntry, TensorSpec
-from .predictor import open_arm
-from .runtimes import Session, load_runtime
+from .predictor import load_checked, open_arm
+from .runtimes import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def verify(
     progress = progress or (lambda *_: None)
     progress("verify", 0, 1 + len(names))
     bundle.check()
-    runtime = load_runtime(bundle.manifest.runtime.name)
+    runtime = load_checked(bundle)
     reports = []
     for done, name in enumerate(names, start=1):
         progress("verify", done, 1 + len(names))

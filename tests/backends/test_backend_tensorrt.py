@@ -44,12 +44,14 @@ def from_dequantizer(proto: onnx.ModelProto) -> set[str]:
 
 
 @pytest.mark.parametrize("network", ["convolutions", "tokens"])
-def test_every_layer_has_both_inputs_quantized_and_its_bias_in_float(
+def test_every_layer_has_both_inputs_quantized_with_a_scale_an_output_channel_and_its_bias_in_float(
     network: str, compiled: Callable[..., onnx.ModelProto], request: pytest.FixtureRequest
 ) -> None:
     proto = compiled(request.getfixturevalue(network), "int8")
     dequantized = from_dequantizer(proto)
     constants = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+    dims = {tensor.name: tensor.dims for tensor in proto.graph.initializer}
+    makers = {node.output[0]: node for node in proto.graph.node}
     layers = [node for node in proto.graph.node if node.op_type in WEIGHTED]
     quantized = [node for node in layers if set(node.input[:2]) <= dequantized]
     products = [node for node in layers if not dequantized & set(node.input)]
@@ -57,6 +59,12 @@ def test_every_layer_has_both_inputs_quantized_and_its_bias_in_float(
     assert len(products) == {"convolutions": 0, "tokens": 2}[network]
     assert len(layers) == len(quantized) + len(products)
     assert all(constants[node.input[2]] == TensorProto.FLOAT for node in quantized if len(node.input) > 2)
+    for node in quantized:
+        stored, scales = makers[node.input[1]].input[:2]
+        transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+        channels = dims[stored][0 if node.op_type == "Conv" or transposed else 1]
+        assert list(dims[scales]) == [channels]
+        assert channels > 1
 
 
 def test_zero_points_are_zero_and_scales_positive(convolutions: Path, compiled: Callable[..., onnx.ModelProto]) -> None:

@@ -19,7 +19,7 @@ from rowcol_edge.targets import RuntimeSpec
 from ..nets import outlier_net
 from .conftest import Batches
 
-BACKENDS = ("onnxruntime", "openvino")
+BACKENDS = ("onnxruntime", "openvino", "tensorrt")
 OPTIONS = {"openvino": {"INFERENCE_PRECISION_HINT": "f32"}}
 
 
@@ -31,7 +31,8 @@ def outlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outputs(name: str, artifact: Path, images: np.ndarray) -> np.ndarray:
-    with load_runtime(name).open(artifact, RuntimeOptions(threads=1, properties=OPTIONS.get(name, {}))) as session:
+    runtime = load_runtime(load_backend(name).host_runtime)
+    with runtime.open(artifact, RuntimeOptions(threads=1, properties=OPTIONS.get(name, {}))) as session:
         return np.concatenate([session.run(feed)["output"] for feed in split_feeds(session.inputs, {"x": images})])
 
 

@@ -31,6 +31,13 @@ def outputs(proto: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
     return np.concatenate([session.run(None, {"x": image[None]})[0] for image in images])
 
 
+def assert_only_biases_differ(one: onnx.ModelProto, other: onnx.ModelProto) -> None:
+    pairs = zip(one.graph.initializer, other.graph.initializer, strict=True)
+    changed = [a.name for a, b in pairs if a.raw_data != b.raw_data]
+    assert changed
+    assert all("bias" in name for name in changed)
+
+
 def test_it_repairs_weights_that_share_one_scale(
     uneven: Path, tmp_path: Path, runtime: RuntimeSpec, batches: Batches, unseen: np.ndarray
 ) -> None:
@@ -41,14 +48,26 @@ def test_it_repairs_weights_that_share_one_scale(
     before = quantized.SerializeToString(deterministic=True)
     corrected = onnx_bias.correct(prepared, quantized, feeds(batches, onnx_files.inputs(prepared)))
     assert quantized.SerializeToString(deterministic=True) == before
-    changed = [
-        a.name
-        for a, b in zip(quantized.graph.initializer, corrected.graph.initializer, strict=True)
-        if a.raw_data != b.raw_data
-    ]
-    assert changed
-    assert all("bias" in name for name in changed)
+    assert_only_biases_differ(quantized, corrected)
     wanted = outputs(prepared, unseen)
+    assert np.linalg.norm(outputs(corrected, unseen) - wanted) < 0.8 * np.linalg.norm(
+        outputs(quantized, unseen) - wanted
+    )
+
+
+def test_the_float_biases_of_tensorrt_are_corrected_where_it_is_asked_for(
+    uneven: Path, tmp_path: Path, runtime: RuntimeSpec, batches: Batches, unseen: np.ndarray
+) -> None:
+    plain, repaired = (
+        load_backend("tensorrt").compile(
+            uneven, runtime, QuantSpec("int8", correct_bias=correct), batches, tmp_path / f"{correct}.onnx"
+        )
+        for correct in (False, True)
+    )
+    assert (plain.biases_corrected, repaired.biases_corrected) == (False, True)
+    quantized, corrected = onnx_files.load(plain.path), onnx_files.load(repaired.path)
+    assert_only_biases_differ(quantized, corrected)
+    wanted = outputs(onnx_files.load(uneven), unseen)
     assert np.linalg.norm(outputs(corrected, unseen) - wanted) < 0.8 * np.linalg.norm(
         outputs(quantized, unseen) - wanted
     )

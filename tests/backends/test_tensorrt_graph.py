@@ -57,8 +57,8 @@ def refused(proto: onnx.ModelProto, message: str) -> None:
 def test_a_good_graph_passes() -> None:
     nodes, constants = quantized()
     check(model(nodes, **constants))
-    nodes, constants = quantized(ws=np.float32(0.01), wz=np.int8(0))
-    check(model(nodes, **constants))
+    nodes, constants = quantized(w=WEIGHT[:1], ws=np.float32(0.01), wz=np.int8(0), b=np.zeros(1, np.float32))
+    check(model(nodes, **constants))  # a single output channel
 
 
 @pytest.mark.parametrize("opset", [8, 21])
@@ -157,6 +157,8 @@ def test_weights_have_a_scale_an_output_channel() -> None:
     refused(
         model(nodes, **constants), r"DequantizeLinear dqw: expected a scale an output channel \(axis 0\), got axis 1"
     )
+    nodes, constants = quantized(ws=np.float32(0.01), wz=np.int8(0))
+    refused(model(nodes, **constants), r"dqw: expected a scale an output channel \(axis 0\), got 1 for 4")
 
 
 @pytest.mark.parametrize(("op", "attributes", "axis"), [("MatMul", {}, 1), ("Gemm", {}, 1), ("Gemm", {"transB": 1}, 0)])

@@ -14,12 +14,14 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
+import pytest
 
 TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(uint8)": "uint8"}
 
@@ -396,3 +398,15 @@ def installed(monkeypatch: Any, module: ModuleType, library: Libcudart) -> Itera
     finally:
         for name in own:
             sys.modules.pop(name, None)
+
+
+@contextmanager
+def standing_in(runtime: str, engines: Path) -> Iterator[None]:
+    """Both in place for ``runtime`` tensorrt, with its engines in a folder; for another one nothing is changed."""
+    if runtime != "tensorrt":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROWCOL_ENGINE_CACHE", str(engines))
+        with installed(patch, make(), Libcudart()):
+            yield

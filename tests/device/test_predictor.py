@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from PIL import Image
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.manifest import TensorSpec
 from rowcol_edge.device.predictor import Predictor, open_arm, runtime_options
-from rowcol_edge.errors import BundleError, DataError
+from rowcol_edge.device.runtimes import RUNTIMES
+from rowcol_edge.device.verify import verify
+from rowcol_edge.errors import BundleError, DataError, MissingDependencyError
 from rowcol_edge.package import write_bundle
 
 FRAME = np.random.default_rng(3).integers(0, 256, (5, 6), dtype=np.uint8)
@@ -123,6 +127,17 @@ def test_a_runtime_older_than_promised_is_refused(bundle: Bundle, monkeypatch: p
     assert "pip install onnxruntime" in caught.value.hint
 
 
+@pytest.mark.parametrize("used", [Predictor, verify])
+def test_a_runtime_that_is_not_installed_gets_the_install_line_of_the_bundle(
+    used: Callable[[Bundle], object], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What pip finds under the runtime's name may be the wrong build for the board."""
+    monkeypatch.delitem(sys.modules, RUNTIMES["onnxruntime"])
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match=r"with: python3 -m pip install onnxruntime numpy pillow$"):
+        used(bundle)
+
+
 @pytest.mark.parametrize("version", ["1.17", "1.17.0rc1", "1.100.0", "2.0.dev20260101+cpu"])
 def test_newer_versions_pass(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(onnxruntime, "__version__", version)
@@ -133,6 +148,7 @@ def test_options_come_from_the_manifest_unless_given(bundle: Bundle) -> None:
     assert runtime_options(bundle).threads == 1
     assert runtime_options(bundle, 3).threads == 3
     assert runtime_options(bundle).providers == ("CPUExecutionProvider",)
+    assert runtime_options(bundle).install_line == bundle.manifest.runtime.install_line
     with pytest.raises(DataError, match="threads"):
         open_arm(bundle, bundle.arm(), threads=-1)
 

@@ -19,12 +19,14 @@ class RuntimeOptions:
     """``threads`` 0 and no ``providers`` leave the choice to the runtime (the CPU).
 
     ``properties`` are settings in the runtime's own words, such as openvino's ``INFERENCE_PRECISION_HINT``.
+    ``install_line`` is how the runtime is installed here, where that is known: for errors.
     """
 
     threads: int = 0
     providers: tuple[str, ...] = ()
     properties: dict[str, str] = field(default_factory=dict)
     deterministic: bool = False
+    install_line: str = ""
 
 
 class Session(Protocol):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,6 +65,12 @@ class EngineCache:
         self._write(path.with_suffix(".json"), json.dumps(known, indent=2).encode())
         return path
 
+    def subfolder(self, name: str) -> Path:
+        """A folder in it for what a runtime keeps itself; OSError: it cannot be made."""
+        folder = self.folder / name
+        _own(folder)
+        return folder
+
     def timings(self, key: EngineKey) -> bytes:
         """Empty if there are none yet."""
         try:
@@ -78,14 +85,23 @@ class EngineCache:
         return self.folder / f"timing-{key.timing_digest}.cache"
 
     def _write(self, path: Path, content: bytes) -> None:
-        # an engine is code that the runtime runs: the folder is the user's own
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _own(self.folder)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             temporary.write_bytes(content)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def warn_unkept(error: OSError) -> None:
+    """An engine that cannot be kept still runs: it is only built again the next time."""
+    sys.stderr.write(f"warning: the engine cannot be kept: {error}; name another folder in {FOLDER_VARIABLE}\n")
+
+
+def _own(folder: Path) -> None:
+    """Make it for the user alone: an engine is code that the runtime runs."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
 def _default_folder(variables: Mapping[str, str]) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,8 @@ from .onnxruntime_providers import Providers, providers
 try:
     import onnxruntime as ort
     from onnxruntime.capi import onnxruntime_pybind11_state as _state
+
+    from . import onnxruntime_placement as placement
 except ModuleNotFoundError as e:
     raise MissingDependencyError("running this bundle", package="onnxruntime") from e
 except ImportError as e:  # installed, but for another numpy, C library or processor
@@ -68,46 +71,47 @@ class OnnxRuntime:
     def open(self, artifact: Path, options: RuntimeOptions) -> OnnxSession:
         if not artifact.is_file():
             raise BundleError(str(artifact), expected="a readable .onnx file", got="no such file")
-        chosen = providers(options)
-        self._check_offered(chosen, ort.get_available_providers())
-        asked = [(name, own) if own else name for name, own in chosen.options.items()]
-        try:
-            session = ort.InferenceSession(
-                str(artifact), _settings(options, chosen), providers=asked, enable_fallback=0
-            )
-        except _ERRORS as e:
-            raise _unreadable(artifact, e, self.version()) from e
-        # a provider whose libraries do not load is dropped by onnxruntime with a log line only
-        self._check_offered(chosen, session.get_providers())
-        self._check_used(chosen, session, artifact)
-        return OnnxSession(session, artifact)
+        chosen = providers(options, artifact)
+        self._check_offered(chosen, ort.get_available_providers(), options)
+        settings = _settings(options, chosen)
+        with placement.recording(settings) if chosen.accelerators else nullcontext():
+            asked = [(name, own) if own else name for name, own in chosen.options.items()]
+            try:
+                session = ort.InferenceSession(str(artifact), settings, providers=asked, enable_fallback=0)
+            except _ERRORS as e:
+                raise _unreadable(artifact, e, self.version()) from e
+            # a provider whose libraries do not load is dropped by onnxruntime with a log line only
+            self._check_offered(chosen, session.get_providers(), options)
+            opened = OnnxSession(session, artifact)
+            if chosen.accelerators:
+                _check_used(chosen.accelerators, opened.providers_used(), artifact)
+        return opened
 
-    def _check_used(self, chosen: Providers, session: Any, artifact: Path) -> None:
-        """A provider may be there and take no node of the model: onnxruntime 1.24 and newer tell."""
-        tell = getattr(session, "get_provider_graph_assignment_info", None)
-        if not chosen.accelerators or tell is None:
-            return
-        used = {part.ep_name for part in tell()}
-        if not used & set(chosen.accelerators):
-            raise BundleError(
-                f"{artifact.name} on {', '.join(chosen.accelerators)}",
-                expected="nodes of the model that run there",
-                got=f"all of them on {', '.join(sorted(used)) or 'none'}",
-                hint="it has no kernels for the model's precision: use another arm, or ask for the CPU alone",
-            )
-
-    def _check_offered(self, chosen: Providers, offered: list[str]) -> None:
+    def _check_offered(self, chosen: Providers, offered: list[str], options: RuntimeOptions) -> None:
         missing = [provider for provider in chosen.options if provider not in offered]
         if missing:
+            install = f" with: {options.install_line}" if options.install_line else ""
             raise BundleError(
                 f"execution provider {missing[0]}",
                 expected=f"one that onnxruntime {self.version()} can use here: {', '.join(offered)}",
                 got="not available",
-                hint="install the onnxruntime build that has it; the CPU is used only if it is asked for",
+                hint=f"install the onnxruntime build that has it{install}; the CPU is used only if it is asked for",
             )
 
 
 RUNTIME: Runtime = OnnxRuntime()
+
+
+def _check_used(accelerators: list[str], used: set[str], artifact: Path) -> None:
+    """The accelerator that is listed first takes nodes: those after it are there for what it leaves."""
+    if accelerators[0] in used:
+        return
+    raise BundleError(
+        f"{artifact.name} on {', '.join(name for name in accelerators if name not in used)}",
+        expected="nodes of the model that run there",
+        got=f"all of them on {', '.join(sorted(used)) or 'none'}",
+        hint="it has no kernels for the model's precision: use another arm, or leave the provider out of the target",
+    )
 
 
 class OnnxSession:
@@ -123,6 +127,13 @@ class OnnxSession:
         self._output_names = [spec.name for spec in self.outputs]
         self._check = FeedCheck(self.inputs)
 
+    def providers_used(self) -> set[str]:
+        """See `onnxruntime_placement`."""
+        try:
+            return placement.used(self._session, self.inputs)
+        except _ERRORS as e:
+            raise self._failed(e) from e
+
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self._check(feeds)
         return dict(zip(self._output_names, self.infer(feeds), strict=True))
@@ -132,11 +143,7 @@ class OnnxSession:
             outputs: list[np.ndarray] = self._session.run(self._output_names, feeds)
             return outputs
         except _ERRORS as e:
-            raise BundleError(
-                f"{self._artifact.name} on onnxruntime {ort.__version__}",
-                expected="a run on valid inputs",
-                got=_short(e),
-            ) from e
+            raise self._failed(e) from e
         except AttributeError as e:
             if self._session is not None:
                 raise
@@ -144,6 +151,10 @@ class OnnxSession:
 
     def close(self) -> None:
         self._session = None
+
+    def _failed(self, error: BaseException) -> BundleError:
+        what = f"{self._artifact.name} on onnxruntime {ort.__version__}"
+        return BundleError(what, expected="a run on valid inputs", got=_short(error))
 
     def __enter__(self) -> OnnxSession:
         return self

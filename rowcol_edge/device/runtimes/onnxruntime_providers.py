@@ -5,7 +5,8 @@ as ``TensorrtExecutionProvider.trt_fp16_enable = "1"``; every other property is 
 are those of https://onnxruntime.ai/docs/execution-providers/. Where a target says nothing else:
 
 - TensorrtExecutionProvider keeps engines and timings in the folder of `engine_cache`: otherwise every process builds
-  them.
+  them. It names an engine after names and versions and never after weights, so each artifact gets a folder of its own;
+  timings serve them all.
 - XnnpackExecutionProvider has threads of its own; it gets those of the session, which then keeps one that does not
   spin, as its documentation recommends.
 """
@@ -16,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import BundleError, did_you_mean
+from ..digests import sha256_file
 from .base import RuntimeOptions
-from .engine_cache import EngineCache
+from .engine_cache import EngineCache, warn_unkept
 
 CPU = "CPUExecutionProvider"
 _TENSORRT, _XNNPACK = "TensorrtExecutionProvider", "XnnpackExecutionProvider"
@@ -37,8 +39,8 @@ class Providers:
         return [name for name in self.options if name != CPU]
 
 
-def providers(options: RuntimeOptions) -> Providers:
-    """BundleError: an option for a provider that is not listed."""
+def providers(options: RuntimeOptions, artifact: Path) -> Providers:
+    """What to ask for, to open the artifact. BundleError: an option for a provider that is not listed."""
     chosen: dict[str, dict[str, str]] = {name: {} for name in options.providers or (CPU,)}
     entries: dict[str, str] = {}
     for key, value in options.properties.items():
@@ -53,11 +55,9 @@ def providers(options: RuntimeOptions) -> Providers:
     if CPU not in chosen:
         # nodes that the asked-for provider does not take would run on the CPU without a word
         entries.setdefault("session.disable_cpu_ep_fallback", "1")
-    if set(chosen) - {CPU}:
-        entries.setdefault("session.record_ep_graph_assignment_info", "1")
     threads = options.threads
     if _TENSORRT in chosen:
-        chosen[_TENSORRT] = _cached(EngineCache().folder / "onnxruntime") | chosen[_TENSORRT]
+        chosen[_TENSORRT] = _cached(artifact) | chosen[_TENSORRT]
     if _XNNPACK in chosen:
         if threads:
             chosen[_XNNPACK].setdefault("intra_op_num_threads", str(threads))
@@ -66,10 +66,16 @@ def providers(options: RuntimeOptions) -> Providers:
     return Providers(chosen, threads, entries)
 
 
-def _cached(folder: Path) -> dict[str, str]:
+def _cached(artifact: Path) -> dict[str, str]:
+    """Nothing, after a warning, where the folders cannot be made; the provider itself makes one level only."""
+    try:
+        engines = EngineCache().subfolder(f"onnxruntime/{sha256_file(artifact)[0][:16]}")
+    except OSError as e:
+        warn_unkept(e)
+        return {}
     return {
         "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(folder),
+        "trt_engine_cache_path": str(engines),
         "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": str(folder),
+        "trt_timing_cache_path": str(engines.parent),
     }

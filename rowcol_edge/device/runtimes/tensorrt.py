@@ -24,7 +24,7 @@ from ..cuda import Cuda
 from ..manifest import TensorSpec
 from ..versions import is_at_least
 from .base import EngineFile, FeedCheck, Runtime, RuntimeOptions
-from .engine_cache import FOLDER_VARIABLE, EngineCache, EngineKey
+from .engine_cache import EngineCache, EngineKey, warn_unkept
 from .tensorrt_build import Log, Settings, build, made, trt
 
 _DTYPES = {
@@ -92,12 +92,11 @@ RUNTIME: Runtime = TensorRtRuntime()
 
 
 def _keep(cache: EngineCache, stem: str, key: EngineKey, engine: bytes, timings: bytes) -> Path | None:
-    """An engine that cannot be kept still runs: it is only built again the next time, which is worth a warning."""
     try:
         cache.store_timings(key, timings)
         return cache.store(stem, key, engine)
     except OSError as e:
-        sys.stderr.write(f"warning: the engine cannot be kept: {e}; name another folder in {FOLDER_VARIABLE}\n")
+        warn_unkept(e)
         return None
 
 
