@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,8 +26,16 @@ from .nets import write_splits
 TOOL = "tools/arm64_userland.py"
 
 
-def tool(root: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, TOOL, *arguments], cwd=root, capture_output=True, text=True, check=False)
+def tool(root: Path, *arguments: str | Path, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | ({"ROWCOL_CACHE": str(cache)} if cache else {})
+    command = [sys.executable, TOOL, *arguments]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both boards' bundles hold the same files: the second board's are taken from what the first one's build made."""
+    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
@@ -40,16 +49,20 @@ def tools(root: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return SimpleNamespace(packages=arm64_packages, proof=arm64_proof, root=arm64_root)
 
 
-@pytest.fixture(scope="module")
-def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small(out: Path, **options: str) -> Path:
+    """A bundle of two linear layers for a Raspberry Pi."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 2)).eval()
-    out = tmp_path_factory.mktemp("net")
     [built] = rowcol_edge.build(
-        net, target="raspberry-pi-5", runtime="onnxruntime", labels=["plain", "striped"], metric="accuracy",
-        energy=0.98, zip=False, out=str(out / "bundles"), **write_splits(out),
+        net, labels=["plain", "striped"], metric="accuracy", energy=0.98, zip=False, out=str(out / "bundles"),
+        **options, **write_splits(out),
     )  # fmt: skip
     return Path(built.path)
+
+
+@pytest.fixture(scope="module")
+def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small(tmp_path_factory.mktemp("net"), target="raspberry-pi-5", runtime="onnxruntime")
 
 
 @pytest.mark.system("arm64-userland")
@@ -61,12 +74,12 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_every_runtime_gives_its_golden_outputs_on_the_board(
-    root: Path, tmp_path: Path, target: str, suite: str, cpu: str, opened_by: set[str]
+    root: Path, tmp_path: Path, cache: Path, target: str, suite: str, cpu: str, opened_by: set[str]
 ) -> None:
     out = tmp_path / "arm64.json"
     done = tool(
         root, "prove", "--samples", "fmnist-vit", "--targets", target, "--suites", suite, "--precisions", "int8",
-        "--out", out,
+        "--out", out, cache=cache,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     proofs = json.loads(out.read_text(encoding="utf-8"))["proofs"]
@@ -80,6 +93,16 @@ def test_every_runtime_gives_its_golden_outputs_on_the_board(
         where = proof["environment"]
         assert (where["evidence"], where["cpu_model"]) == ("emulated", cpu)
         assert ("asimddp" in where["isa"]) == (target == "raspberry-pi-5")  # the dot-product instructions
+
+
+@pytest.mark.system("arm64-userland")
+def test_tflite_quantized_at_each_inference_is_right_in_both_packages(root: Path, tmp_path: Path) -> None:
+    bundle = small(tmp_path, target="raspberry-pi-4", runtime="tflite", precision="int8-dynamic")
+    done = tool(root, "prove", bundle, "--suites", "bookworm", "--out", tmp_path / "arm64.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    proofs = json.loads((tmp_path / "arm64.json").read_text(encoding="utf-8"))["proofs"]
+    assert {proof["environment"]["package"] for proof in proofs} == {"ai-edge-litert", "tflite-runtime"}
+    assert all(arm["ok"] for proof in proofs for arm in proof["arms"])
 
 
 @pytest.mark.system("arm64-userland")

@@ -41,6 +41,8 @@ CPUS = {
     "rk3588": "cortex-a76",
 }
 """The processor of a target, as QEMU_CPU names it; of two kinds the one that does the work."""
+REFUSED = {"elpv-resnet18": ("int8-dynamic", "int8-weights", "int4-weights")}
+"""Precisions of linear layers, which a sample of convolutions cannot have."""
 
 
 def main() -> int:
@@ -62,7 +64,7 @@ def _options() -> argparse.Namespace:
     proof.add_argument("--samples", type=_names, default=("fmnist-vit", "elpv-resnet18"))
     proof.add_argument("--targets", type=_names, default=("raspberry-pi-4", "raspberry-pi-5"), help="names or files")
     proof.add_argument("--runtimes", type=_names, default=(), help="default: all that the target lists")
-    proof.add_argument("--precisions", type=_names, default=("int8", "fp32"))
+    proof.add_argument("--precisions", type=_names, default=(), help="default: all that the target lists")
     proof.add_argument("--cpu", help="a QEMU_CPU, for targets that this tool does not know")
     proof.add_argument("--oldest", action="store_true", help="also with the oldest versions that targets promise")
     proof.add_argument("--out", type=Path, default=RESULT)
@@ -132,7 +134,8 @@ def _built(options: argparse.Namespace) -> Iterator[Path]:
     for target in map(targets.load, options.targets):
         for runtime in [s.name for s in target.runtimes if not options.runtimes or s.name in options.runtimes]:
             for sample in options.samples:
-                for precision in options.precisions:
+                offered = [p for p in target.runtime(runtime).precisions if p not in REFUSED.get(sample, ())]
+                for precision in options.precisions or offered:
                     print(f"building {sample} for {target.name}, {runtime}, {precision}", flush=True)
                     out = arm64_root.CACHE / "bundles" / f"{sample}-{precision}"
                     [built] = rowcol_edge.build(
