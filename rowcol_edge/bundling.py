@@ -21,7 +21,7 @@ from .arms import CPU, Arm, runtime_options
 from .backends import load_backend
 from .coverage import DataReport
 from .device.installed import PACKAGES
-from .device.manifest import GRAPH_CHECKED, RUN, ArmEntry, Manifest, RuntimeEntry, TensorSpec
+from .device.manifest import GRAPH_CHECKED, RUN, ArmEntry, Manifest, TensorSpec
 from .device.runtimes import load_runtime
 from .device.verify import golden_outputs
 from .evaluation import Judged
@@ -29,7 +29,7 @@ from .factoring.layers import ALREADY_FACTORED
 from .factoring.plan import FactorPlan
 from .job import Job, Progress, silent, tool_versions
 from .search import Choice
-from .targets import RuntimeSpec, Target, install_lines
+from .targets import RuntimeSpec, Target, install_lines, runtime_entry
 
 _GOLDEN_SAMPLES = 4
 PLAN_NAME = "plan.toml"
@@ -88,16 +88,7 @@ def write(
     manifest = Manifest(
         name=f"{job.model.name}-{target.name}-{runtime.name}",
         target=target.to_dict(),
-        runtime=RuntimeEntry(
-            name=runtime.name,
-            oldest=oldest,
-            opset=runtime.opset,
-            ir_version=runtime.ir_version,
-            threads=target.threads,
-            install=_install(runtime, oldest),
-            providers=runtime.providers,
-            properties=runtime.properties,
-        ),
+        runtime=replace(runtime_entry(target, runtime), oldest=oldest, install=_install(runtime, oldest)),
         inputs=specs[0],
         outputs=specs[1],
         preprocess=job.preprocess.to_dict() if job.preprocess else None,

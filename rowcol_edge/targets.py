@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rowcol_edge.device.manifest import PRECISIONS
+from rowcol_edge.device.manifest import PRECISIONS, RuntimeEntry
 from rowcol_edge.errors import TargetError, did_you_mean
 from rowcol_edge.resources import targets_dir
 from rowcol_edge.tables import Table, check_keys
@@ -197,6 +197,20 @@ def parse(values: Mapping[str, Any], *, name: str, source: str) -> Target:
     if not target.platform.endswith(f"_{match['machine']}"):
         raise TargetError(f"{source}: platform", expected=f"a tag of {match['machine']}", got=repr(target.platform))
     return target
+
+
+def runtime_entry(target: Target, runtime: RuntimeSpec) -> RuntimeEntry:
+    """A runtime of a target as a bundle's manifest holds it."""
+    return RuntimeEntry(
+        name=runtime.name,
+        oldest=runtime.oldest,
+        opset=runtime.opset,
+        ir_version=runtime.ir_version,
+        threads=target.threads,
+        install=install_lines(runtime),
+        providers=runtime.providers,
+        properties=runtime.properties,
+    )
 
 
 def install_lines(runtime: RuntimeSpec) -> str:
