@@ -45,6 +45,8 @@ _ARM_PARTS = {
     "0xd40": "Neoverse-V1", "0xd41": "Cortex-A78", "0xd42": "Cortex-A78AE", "0xd49": "Neoverse-N2",
     "0xd4f": "Neoverse-V2",
 }  # fmt: skip
+_MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}
+"""What other systems call the machines that targets name as Linux does."""
 _CPU0 = "sys/devices/system/cpu/cpu0/cpufreq"
 _THROTTLED = "sys/devices/platform/soc/soc:firmware/get_throttled"
 
@@ -136,6 +138,18 @@ def evidence_for(target: Mapping[str, Any], host: Environment) -> Evidence:
     cap = "capped by " + " ".join(f"{k}={v}" for k, v in sorted(caps.items())) if caps else "no instruction-set cap"
     note = " ".join(str(target.get("proxy_note") or "").split())
     return Evidence(PROXY, f"{where} ({host.machine}){lack} stands in for {wanted}, {cap}{': ' + note if note else ''}")
+
+
+def machine_warning(target: Mapping[str, Any], machine: str = "") -> str:
+    """The sentence for a bundle that is for another kind of machine than this one; empty if it is for this kind."""
+    machine = machine or platform.machine()
+    wanted = (target.get("match") or {}).get("machine")
+    if wanted in (None, _MACHINES.get(machine.lower(), machine)):
+        return ""
+    return (
+        f"the bundle is for {wanted} ({target.get('name')}), this machine is {machine}: its files run here too, as a "
+        "stand-in whose outputs may differ a little; do the same on the board before you rely on it"
+    )
 
 
 def weaker(level: str, than: str) -> bool:

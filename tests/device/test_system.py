@@ -168,6 +168,16 @@ def test_a_generic_target_is_any_matching_machine_with_its_instructions(tmp_path
     assert system.evidence_for(GENERIC, replace(host, isa=())).level == system.TARGET
 
 
+@pytest.mark.parametrize(
+    ("machine", "warned"), [("aarch64", False), ("arm64", False), ("x86_64", True), ("AMD64", True), ("riscv64", True)]
+)
+def test_another_kind_of_machine_than_the_targets(machine: str, warned: bool) -> None:
+    said = system.machine_warning({"name": "raspberry-pi-5", "match": {"machine": "aarch64"}}, machine)
+    assert said.startswith(f"the bundle is for aarch64 (raspberry-pi-5), this machine is {machine}: ") == warned
+    assert bool(said) == warned
+    assert system.machine_warning({}, machine) == ""
+
+
 def test_weaker() -> None:
     assert system.weaker("proxy", "target")
     assert not system.weaker("target", "proxy")
