@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from . import evaluation, package, recipes
-from .arms import CPU, Arm, runtime_options
+from .arms import Arm, runtime_options
 from .backends import load_backend
 from .coverage import DataReport
 from .device.installed import PACKAGES
@@ -147,7 +147,7 @@ def _entry(arm: Arm, job: Job, target: Target, runtime: RuntimeSpec, original: Q
         quality=quality,
         threshold=arm.selection.threshold if arm.selection else None,
         plan_digest=arm.plan.digest if arm.plan else None,
-        checked=RUN if runs_here(runtime) else GRAPH_CHECKED,
+        checked=RUN if runtime.runs_at_build else GRAPH_CHECKED,
         kept_float=tuple(layer.name for layer in arm.kept_float),
     )
 
@@ -183,11 +183,6 @@ def _raised(requirements: Sequence[str], packages: Sequence[str], oldest: str) -
             text = str(requirement).replace('"', "'")  # the shell line has it between double quotes
         raised.append(text)
     return tuple(raised)
-
-
-def runs_here(runtime: RuntimeSpec) -> bool:
-    """Building runs an artifact on this machine's CPU: is that the runtime and the kind of device it is for?"""
-    return load_backend(runtime.name).host_runtime == runtime.name and set(runtime.providers) <= CPU
 
 
 def _record(

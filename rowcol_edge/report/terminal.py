@@ -76,7 +76,7 @@ def target(board: Target) -> None:
     for runtime in board.runtimes:
         opset = "" if runtime.opset is None else f", ONNX opset {runtime.opset}, IR {runtime.ir_version}"
         console.print(f"\n{runtime.name} ≥ {runtime.oldest}{opset}", style="bold")
-        console.print(f"  precisions: {', '.join(runtime.precisions)}")
+        console.print(f"  precisions: {runtime.offered}")
         console.print(f"  providers: {', '.join(runtime.providers)}")
         console.print(runtime.why)
         # never wrapped: these lines are copied into a shell
