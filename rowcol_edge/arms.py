@@ -30,8 +30,6 @@ from .targets import RuntimeSpec, Target
 
 _SAMPLES = 16
 _SAID = "source.json"
-CPU = {"CPU", "CPUExecutionProvider"}
-"""What targets call the processor, in the words of their runtimes."""
 _COMPILED = ("name", "oldest", "opset", "ir_version", "providers", "properties")
 """What of a runtime's entry in a target decides the compiled file."""
 #: relative error against the stage before; a stage that only rewrites the graph must stay within
@@ -305,7 +303,7 @@ def _key(variant: str, plan: FactorPlan | None, runtime: RuntimeSpec, repaired: 
 
 def runtime_options(target: Target, runtime: RuntimeSpec) -> RuntimeOptions:
     """How the build opens an artifact: on this machine's CPU, as the target asks for otherwise."""
-    own = load_backend(runtime.name).host_runtime == runtime.name and set(runtime.providers) <= CPU
+    own = runtime.runs_at_build
     # a folder of compiled models is for the board's own starts, and another device's settings are for that device
     properties = {key: value for key, value in runtime.properties.items() if own and key != "CACHE_DIR"}
     return RuntimeOptions(threads=target.threads, properties=properties)

@@ -11,7 +11,7 @@ from .device.manifest import GRAPH_CHECKED, RUN, ArmEntry, Manifest, TensorSpec
 from .device.preprocess import Preprocess
 from .device.runtimes import ENGINE_BUILDERS
 from .device_archive import DEVICE_ARCHIVE_NAME
-from .recipes import LABEL
+from .recipes import LABEL, left_out
 from .recipes import files as recipes
 
 _CONTRACTS = {
@@ -106,11 +106,13 @@ def _engine(manifest: Manifest) -> list[str]:
 
 
 def _recipes(manifest: Manifest) -> list[str]:
-    paths = recipes(manifest)
-    if not paths:
+    paths, missing = sorted(recipes(manifest)), left_out(manifest)
+    if not paths and not missing:
         return []
-    lines = [f"## Recipes\n\nPipelines around this model, {LABEL}:\n", *(f"- `{path}`" for path in sorted(paths))]
-    return ["\n".join(lines)]
+    made = [f"Pipelines around this model, {LABEL}:\n", *(f"- `{path}`" for path in paths)] if paths else []
+    why = "; ".join(missing)
+    said = [("\n" if made else "") + f"{why[0].upper()}{why[1:]}."] if missing else []
+    return ["\n".join(["## Recipes\n", *made, *said])]
 
 
 def _arms(manifest: Manifest) -> str:

@@ -17,11 +17,11 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from . import evaluation, package, recipes
-from .arms import CPU, Arm, runtime_options
+from .arms import Arm, runtime_options
 from .backends import load_backend
 from .coverage import DataReport
 from .device.installed import PACKAGES
-from .device.manifest import GRAPH_CHECKED, RUN, ArmEntry, Manifest, RuntimeEntry, TensorSpec
+from .device.manifest import GRAPH_CHECKED, RUN, ArmEntry, Manifest, TensorSpec
 from .device.runtimes import load_runtime
 from .device.verify import golden_outputs
 from .evaluation import Judged
@@ -29,7 +29,7 @@ from .factoring.layers import ALREADY_FACTORED
 from .factoring.plan import FactorPlan
 from .job import Job, Progress, silent, tool_versions
 from .search import Choice
-from .targets import RuntimeSpec, Target, install_lines
+from .targets import RuntimeSpec, Target, install_lines, runtime_entry
 
 _GOLDEN_SAMPLES = 4
 PLAN_NAME = "plan.toml"
@@ -88,16 +88,7 @@ def write(
     manifest = Manifest(
         name=f"{job.model.name}-{target.name}-{runtime.name}",
         target=target.to_dict(),
-        runtime=RuntimeEntry(
-            name=runtime.name,
-            oldest=oldest,
-            opset=runtime.opset,
-            ir_version=runtime.ir_version,
-            threads=target.threads,
-            install=_install(runtime, oldest),
-            providers=runtime.providers,
-            properties=runtime.properties,
-        ),
+        runtime=replace(runtime_entry(target, runtime), oldest=oldest, install=_install(runtime, oldest)),
         inputs=specs[0],
         outputs=specs[1],
         preprocess=job.preprocess.to_dict() if job.preprocess else None,
@@ -117,6 +108,7 @@ def write(
         f"arms/{arm.name}{companion.suffix}": companion for arm in arms for companion in arm.artifact.companions
     }
     extra.update(recipes.files(manifest))
+    manifest.build["notes"] += recipes.left_out(manifest)
     if arms[0].plan is not None:
         extra[PLAN_NAME] = arms[0].plan.to_toml().encode()
     if job.model.sample is not None:  # its weights, and the golden inputs taken from its data, have terms of their own
@@ -156,7 +148,7 @@ def _entry(arm: Arm, job: Job, target: Target, runtime: RuntimeSpec, original: Q
         quality=quality,
         threshold=arm.selection.threshold if arm.selection else None,
         plan_digest=arm.plan.digest if arm.plan else None,
-        checked=RUN if runs_here(runtime) else GRAPH_CHECKED,
+        checked=RUN if runtime.runs_at_build else GRAPH_CHECKED,
         kept_float=tuple(layer.name for layer in arm.kept_float),
     )
 
@@ -192,11 +184,6 @@ def _raised(requirements: Sequence[str], packages: Sequence[str], oldest: str) -
             text = str(requirement).replace('"', "'")  # the shell line has it between double quotes
         raised.append(text)
     return tuple(raised)
-
-
-def runs_here(runtime: RuntimeSpec) -> bool:
-    """Building runs an artifact on this machine's CPU: is that the runtime and the kind of device it is for?"""
-    return load_backend(runtime.name).host_runtime == runtime.name and set(runtime.providers) <= CPU
 
 
 def _record(

@@ -342,14 +342,16 @@ def compare(
 def verify(bundle: BundlePath, json: Json = False) -> None:
     """Check digests and run the golden inputs through every arm."""
     from . import api
+    from .device.bundle import Bundle
+    from .device.main import verify_text, warn_of_machine
 
-    with _progress() as progress:
-        report = api.verify(bundle, progress=progress)
+    with Bundle.open(bundle, check=False) as opened:  # verify checks it itself
+        warn_of_machine(opened)
+        with _progress() as progress:
+            report = api.verify(opened, progress=progress)
     if json:
         _print_json(report.to_dict())
     else:
-        from .device.main import verify_text
-
         typer.echo(verify_text(report))
     report.raise_if_failed()
 
@@ -364,15 +366,17 @@ def run(
 ) -> None:
     """Run the packaged model on images."""
     from .device.bundle import Bundle
-    from .device.main import prediction_text, predictions
+    from .device.main import prediction_text, predictions, warn_of_machine
     from .device.predictor import Predictor
 
-    with Bundle.open(bundle) as opened, Predictor(opened, arm=arm, threads=threads) as predictor:
-        if json:
-            _print_json(predictions(predictor, images))
-            return
-        for image in images:
-            typer.echo(f"{image}: {prediction_text(predictor.predict(image))}")
+    with Bundle.open(bundle) as opened:
+        warn_of_machine(opened)
+        with Predictor(opened, arm=arm, threads=threads) as predictor:
+            if json:
+                _print_json(predictions(predictor, images))
+                return
+            for image in images:
+                typer.echo(f"{image}: {prediction_text(predictor.predict(image))}")
 
 
 @app.command()

@@ -6,7 +6,8 @@ Two samples are near-duplicates if all three hold:
 - the inputs are as alike (`sketches`) as known copies are;
 - they are nearer to each other than either is to others that merely look like it: squared distance at most
   `_RATIO` of that to the last of its `_NEAREST` neighbours (D. G. Lowe, "Distinctive image features from
-  scale-invariant keypoints", 2004, section 7.1: 0.8 of the distance).
+  scale-invariant keypoints", 2004, section 7.1: 0.8 of the distance). Where those are all as alike as copies, as in a
+  burst of one part, it is the most alike of those farther out that are not.
 
 The known copies are made of the user's own samples: pictures moved by 1 % of a side and brightened, or blurred as by
 saving them again, with noise; numbers with noise; tokens with one in fifty replaced. A threshold is what 95 % of them
@@ -24,9 +25,10 @@ import numpy.typing as npt
 
 from .datasets import Feeds, Split
 from .features import Observed, Observer
-from .sketches import Likeness, is_picture, sketch, stack
+from .sketches import Likeness, Sketches, is_picture, sketch, stack
 
 _NEAREST = 6
+_MOST = 96  # neighbours that are compared one by one; of those farther out each that doubles the rank
 _RATIO = 0.8**2
 _COPIED = 32
 _MISSED = 0.05  # share of the known copies that a threshold may miss
@@ -79,18 +81,16 @@ def thresholds(observer: Observer, split: Split, known: Observed, likeness: Like
 def find(observed: Sequence[Observed], limits: Thresholds, likeness: Likeness, centre: Floats) -> tuple[Pair, ...]:
     """Near-duplicates among all samples of all splits, the most alike first.
 
-    Each sample is compared with its `_NEAREST` neighbours by features; memory is a block of features times all.
+    Each sample is compared with its `_NEAREST` neighbours by features, in a burst with more; memory is a block of
+    features times all.
     """
     features = np.concatenate([_directions(split.features, centre) for split in observed])
     sketches = stack([split.sketches for split in observed])
-    rows, columns, cosines = _neighbours(features)
-    if not len(rows):
+    compared, others = _compared(features, sketches, limits, likeness)
+    if not compared:
         return ()
-    nearest = len(rows) // len(features)
-    alike = likeness.pairs(sketches, sketches, rows, columns)
-    # of few samples all are neighbours, and the last of them says nothing
-    last = alike.reshape(-1, nearest).min(axis=1) if nearest == _NEAREST else np.full(len(features), -np.inf)
-    near = np.minimum(1.0 - last[rows], 1.0 - last[columns])
+    rows, columns, cosines, alike = map(np.concatenate, zip(*compared, strict=True))
+    near = np.minimum(others[rows], others[columns])
     same = (cosines >= limits.cosine) & (alike >= limits.likeness) & (1.0 - alike <= limits.ratio * near)
     places = [(split.name, i) for split in observed for i in range(len(split))]
     found = {}
@@ -98,6 +98,29 @@ def find(observed: Sequence[Observed], limits: Thresholds, likeness: Likeness, c
         one, two = sorted((int(row), int(column)))
         found[one, two] = Pair(*places[one], *places[two], round(float(cosine), 4), round(float(score), 4))
     return tuple(sorted(found.values(), key=lambda pair: -pair.likeness))
+
+
+def _compared(
+    features: Floats, sketches: Sketches, limits: Thresholds, likeness: Likeness
+) -> tuple[list[tuple[Ints, Ints, Floats, Floats]], Floats]:
+    """(sample, neighbour, cosine, likeness) in several parts, and how far each sample is from what is no copy of it."""
+    count = len(features)
+    asked, found, others = np.arange(count), [], np.full(count, np.inf)
+    begin, end = 0, min(_NEAREST, count - 1)
+    while len(asked) and begin < end:
+        rows, columns, cosines = _neighbours(features, asked, begin, end)
+        alike = likeness.pairs(sketches, sketches, rows, columns)
+        found.append((rows, columns, cosines, alike))
+        here = alike.reshape(len(asked), -1)
+        unlike = here < limits.likeness
+        known = unlike.any(axis=1)
+        if begin:
+            others[asked[known]] = 1.0 - np.where(unlike, here, -np.inf).max(axis=1)[known]
+        elif end == _NEAREST:  # of fewer samples all are neighbours, and the last of them says nothing
+            others = 1.0 - here.min(axis=1)
+        asked, farther = asked[~known], min(2 * end, count - 1)
+        begin, end = end if farther <= _MOST else max(end, farther - 1), farther
+    return found, others
 
 
 def _directions(features: Floats, centre: Floats) -> Floats:
@@ -111,20 +134,17 @@ def _directions(features: Floats, centre: Floats) -> Floats:
     return directions
 
 
-def _neighbours(directions: Floats) -> tuple[Ints, Ints, Floats]:
-    """(sample, neighbour, cosine) of each sample's nearest ones, sample by sample."""
-    count = len(directions)
-    nearest = min(_NEAREST, count - 1)
+def _neighbours(directions: Floats, samples: Ints, begin: int, end: int) -> tuple[Ints, Ints, Floats]:
+    """(sample, neighbour, cosine) of the samples' neighbours from rank ``begin`` up to ``end``, sample by sample."""
     columns, cosines = [], []
-    for start in range(0, count if nearest else 0, _BLOCK):
-        block = directions[start : start + _BLOCK] @ directions.T
-        block[np.arange(len(block)), np.arange(start, start + len(block))] = -np.inf
-        chosen = np.argpartition(-block, nearest - 1, axis=1)[:, :nearest]
+    for start in range(0, len(samples), _BLOCK):
+        rows = samples[start : start + _BLOCK]
+        block = directions[rows] @ directions.T
+        block[np.arange(len(rows)), rows] = -np.inf
+        chosen = np.argpartition(-block, (begin, end - 1), axis=1)[:, begin:end]
         columns.append(chosen.ravel())
         cosines.append(np.take_along_axis(block, chosen, axis=1).ravel())
-    if not columns:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
-    return np.repeat(np.arange(count), nearest), np.concatenate(columns), np.concatenate(cosines)
+    return np.repeat(samples, end - begin), np.concatenate(columns), np.concatenate(cosines)
 
 
 def _copies(feeds: Feeds) -> Iterator[Feeds]:

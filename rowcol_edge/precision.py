@@ -63,7 +63,7 @@ class Selection:
 
 def check_measurable(target: Target, runtime: RuntimeSpec) -> None:
     """ConfigError where this host cannot run what the target runs, so that nothing can be measured."""
-    if not bundling.runs_here(runtime):
+    if not runtime.runs_at_build:
         where = f"{runtime.name} with {', '.join(runtime.providers)}"
         raise ConfigError(
             f"precision auto on {target.name}",

@@ -1,4 +1,8 @@
-"""What the build side has and lacks on this machine, in general or for one target: ``rowcol-edge doctor``."""
+"""What this machine has and lacks, in general or for one target: ``rowcol-edge doctor``.
+
+On any machine: what builds need. Where this machine can be the target: what its bundles need, too. A board, which a
+target's ``match`` tells from other machines of its kind, only runs bundles: that it cannot build is no fault of it.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 
 from .backends import BACKENDS
-from .device import installed, system
-from .device.doctor import GOOD, NOTE, STOP, TOLD, Diagnosis, Finding, state
-from .targets import RuntimeSpec, Target, install_lines
+from .device import doctor, installed, system
+from .device.doctor import GOOD, NOTE, STOP, TOLD, Diagnosis, Finding, Needs
+from .targets import RuntimeSpec, Target, install_lines, runtime_entry
 
 _PROJECT = "rowcol-edge"
 _EXTRAS = ("build", "openvino", "tflite")
@@ -25,11 +31,42 @@ _BUILD_BYTES = 2 << 30
 _TIMEOUT_S = 120
 
 
-def diagnose(target: Target | None = None) -> Diagnosis:
-    """Look at this machine; with a target, at what its runtimes need here, and say what they need on the board."""
-    findings = [*_packages(target), *_backends(target), *_machine()]
-    findings += [_on_the_board(runtime) for runtime in (target.runtimes if target else ())]
-    return Diagnosis(f"building for {target.name}" if target else "building", tuple(findings))
+def diagnose(target: Target | None = None, root: Path = Path("/"), machine: str = "") -> Diagnosis:
+    """Look at this machine; with a target, at what its runtimes need here, and say what they need on the board.
+
+    ``root`` and ``machine`` stand in for the machine in tests.
+    """
+    host, facts = system.environment(root, machine=machine), target.to_dict() if target else {}
+    here = target is not None and system.evidence_for(facts, host).level == system.TARGET
+    board = here and len(facts["match"]) > 1
+    building = [*_packages(target), *_backends(target)]
+    if board:
+        building = [replace(one, level=NOTE) if one.level == STOP else one for one in building]
+    findings = [*building, *_machine(host, facts if here else {}, root)]
+    if target is not None:
+        findings += _bundles(target, facts) if here else []
+        findings += [_on_the_board(runtime, here) for runtime in target.runtimes]
+    return Diagnosis(_subject(target, here, board), tuple(findings))
+
+
+def _subject(target: Target | None, here: bool, board: bool) -> str:
+    if target is None:
+        return "building"
+    if board:
+        return f"running bundles of {target.name}, which this machine is"
+    return f"building for {target.name}{', and running its bundles' if here else ''}"
+
+
+def _bundles(target: Target, facts: Mapping[str, Any]) -> list[Finding]:
+    """What the target's bundles need of this machine; one runtime that works is enough."""
+    every = [Needs(spec.name, runtime_entry(target, spec), facts) for spec in target.runtimes]
+    groups = [(doctor.packages(needs), doctor.runtime(needs)) for needs in every]
+    enough = any(all(one.level != STOP for part in group for one in part) for group in groups)
+    worst: dict[str, Finding] = {}
+    for one in (one for found, _ in groups for one in found):
+        worst[one.what] = max(worst.get(one.what, one), one, key=lambda f: (GOOD, NOTE, STOP).index(f.level))
+    findings = dict.fromkeys((*doctor.python(facts), *worst.values(), *(one for _, found in groups for one in found)))
+    return [replace(one, level=NOTE) if enough and one.level == STOP else one for one in findings]
 
 
 def _packages(target: Target | None) -> Iterator[Finding]:
@@ -103,9 +140,10 @@ def _failure(backend: str) -> str:
     return lines[-1].partition(": ")[2] or lines[-1] if lines else f"importing it ended with {done.returncode}"
 
 
-def _machine() -> Iterator[Finding]:
-    host = system.environment()
-    yield Finding(GOOD, "machine", ", ".join(filter(None, (host.cpu_model, host.machine, host.virtual))))
+def _machine(host: system.Environment, facts: Mapping[str, Any], root: Path) -> Iterator[Finding]:
+    """The machine and its state; ``facts`` are those of the target that it is."""
+    yield from doctor.machine_of(host, facts)
+    yield from doctor.memory(facts, root)
     free = shutil.disk_usage(tempfile.gettempdir()).free
     room = free >= _BUILD_BYTES
     do = "" if room else f"a build wants {_BUILD_BYTES >> 30} GiB there: set TMPDIR to a disk with room"
@@ -113,10 +151,12 @@ def _machine() -> Iterator[Finding]:
     pip = installed.version("pip")
     do = "" if pip else "only --wheelhouse needs it: python -m ensurepip"
     yield Finding(GOOD if pip else NOTE, "pip", pip or "missing", do)
-    yield from state(host, 0)
+    yield from doctor.state(host, int(facts.get("threads") or 0))
 
 
-def _on_the_board(runtime: RuntimeSpec) -> Finding:
+def _on_the_board(runtime: RuntimeSpec, here: bool) -> Finding:
     reads = "" if runtime.opset is None else f", opset {runtime.opset}, IR {runtime.ir_version}"
-    lines = f"on the board:\n{install_lines(runtime)}"
-    return Finding(TOLD, f"board {runtime.name}", f"≥ {runtime.oldest}{reads}", lines)
+    lines = install_lines(runtime)
+    return Finding(
+        TOLD, f"board {runtime.name}", f"≥ {runtime.oldest}{reads}", lines if here else f"on the board:\n{lines}"
+    )

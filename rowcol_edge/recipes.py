@@ -33,16 +33,36 @@ _RAW_FORMAT = {"RGB": "RGB", "L": "GRAY8"}
 
 def files(manifest: Manifest) -> dict[str, bytes]:
     """The recipes that the target asks for and that this bundle allows, by path in the bundle."""
-    wanted = manifest.target.get("recipes") or ()
-    if manifest.preprocess is None or len(manifest.inputs) != 1:
-        return {}  # nothing says how a picture becomes its input
-    recipe = Preprocess.from_dict(manifest.preprocess)
     made: dict[str, str] = {}
-    if "deepstream" in wanted and manifest.runtime.name in ENGINE_BUILDERS and not manifest.frames:
-        made |= _deepstream(manifest, recipe)
-    if "gstreamer" in wanted:
-        made |= {f"{_GSTREAMER}/camera.py": _gstreamer(manifest, recipe)}
+    for wanted in manifest.target.get("recipes") or ():
+        if manifest.preprocess is None or _obstacle(wanted, manifest):
+            continue
+        recipe = Preprocess.from_dict(manifest.preprocess)
+        if wanted == "deepstream":
+            made |= _deepstream(manifest, recipe)
+        elif wanted == "gstreamer":
+            made |= {f"{_GSTREAMER}/camera.py": _gstreamer(manifest, recipe)}
     return {path: text.encode() for path, text in made.items()}
+
+
+def left_out(manifest: Manifest) -> list[str]:
+    """A sentence for each recipe that the target asks for and that this bundle does not allow."""
+    wanted = manifest.target.get("recipes") or ()
+    return [f"no {name} recipe: {why}" for name in wanted if (why := _obstacle(name, manifest))]
+
+
+def _obstacle(wanted: str, manifest: Manifest) -> str:
+    """Why a recipe cannot be made for this bundle; empty if it can."""
+    if manifest.preprocess is None or len(manifest.inputs) != 1:
+        return "nothing says how a picture becomes this model's input"
+    if wanted == "deepstream" and manifest.runtime.name not in ENGINE_BUILDERS:
+        return f"nvinfer runs TensorRT engines, and this bundle is for {manifest.runtime.name}"
+    if wanted == "deepstream" and manifest.frames:
+        return (
+            "nvinfer hands over float channels that it has normalised itself, and this bundle's graph takes uint8 "
+            "camera frames and normalises them: for DeepStream build it without --bake-preprocess"
+        )
+    return ""
 
 
 def _deepstream(manifest: Manifest, recipe: Preprocess) -> dict[str, str]:

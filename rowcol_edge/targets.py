@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rowcol_edge.device.manifest import PRECISIONS
+from rowcol_edge.device.manifest import GRAPH_CHECKED, PRECISIONS, RuntimeEntry
+from rowcol_edge.device.runtimes import ENGINE_BUILDERS
 from rowcol_edge.errors import TargetError, did_you_mean
 from rowcol_edge.resources import targets_dir
 from rowcol_edge.tables import Table, check_keys
@@ -28,6 +29,8 @@ SCHEMA = 2
 
 RECIPES = ("deepstream", "gstreamer")
 
+_CPU = {"CPU", "CPUExecutionProvider"}
+"""What targets call the processor, in the words of their runtimes."""
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _VERSION = re.compile(r"\d+(\.\d+)+")
 _PYTHON = re.compile(r"3\.\d+")
@@ -76,6 +79,16 @@ class RuntimeSpec:
     find_links: str = ""
     """Folder or page with the vendor's wheels, searched besides PyPI."""
     alternatives: tuple[Alternative, ...] = ()
+
+    @property
+    def runs_at_build(self) -> bool:
+        """Building runs an artifact on this machine's CPU: is that the runtime and the kind of device it is for?"""
+        return self.name not in ENGINE_BUILDERS and set(self.providers) <= _CPU
+
+    @property
+    def offered(self) -> str:
+        """The precisions, for people; labelled where what is built for them never ran on the device it is for."""
+        return ", ".join(self.precisions) + ("" if self.runs_at_build else f" ({GRAPH_CHECKED})")
 
     def onnx(self) -> tuple[int, int]:
         """Opset and IR version; TargetError if the target names none."""
@@ -197,6 +210,20 @@ def parse(values: Mapping[str, Any], *, name: str, source: str) -> Target:
     if not target.platform.endswith(f"_{match['machine']}"):
         raise TargetError(f"{source}: platform", expected=f"a tag of {match['machine']}", got=repr(target.platform))
     return target
+
+
+def runtime_entry(target: Target, runtime: RuntimeSpec) -> RuntimeEntry:
+    """A runtime of a target as a bundle's manifest holds it."""
+    return RuntimeEntry(
+        name=runtime.name,
+        oldest=runtime.oldest,
+        opset=runtime.opset,
+        ir_version=runtime.ir_version,
+        threads=target.threads,
+        install=install_lines(runtime),
+        providers=runtime.providers,
+        properties=runtime.properties,
+    )
 
 
 def install_lines(runtime: RuntimeSpec) -> str:

@@ -63,6 +63,11 @@ def test_targets_shows_one_board_and_what_it_installs(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     for spec in targets.load("jetson-orin-nano").runtimes:
         assert all(f"    {line}\n" in shown for line in targets.install_lines(spec).splitlines())
+        assert f"precisions: {', '.join(spec.precisions)} (graph-checked, not run)\n" in shown
+    assert run("targets", "imx8m-plus") == 0
+    shown = capsys.readouterr().out
+    assert "precisions: fp32, int8-io (graph-checked, not run)\n" in shown
+    assert f"precisions: {', '.join(targets.load('imx8m-plus').runtimes[1].precisions)}\n" in shown
     assert run("targets", "jetson-orin-nano", "--json") == 0
     assert json.loads(capsys.readouterr().out) == targets.load("jetson-orin-nano").to_dict()
     assert run("targets", "jetson-orin-nanno") == 2

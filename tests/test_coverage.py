@@ -95,6 +95,19 @@ def test_a_repeated_sample_inside_a_split_is_counted_but_is_no_leak(tmp_path: Pa
     assert report.leaks() == {}
 
 
+@pytest.mark.parametrize("frames_of_it", [10, 30])
+def test_a_burst_of_one_part_over_two_splits_is_found(frames_of_it: int, tmp_path: Path) -> None:
+    rng, half = np.random.default_rng(0), frames_of_it // 2
+    calib, test = textures(40, 0), textures(40, 1)
+    burst = calib[:1] + rng.normal(0, 0.02, (frames_of_it, *calib.shape[1:])).astype(np.float32)
+    calib[:half], test[:half] = burst[:half], burst[half:]
+    report = rowcol_edge.data(Pooled(), **save(tmp_path, calib=calib, test=test))
+    found = {(p.first, p.first_index, p.second, p.second_index) for p in report.pairs}
+    wanted = {("calibration", i, "test", j) for i in range(half) for j in range(half)}
+    wanted |= {(split, i, split, j) for split in ("calibration", "test") for j in range(half) for i in range(j)}
+    assert found == wanted
+
+
 def test_the_subset_takes_the_samples_farthest_apart() -> None:
     rng = np.random.default_rng(0)
     centres = np.repeat(np.eye(4) * 100, 25, axis=0)

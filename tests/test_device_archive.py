@@ -3,6 +3,8 @@ from __future__ import annotations
 import ast
 import io
 import json
+import platform
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import rowcol_edge
+from rowcol_edge import cli
 from rowcol_edge.device.manifest import ArmEntry, Manifest, RuntimeEntry, TensorSpec
 from rowcol_edge.device.preprocess import Preprocess
 from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
@@ -121,6 +124,30 @@ def test_run_on_a_bare_board(board: Board, bundle: Path, tmp_path: Path) -> None
     assert (
         [Path(r["source"]).stem for r in results] == [r["prediction"]["label"] for r in results] == ["dark", "bright"]
     )
+
+
+def test_a_bundle_for_another_machine_runs_here_and_says_so_on_stderr(
+    board: Board, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = "aarch64" if platform.machine() == "x86_64" else "x86_64"
+    foreign = tmp_path / "foreign"
+    shutil.copytree(bundle, foreign)
+    manifest = json.loads((foreign / "manifest.json").read_text())
+    manifest["target"] |= {"name": "other-board", "match": {"machine": other}}
+    (foreign / "manifest.json").write_text(json.dumps(manifest))
+    np.save(tmp_path / "frame.npy", np.full((4, 4), 240, np.uint8))
+    warning = f"warning: the bundle is for {other} (other-board), this machine is {platform.machine()}: "
+    for arguments in (("verify", foreign), ("run", foreign, tmp_path / "frame.npy")):
+        done = board(*arguments, "--json")
+        assert done.returncode == 0
+        assert done.stderr.startswith(warning)
+        assert done.stderr.count("\n") == 1
+        with pytest.raises(SystemExit) as ended:
+            cli.run_command([*map(str, arguments), "--json"])
+        here = capsys.readouterr()
+        assert ended.value.code in (None, 0)
+        assert here.err.count(warning) == 1
+        assert json.loads(here.out) == json.loads(done.stdout)
 
 
 def test_profile_on_a_bare_board_starts_its_own_workers(board: Board, bundle: Path, tmp_path: Path) -> None:

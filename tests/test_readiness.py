@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -26,9 +27,15 @@ Pretend = Callable[..., None]
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Pretend:
     """Installed packages, by name, and backends that do not load, with why."""
 
+    def load(what: str) -> installed.Loaded:
+        if any(map(installed.version, installed.PACKAGES.get(what, (what,)))):
+            return installed.Loaded("1", ("CPUExecutionProvider",))
+        return installed.Loaded(failure="not there")
+
     def there(broken: dict[str, str] | None = None, **versions: str) -> None:
         monkeypatch.setattr(metadata, "requires", lambda name: REQUIRES)
         monkeypatch.setattr(installed, "version", lambda name: versions.get(name, ""))
+        monkeypatch.setattr(installed, "load", load)
         monkeypatch.setattr(readiness, "_failure", lambda name: (broken or {}).get(name, ""))
 
     return there
@@ -91,6 +98,63 @@ def test_a_target_says_what_its_board_installs(pretend: Pretend) -> None:
     assert found["board tflite"][1] == "≥ 2.14.0"
 
 
+@pytest.fixture
+def pi(tmp_path: Path) -> Path:
+    """What a Raspberry Pi 5 shows in /proc."""
+    files = {
+        "cpuinfo": "Features\t: asimd asimddp asimdhp\nCPU implementer\t: 0x41\nCPU part\t: 0xd0b\n\n" * 4,
+        "device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0",
+        "meminfo": "MemAvailable: 524288 kB\n",
+    }
+    for name, text in files.items():
+        (tmp_path / "proc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "proc" / name).write_text(text)
+    return tmp_path
+
+
+TFLITE_OLD = {"numpy": "2.4.6", "tflite-runtime": "2.14.0"}
+
+
+@pytest.mark.parametrize(
+    ("there", "what", "level", "said"),
+    [
+        ({"numpy": "2.4.6", "onnxruntime": "1.32.0"}, "onnxruntime", GOOD, "onnxruntime 1.32.0"),
+        ({"numpy": "2.4.6", "onnxruntime": "1.16.3"}, "onnxruntime", STOP, "older than 1.17.0, the oldest that reads"),
+        (TFLITE_OLD, "numpy", STOP, "which tflite-runtime 2.14.0 does not work with"),
+        (TFLITE_OLD | {"onnxruntime": "1.32.0"}, "numpy", NOTE, "which tflite-runtime 2.14.0 does not work with"),
+        ({"onnxruntime": "1.32.0"}, "numpy", STOP, "nothing runs without it"),
+        ({"numpy": "2.4.6", "openvino": "2026.1"}, "openvino", STOP, "offers CPUExecutionProvider, not CPU"),
+    ],
+)  # fmt: skip
+def test_on_the_board_the_runtimes_matter_and_the_build_extra_does_not(
+    pretend: Pretend, pi: Path, there: dict[str, str], what: str, level: str, said: str
+) -> None:
+    pretend({"onnxruntime": "needs onnx"}, **there)
+    found = readiness.diagnose(targets.load("raspberry-pi-5"), pi, "aarch64")
+    board = by_what(found)
+    assert board[what][0] == level
+    assert said in board[what][1]
+    assert found.stopped == (level == STOP)
+    assert {board[name][0] for name in ("extra build", "backend onnxruntime")} == {NOTE}
+    assert board["free memory"] == (NOTE, "512 MiB", "the target allows an inference 1,024 MiB: end other programs")
+    assert board["board onnxruntime"][2] == targets.install_lines(targets.load("raspberry-pi-5").runtimes[0])
+
+
+def test_where_any_machine_is_the_target_builds_are_wanted_too(pretend: Pretend) -> None:
+    pretend(onnx="1.23")
+    found = by_what(rowcol_edge.doctor("generic-x86"))
+    assert found["extra build"][0] == STOP
+    assert found["openvino"][0] == STOP
+    assert "openvino>=2024.6" in found["openvino"][2]
+
+
+def test_free_memory_is_always_told(pretend: Pretend) -> None:
+    pretend(onnx="1.23")
+    found = by_what(rowcol_edge.doctor())
+    assert found["free memory"][0] == GOOD
+    assert "onnxruntime" not in found
+
+
 def test_an_installation_without_metadata_is_told(pretend: Pretend, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(name: str) -> list[str]:
         raise metadata.PackageNotFoundError(name)
@@ -112,7 +176,7 @@ def test_the_command(pretend: Pretend, capsys: pytest.CaptureFixture[str]) -> No
             cli.run_command(["doctor", *arguments])
         return int(ended.value.code or 0), capsys.readouterr().out
 
-    pretend(torch="2.13", onnx="1.23", nncf="3.4")
+    pretend(torch="2.13", onnx="1.23", nncf="3.4", numpy="2.4.6", onnxruntime="1.32.0")
     code, out = run("generic-x86", "--json")
     assert (code, json.loads(out)["ok"]) == (0, True)
     pretend(onnx="1.23")

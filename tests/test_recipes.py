@@ -16,7 +16,7 @@ import pytest
 from rowcol_edge.board_readme import board_readme
 from rowcol_edge.device.manifest import GRAPH_CHECKED, Manifest, RuntimeEntry, TensorSpec
 from rowcol_edge.device.preprocess import Preprocess
-from rowcol_edge.recipes import LABEL, files
+from rowcol_edge.recipes import LABEL, files, left_out
 
 from .profiles import make_manifest
 
@@ -125,6 +125,29 @@ def test_nothing_is_made_where_nothing_is_asked_for_or_possible() -> None:
     assert set(files(jetson(runtime=make_manifest().runtime))) == {CAMERA}
     assert set(files(jetson(frames=True))) == {CAMERA}
     assert "## Recipes" not in board_readme(make_manifest())
+
+
+@pytest.mark.parametrize(
+    ("manifest", "why", "made"),
+    [
+        (jetson(frames=True), "this bundle's graph takes uint8 camera frames", {CAMERA}),
+        (
+            jetson(runtime=RuntimeEntry("onnxruntime", "1.17.0", 18, 9, 2, "apt", ("CUDAExecutionProvider",))),
+            "this bundle is for onnxruntime",
+            {CAMERA},
+        ),
+        (jetson(None), "nothing says how a picture becomes this model's input", set()),
+    ],
+)
+def test_a_recipe_that_cannot_be_made_is_not_left_out_without_a_word(
+    manifest: Manifest, why: str, made: set[str]
+) -> None:
+    assert set(files(manifest)) == made
+    [said, *_] = left_out(manifest)
+    assert said.startswith("no deepstream recipe: ")
+    assert why in said
+    assert f"No{said[2:]}" in board_readme(manifest)
+    assert left_out(jetson()) == []
 
 
 def test_the_scripts_are_valid_and_young_enough_for_python_3_10(tmp_path: Path) -> None:

@@ -49,6 +49,11 @@ def test_a_shipped_target_loads_and_survives_json(name: str) -> None:
     assert stored["match"]["machine"] in {"x86_64", "aarch64"}
     assert stored["runtimes"][0]["precisions"][0] == "fp32"
     assert "\n" not in target.why + target.proxy_note
+    assert "Sources: " in target.why
+    assert "https://" in target.why
+    assert bool(target.recipes) or "jetson" not in name or "recipes: none" in target.why
+    for spec in target.runtimes:
+        assert all(kind in spec.why for kind in ("int8-weights", "int4-weights") if kind in spec.precisions)
 
 
 @pytest.mark.parametrize(("name", "runtime"), RUNTIMES)

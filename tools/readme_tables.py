@@ -118,7 +118,7 @@ def boards() -> str:
             f"`{target.name}`" if position == 0 else "",
             target.title if position == 0 else "",
             f"{runtime.name} ≥ {runtime.oldest}{_onnx(runtime)}",
-            ", ".join(runtime.precisions),
+            runtime.offered,
             str(target.threads),
         ]
         for target in found

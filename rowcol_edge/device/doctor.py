@@ -104,9 +104,9 @@ def diagnose(needs: Needs | None, root: Path = Path("/"), machine: str = "") -> 
     """Look at this machine; ``root`` and ``machine`` stand in for it in tests."""
     host = system.environment(root, machine=machine)
     target = needs.target if needs else {}
-    findings = [*_python(target), *_machine(host, target), *_packages(needs)]
-    findings += _runtime(needs) if needs else _runtimes()
-    findings += [*state(host, needs.runtime.threads if needs else 0), *_memory(root, target), *_disk(needs)]
+    findings = [*python(target), *machine_of(host, target), *packages(needs)]
+    findings += runtime(needs) if needs else _runtimes()
+    findings += [*state(host, needs.runtime.threads if needs else 0), *memory(target, root), *_disk(needs)]
     return Diagnosis(needs.subject if needs else "this machine", tuple(findings))
 
 
@@ -130,7 +130,8 @@ def verdict(diagnosis: Diagnosis) -> str:
     return f"{stops} thing(s) in the way, {notes} to know of" if stops else f"nothing in the way, {notes} to know of"
 
 
-def _python(target: Mapping[str, Any]) -> list[Finding]:
+def python(target: Mapping[str, Any]) -> list[Finding]:
+    """This interpreter against those that a target's bundles meet."""
     found = f"{platform.python_version()} ({sys.executable})"
     ours = f"{sys.version_info[0]}.{sys.version_info[1]}"
     pythons = [str(one) for one in target.get("pythons") or ()]
@@ -143,7 +144,8 @@ def _python(target: Mapping[str, Any]) -> list[Finding]:
     return [Finding(GOOD, "Python", found)]
 
 
-def _machine(host: system.Environment, target: Mapping[str, Any]) -> list[Finding]:
+def machine_of(host: system.Environment, target: Mapping[str, Any]) -> list[Finding]:
+    """The machine, what its figures are worth for a target, and its C library."""
     found = ", ".join(filter(None, (host.board or host.cpu_model, host.machine, host.virtual)))
     library = _c_library(str(target.get("platform") or ""))
     if not target.get("match"):
@@ -167,7 +169,7 @@ def _c_library(tag: str) -> list[Finding]:
     return [Finding(GOOD, "C library", f"glibc {version}")]
 
 
-def _packages(needs: Needs | None) -> list[Finding]:
+def packages(needs: Needs | None) -> list[Finding]:
     """numpy and Pillow: there, loading, and of a version that the runtime works with."""
     install = needs.runtime.install if needs else "python3 -m pip install numpy pillow"
     findings = []
@@ -204,8 +206,8 @@ def _numpy_conflict(needs: Needs | None, version: str) -> str:
     return ""
 
 
-def _runtime(needs: Needs) -> list[Finding]:
-    """The bundle's runtime: there, new enough, loading, with the device it is asked for."""
+def runtime(needs: Needs) -> list[Finding]:
+    """The runtime that is needed: there, new enough, loading, with the device it is asked for."""
     entry = needs.runtime
     present = _present(entry.name)
     loaded = installed.load(entry.name) if entry.name in installed.PACKAGES else installed.Loaded()
@@ -300,7 +302,7 @@ def state(host: system.Environment, threads: int) -> list[Finding]:
     return findings
 
 
-def _memory(root: Path, target: Mapping[str, Any]) -> list[Finding]:
+def memory(target: Mapping[str, Any], root: Path = Path("/")) -> list[Finding]:
     """Free memory against what the target allows an inference, and swap in use."""
     try:
         text = (root / "proc/meminfo").read_text(encoding="utf-8", errors="replace")

@@ -146,6 +146,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     progress = on_stderr(True) if sys.stderr.isatty() else None  # too short to be worth lines in a log
     with Bundle.open(options.bundle, check=False) as bundle:  # verify checks it itself
+        warn_of_machine(bundle)
         report = verify(bundle, threads=options.threads, progress=progress)
     if options.json:
         _print_json(report.to_dict())
@@ -171,16 +172,23 @@ def _run(options: argparse.Namespace) -> int:
     from .bundle import Bundle
     from .predictor import Predictor
 
-    with (
-        Bundle.open(options.bundle) as bundle,
-        Predictor(bundle, arm=options.arm, threads=options.threads) as predictor,
-    ):
-        if options.json:
-            _print_json(predictions(predictor, options.images))
-            return 0
-        for image in options.images:
-            print(f"{image}: {prediction_text(predictor.predict(image))}", flush=True)
+    with Bundle.open(options.bundle) as bundle:
+        warn_of_machine(bundle)
+        with Predictor(bundle, arm=options.arm, threads=options.threads) as predictor:
+            if options.json:
+                _print_json(predictions(predictor, options.images))
+                return 0
+            for image in options.images:
+                print(f"{image}: {prediction_text(predictor.predict(image))}", flush=True)
     return 0
+
+
+def warn_of_machine(bundle: Bundle) -> None:
+    """A line on stderr where the bundle is for another kind of machine. What cannot run here fails by itself."""
+    from .system import machine_warning
+
+    if warning := machine_warning(bundle.manifest.target):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def predictions(predictor: Predictor, images: Sequence[str | Path]) -> dict[str, Any]:

@@ -220,8 +220,8 @@ def _warnings(
     after = system.environment().throttled
     if after != before.throttled:
         warnings.append(
-            f"the firmware's throttling flags changed while measuring ({before.throttled} to {after}): "
-            "cool the board or its supply, then measure again"
+            f"throttling changed while measuring ({before.throttled or 'none'} to {after or 'none'}): "
+            "cool the board, mind its supply and power mode, then measure again"
         )
     if threads != manifest_threads:
         warnings.append(f"measured with {threads} thread(s), the target asks for {manifest_threads}")

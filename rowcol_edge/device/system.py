@@ -9,7 +9,7 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +45,11 @@ _ARM_PARTS = {
     "0xd40": "Neoverse-V1", "0xd41": "Cortex-A78", "0xd42": "Cortex-A78AE", "0xd49": "Neoverse-N2",
     "0xd4f": "Neoverse-V2",
 }  # fmt: skip
-_CPU0 = "sys/devices/system/cpu/cpu0/cpufreq"
+_MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}
+"""What other systems call the machines that targets name as Linux does."""
+_OWN_GOVERNORS = ("intel_pstate", "amd-pstate-epp")
+"""Drivers whose "powersave" is their normal governor and follows the load (kernel.org, admin-guide/pm/intel_pstate)."""
+_CPUFREQ = "sys/devices/system/cpu/cpu[0-9]*/cpufreq"
 _THROTTLED = "sys/devices/platform/soc/soc:firmware/get_throttled"
 
 
@@ -54,8 +58,10 @@ class Environment:
     """Where a measurement was taken. ``host_id`` tells machines apart without naming them; empty texts and None: not
     told.
 
+    ``governor`` names each governor that a core has, with the driver where the driver gives the word its own meaning;
+    ``frequency_khz`` is that of the fastest core now, ``temperature_c`` the hottest zone's.
     ``throttled`` is the firmware's word on a Raspberry Pi: bits 0–3 say what holds now, 16–19 what has happened since
-    boot.
+    boot. Elsewhere it says which cores are held below their highest frequency, by heat or a power mode.
     """
 
     machine: str
@@ -91,7 +97,7 @@ def environment(root: Path = Path("/"), variables: Mapping[str, str] = os.enviro
     """Read the machine; ``root`` and ``machine`` stand in for it in tests."""
     machine = machine or platform.machine()
     cpuinfo = _text(root / "proc/cpuinfo")
-    frequency = _text(root / _CPU0 / "scaling_cur_freq")
+    cores = sorted(root.glob(_CPUFREQ), key=lambda path: int(path.parent.name[3:]))
     return Environment(
         machine=machine,
         system=platform.system(),
@@ -102,10 +108,10 @@ def environment(root: Path = Path("/"), variables: Mapping[str, str] = os.enviro
         isa=_isa(cpuinfo),
         cores=os.cpu_count() or 1,
         cores_usable=_usable(),
-        governor=_text(root / _CPU0 / "scaling_governor").strip(),
-        frequency_khz=int(frequency) if frequency.strip().isdigit() else None,
+        governor=" + ".join(dict.fromkeys(filter(None, map(_governor, cores)))),
+        frequency_khz=max(filter(None, (_number(core / "scaling_cur_freq") for core in cores)), default=None),
         temperature_c=_temperature(root),
-        throttled=_text(root / _THROTTLED).strip(),
+        throttled=_text(root / _THROTTLED).strip() or _held(cores),
         memory_bytes=_memory_bytes(root),
         load_1m=_load(root),
         virtual=_virtual(root, cpuinfo),
@@ -138,6 +144,18 @@ def evidence_for(target: Mapping[str, Any], host: Environment) -> Evidence:
     return Evidence(PROXY, f"{where} ({host.machine}){lack} stands in for {wanted}, {cap}{': ' + note if note else ''}")
 
 
+def machine_warning(target: Mapping[str, Any], machine: str = "") -> str:
+    """The sentence for a bundle that is for another kind of machine than this one; empty if it is for this kind."""
+    machine = machine or platform.machine()
+    wanted = (target.get("match") or {}).get("machine")
+    if wanted in (None, _MACHINES.get(machine.lower(), machine)):
+        return ""
+    return (
+        f"the bundle is for {wanted} ({target.get('name')}), this machine is {machine}: its files run here too, as a "
+        "stand-in whose outputs may differ a little; do the same on the board before you rely on it"
+    )
+
+
 def weaker(level: str, than: str) -> bool:
     """Is an evidence level weaker than another?"""
     return EVIDENCE.index(level) > EVIDENCE.index(than)
@@ -150,10 +168,10 @@ def host_warnings(host: Environment, threads: int) -> list[str]:
         warnings.append(f"load {host.load_1m:.2f} on {host.cores_usable} core(s): end other work, then measure again")
     if host.throttled not in ("", "0", "0x0"):
         warnings.append(
-            f"the firmware reports throttling ({host.throttled}): cool the board or its supply, then measure again"
+            f"throttling ({host.throttled}): cool the board, mind its supply and power mode, then measure again"
         )
-    if host.governor in ("powersave", "conservative"):
-        warnings.append(f"CPU governor {host.governor}: set performance, or state that the board runs like this")
+    if slow := [one for one in host.governor.split(" + ") if one in ("powersave", "conservative")]:
+        warnings.append(f"CPU governor {' + '.join(slow)}: set performance, or state that the board runs like this")
     if threads > host.cores_usable:
         warnings.append(f"{threads} threads on {host.cores_usable} usable core(s): they wait for one another")
     return warnings
@@ -201,9 +219,31 @@ def _usable() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _number(path: Path) -> int | None:
+    text = _text(path).strip()
+    return int(text) if text.lstrip("-").isdigit() else None
+
+
+def _governor(core: Path) -> str:
+    governor, driver = _text(core / "scaling_governor").strip(), _text(core / "scaling_driver").strip()
+    return f"{governor} ({driver})" if governor and driver in _OWN_GOVERNORS else governor
+
+
+def _held(cores: Sequence[Path]) -> str:
+    """The cores that may not go as fast as they can, such as ``cpu0 + cpu1 at 1200 of 1800 MHz``."""
+    held: dict[str, list[str]] = {}
+    for core in cores:
+        allowed, able = _number(core / "scaling_max_freq"), _number(core / "cpuinfo_max_freq")
+        if allowed and able and allowed < able:
+            held.setdefault(f"{allowed // 1000} of {able // 1000} MHz", []).append(core.parent.name)
+    return ", ".join(f"{' + '.join(names)} at {what}" for what, names in held.items())
+
+
 def _temperature(root: Path) -> float | None:
-    text = _text(root / "sys/class/thermal/thermal_zone0/temp").strip()
-    return int(text) / 1000 if text.lstrip("-").isdigit() else None
+    """That of the hottest zone; a Jetson's zone of the power management chip always says 100 °C."""
+    zones = [z for z in root.glob("sys/class/thermal/thermal_zone*") if "pmic" not in _text(z / "type").lower()]
+    found = [value / 1000 for zone in zones if (value := _number(zone / "temp")) is not None]
+    return max(found, default=None)
 
 
 def _memory_bytes(root: Path) -> int | None:

@@ -76,7 +76,7 @@ def target(board: Target) -> None:
     for runtime in board.runtimes:
         opset = "" if runtime.opset is None else f", ONNX opset {runtime.opset}, IR {runtime.ir_version}"
         console.print(f"\n{runtime.name} ≥ {runtime.oldest}{opset}", style="bold")
-        console.print(f"  precisions: {', '.join(runtime.precisions)}")
+        console.print(f"  precisions: {runtime.offered}")
         console.print(f"  providers: {', '.join(runtime.providers)}")
         console.print(runtime.why)
         # never wrapped: these lines are copied into a shell
@@ -119,11 +119,13 @@ def diagnosis(found: Diagnosis) -> None:
         table.add_row(Text(MARKS[one.level], colours[one.level]), one.what, one.found)
     console = _console()
     console.print(table)
+    said: dict[str, str] = {}
     for one in found.findings:
         if one.do:
             console.print(f"{MARKS[one.level]} {one.what}: {one.found}")
+            first = said.setdefault(one.do, one.what)
             # never wrapped: these lines are copied into a shell
-            console.print(indent(one.do, "    "), soft_wrap=True)
+            console.print(indent(one.do if first == one.what else f"as for {first}", "    "), soft_wrap=True)
     console.print(verdict(found))
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from rowcol_edge.backends import BACKENDS, load_backend
 from rowcol_edge.backends.base import Backend, QuantSpec, Source
 from rowcol_edge.device.bundle import split_feeds
-from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
+from rowcol_edge.device.runtimes import ENGINE_BUILDERS, RuntimeOptions, load_runtime
 from rowcol_edge.errors import ConfigError, DataError, StageError, TargetError
 from rowcol_edge.targets import PRECISIONS, RuntimeSpec, load
 
@@ -55,6 +55,10 @@ CASES = [
     for network in ("convolutions", "tokens")
     if network == "tokens" or precision not in LINEAR_ONLY
 ]
+
+
+def test_another_runtime_stands_in_for_those_that_build_engines_only() -> None:
+    assert {name for name in BACKENDS if load_backend(name).host_runtime != name} == ENGINE_BUILDERS
 
 
 @pytest.mark.parametrize(("name", "precision", "network"), CASES)

@@ -207,7 +207,7 @@ def test_what_disturbs_a_measurement_is_told(pi: Path, packages: Packages) -> No
     found = doctor.diagnose(PI5, pi, "aarch64")
     assert [said for _, said, _ in findings(found, "measuring")] == [
         "load 3.50 on 4 core(s)",
-        "the firmware reports throttling (50005)",
+        "throttling (50005)",
         "CPU governor powersave",
     ]
     assert only(found, "temperature")[:2] == (NOTE, "84 °C")

@@ -91,6 +91,55 @@ def test_a_board(tmp_path: Path) -> None:
     )
 
 
+def cpufreq(root: Path, *cores: tuple[str, str, int, int, int]) -> system.Environment:
+    """A machine whose cores have these governors, drivers, and present, allowed and highest frequencies in kHz."""
+    keys = ("scaling_governor", "scaling_driver", "scaling_cur_freq", "scaling_max_freq", "cpuinfo_max_freq")
+    for i, values in enumerate(cores):
+        files = {
+            f"sys__devices__system__cpu__cpu{i}__cpufreq__{key}": f"{value}\n"
+            for key, value in zip(keys, values, strict=True)
+        }
+        machine(root, **files)
+    return system.environment(root, {}, "aarch64")
+
+
+def test_every_core_is_asked_for_its_governor_and_whether_it_is_held_down(tmp_path: Path) -> None:
+    slow, fast = (
+        ("ondemand", "scmi", 600_000, 1_800_000, 1_800_000),
+        ("powersave", "scmi", 408_000, 1_200_000, 2_400_000),
+    )
+    found = replace(cpufreq(tmp_path, slow, slow, fast, fast), load_1m=None)
+    assert found.governor == "ondemand + powersave"
+    assert found.frequency_khz == 600_000
+    assert found.throttled == "cpu2 + cpu3 at 1200 of 2400 MHz"
+    said = system.host_warnings(found, 0)
+    assert [text.partition(":")[0] for text in said] == [
+        "throttling (cpu2 + cpu3 at 1200 of 2400 MHz)",
+        "CPU governor powersave",
+    ]
+
+
+@pytest.mark.parametrize(("driver", "disturbs"), [("intel_pstate", False), ("intel_cpufreq", True)])
+def test_the_normal_governor_of_intel_pstate_disturbs_nothing(tmp_path: Path, driver: str, disturbs: bool) -> None:
+    found = cpufreq(tmp_path, ("powersave", driver, 800_000, 3_400_000, 3_400_000))
+    assert found.throttled == ""
+    assert found.governor == ("powersave" if disturbs else "powersave (intel_pstate)")
+    assert any("governor" in text for text in system.host_warnings(found, 0)) == disturbs
+
+
+def test_the_hottest_zone_counts(tmp_path: Path) -> None:
+    zones = {
+        "0": ("cpu-thermal", "48312"),
+        "1": ("gpu-thermal", "84100"),
+        "2": ("PMIC-Die", "100000"),
+        "3": ("off", ""),
+    }
+    for number, (kind, value) in zones.items():
+        place = f"sys__class__thermal__thermal_zone{number}__"
+        machine(tmp_path, **{f"{place}type": f"{kind}\n", f"{place}temp": value})
+    assert system.environment(tmp_path, {}, "aarch64").temperature_c == 84.1
+
+
 def test_the_name_that_all_arm_processors_share_says_less_than_the_part(tmp_path: Path) -> None:
     machine(tmp_path, proc__cpuinfo="model name\t: ARMv8 Processor rev 3 (v8l)\nCPU part\t: 0xd08\n")
     assert system.environment(tmp_path, {}, "aarch64").cpu_model == "Cortex-A72"
@@ -168,6 +217,16 @@ def test_a_generic_target_is_any_matching_machine_with_its_instructions(tmp_path
     assert system.evidence_for(GENERIC, replace(host, isa=())).level == system.TARGET
 
 
+@pytest.mark.parametrize(
+    ("machine", "warned"), [("aarch64", False), ("arm64", False), ("x86_64", True), ("AMD64", True), ("riscv64", True)]
+)
+def test_another_kind_of_machine_than_the_targets(machine: str, warned: bool) -> None:
+    said = system.machine_warning({"name": "raspberry-pi-5", "match": {"machine": "aarch64"}}, machine)
+    assert said.startswith(f"the bundle is for aarch64 (raspberry-pi-5), this machine is {machine}: ") == warned
+    assert bool(said) == warned
+    assert system.machine_warning({}, machine) == ""
+
+
 def test_weaker() -> None:
     assert system.weaker("proxy", "target")
     assert not system.weaker("target", "proxy")
@@ -180,7 +239,7 @@ def test_a_busy_or_throttled_machine_is_told(tmp_path: Path) -> None:
     warnings = system.host_warnings(replace(host, load_1m=1.5, throttled="50005", governor="powersave"), 4)
     assert [warning.split(":")[0] for warning in warnings] == [
         "load 1.50 on 2 core(s)",
-        "the firmware reports throttling (50005)",
+        "throttling (50005)",
         "CPU governor powersave",
         "4 threads on 2 usable core(s)",
     ]
