@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,6 +75,24 @@ def test_another_makers_precision_that_we_do_not_make_is_held_to_all_of_ours(ben
     found = session(cell("dense@int8", 0.0, 4.0), other)
     benchmark._explain([found], {})
     assert found["cells"][1]["beats_ours"] == "faster and better"
+
+
+def test_models_that_were_not_asked_for_stay(benchmark: ModuleType, tmp_path: Path) -> None:
+    def result(name: str, tools: str, build: dict[str, int] | None) -> dict[str, Any]:
+        found = {**session(cell("dense@int8", 0.0, 4.0)), "model": name}
+        return {"machine": {}, "tools": tools, "models": {name: {"title": name}}, "build": build, "sessions": [found]}
+
+    path = tmp_path / "backends.json"
+    benchmark._keep(first := result("a", "1", {"seconds": 1}), path)
+    assert list(first["models"]) == ["a"]
+    path.write_text(json.dumps(first))
+    benchmark._keep(second := result("b", "1", None), path)
+    assert list(second["models"]) == [s["model"] for s in second["sessions"]] == ["b", "a"]
+    assert second["build"] == {"seconds": 1}
+    benchmark._keep(again := result("a", "1", None), path)
+    assert len(again["sessions"]) == 1
+    benchmark._keep(other := result("b", "2", None), path)
+    assert list(other["models"]) == ["b"]
 
 
 def test_the_tables_show_every_file_and_every_reason(benchmark: ModuleType) -> None:

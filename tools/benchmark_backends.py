@@ -6,7 +6,8 @@
 Everything is built first (what a build has cost for ResNet-50 is a result too), then measured: one session for each
 model and setting (a runtime, or OpenVINO held to an older instruction set), in which all its files take turns, ours and
 the others', with a null arm. A session that is finished is not measured again as long as its files are the same, so the
-command can be stopped and run again. Under a cap only fp32 and int8 are measured; those figures have evidence `proxy`.
+command can be stopped and run again; models that --models leaves out stay in the results as they were measured before.
+Under a cap only fp32 and int8 are measured; those figures have evidence `proxy`.
 
 A file of another maker counts as faster where it is significantly faster than the fastest of ours at its precision, and
 as better where its drop is more than 0.5 pp smaller than the smallest of ours. Where we make none at its precision (our
@@ -109,7 +110,8 @@ def main() -> None:
         "build": cost,
         "sessions": sessions,
     }
-    _explain(sessions, tomllib.loads((HERE / "backends_remarks.toml").read_text(encoding="utf-8")))
+    _keep(result, options.out / "backends.json")
+    _explain(result["sessions"], tomllib.loads((HERE / "backends_remarks.toml").read_text(encoding="utf-8")))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "backends.json").write_text(
         json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -161,6 +163,7 @@ def _measured(
 ) -> list[dict[str, Any]]:
     """All sessions; one that lies finished in the work folder is read."""
     sessions: list[dict[str, Any]] = []
+    todo = [entry for entry in todo if _any_built(*entry)]
     began, measured = time.monotonic(), 0
     for done, (model, setting, wanted) in enumerate(todo):
         key = _key(wanted, setting, options)
@@ -178,6 +181,25 @@ def _measured(
             measured += 1
         sessions.append(found)
     return sessions
+
+
+def _any_built(model: Model, setting: Setting, wanted: Sequence[File]) -> bool:
+    if any(not file.error for file in wanted):
+        return True
+    print(f"left out: {model.name}, {setting.name}: {wanted[0].error}", file=sys.stderr)
+    return False
+
+
+def _keep(result: dict[str, Any], path: Path) -> None:
+    """Add an earlier result's other models, and its cost of a build, where machine and tools were the same."""
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if any(earlier.get(key) != result[key] for key in ("machine", "tools")):
+        return
+    others = [s for s in earlier["sessions"] if s["model"] not in result["models"]]
+    names = {s["model"] for s in others}
+    result["models"] |= {name: said for name, said in earlier["models"].items() if name in names}
+    result["sessions"] = [*result["sessions"], *others]
+    result["build"] = result["build"] or earlier["build"]
 
 
 def _wanted(built: Sequence[File], setting: Setting, precisions: Sequence[str] | None) -> list[File]:

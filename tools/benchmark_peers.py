@@ -4,9 +4,9 @@
 
 All start from the dense PyTorch model, with the same calibration data, one sample at a time.
 
-- onnxruntime: `torch.onnx.export`, `quant_pre_process`, then `quantize_static` with its defaults, which its guide calls
-  the first choice (QDQ, S8S8, a scale per tensor), or `quantize_dynamic` with its defaults
-  (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
+- onnxruntime: `torch.onnx.export`, `quant_pre_process` (without symbolic shapes where these fail), `quantize_static`
+  with its defaults, which its guide calls the first choice (QDQ, S8S8, a scale per tensor), or `quantize_dynamic` with
+  its own (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
 - openvino: `openvino.convert_model`, then `nncf.quantize` with its defaults, and `model_type` TRANSFORMER for a
   Transformer ("Basic Quantization Flow" of OpenVINO's documentation).
 - tflite: `litert_torch.convert`, then ai-edge-quantizer's recipes `static_wi8_ai8` and `dynamic_wi8_afp32`.
@@ -85,7 +85,10 @@ def _onnx(task: Task) -> Path:
     torch.onnx.export(
         task.module, task.example, exported, dynamo=True, input_names=list(task.inputs), external_data=False
     )
-    quant_pre_process(exported, prepared)
+    try:
+        quant_pre_process(exported, prepared)
+    except TypeError:  # what its symbolic shape inference ends with on the mask of a text model
+        quant_pre_process(exported, prepared, skip_symbolic_shape=True)
     return prepared
 
 

@@ -5,6 +5,9 @@
 - int8: see `qdq`.
 - int8-dynamic: the linear layers (Gemm, MatMul) in int8 with ranges found at each inference, all else float.
 - int8-weights, int4-weights: see `weight_only`.
+
+The quantizer runs in this process, unlike the converters of `openvino` and `tflite`: it is Python code over the library
+that runs every artifact here afterwards, so a process of its own would guard against nothing more.
 """
 
 from __future__ import annotations

@@ -81,6 +81,42 @@ def name_signature(model: Any, inputs: Sequence[str], outputs: Sequence[str]) ->
             entry.name, entry.tensorIndex = name.encode(), tensor
 
 
+def widen_inputs(model: Any, dtypes: Sequence[str]) -> None:
+    """Make those inputs int64 again that litert-torch has narrowed to int32: a CAST stands behind each.
+
+    Args:
+        dtypes: what the network takes, in the graph's order.
+    """
+    graph, signature = model.subgraphs[0], model.signatureDefs[0]
+    for place, (index, dtype) in enumerate(zip(graph.inputs, dtypes, strict=True)):
+        narrow = graph.tensors[index]
+        if (dtype, _TYPES[narrow.type]) != ("int64", "int32"):
+            continue
+        wide, options, cast = schema.TensorT(), schema.CastOptionsT(), schema.OperatorT()
+        wide.name, wide.shape, wide.shapeSignature = narrow.name, narrow.shape, narrow.shapeSignature
+        wide.type, wide.buffer = schema.TensorType.INT64, len(model.buffers)
+        narrow.name = f"{_text(narrow.name)};int32".encode()
+        options.inDataType, options.outDataType = wide.type, narrow.type
+        cast.opcodeIndex = _opcode(model, schema.BuiltinOperator.CAST)
+        cast.inputs, cast.outputs = np.array([len(graph.tensors)], np.int32), np.array([index], np.int32)
+        cast.builtinOptionsType, cast.builtinOptions = schema.BuiltinOptions.CastOptions, options
+        graph.inputs[place] = signature.inputs[place].tensorIndex = len(graph.tensors)
+        model.buffers.append(schema.BufferT())
+        graph.tensors.append(wide)
+        graph.operators.insert(0, cast)
+
+
+def _opcode(model: Any, operator: int) -> int:
+    """Where an operator stands in the model's list of those it uses; it is added if it is not there."""
+    known = [code.builtinCode for code in model.operatorCodes]
+    if operator not in known:
+        code = schema.OperatorCodeT()
+        code.builtinCode = code.deprecatedBuiltinCode = operator
+        code.version = 1
+        model.operatorCodes.append(code)
+    return [*known, operator].index(operator)
+
+
 def add_metadata(model: Any, entries: Mapping[str, bytes]) -> None:
     """A named buffer for each entry, in place of one of the same name."""
     model.metadata = [entry for entry in model.metadata or [] if _text(entry.name) not in entries]

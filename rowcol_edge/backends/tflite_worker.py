@@ -68,6 +68,7 @@ def convert(job: dict[str, Any]) -> dict[str, str] | None:
         return _refusal(e)
     model = tflite_files.unpacked(content)
     tflite_files.name_signature(model, job["inputs"], job["outputs"])
+    tflite_files.widen_inputs(model, [port["dtype"] for port in job["ports"]])
     _name_tensors(model)
     made = Path(job["float"])
     partial = made.with_suffix(f".{os.getpid()}.part")

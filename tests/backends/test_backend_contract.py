@@ -202,6 +202,35 @@ def test_ranges_of_several_inputs_are_not_mixed_up(backend: Backend, tmp_path: P
     assert np.linalg.norm(got - wanted) <= ERROR["int8"] * np.linalg.norm(wanted)
 
 
+class Words(nn.Module):
+    """Token ids and their mask, as text models take them: int64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(50, 32), nn.Linear(32, 3)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        kept = mask.unsqueeze(-1).to(torch.float32)
+        return self.head((self.table(ids) * kept).sum(1) / kept.sum(1))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_token_ids_keep_their_type(backend: Backend, precision: str, tmp_path: Path, runtime: RuntimeSpec) -> None:
+    torch.manual_seed(0)
+    net = Words().eval()
+    rng = np.random.default_rng(0)
+    feeds = [{"ids": rng.integers(0, 50, (1, 7)), "mask": rng.integers(0, 2, (1, 7)) | np.eye(1, 7, dtype=np.int64)}
+             for _ in range(16)]  # fmt: skip
+    source = write_source(backend.consumes, net, feeds[0], tmp_path)
+    out = tmp_path / f"out{backend.suffix}"
+    backend.compile(source, runtime, QuantSpec(precision), lambda: iter(feeds), out)
+    with load_runtime(backend.host_runtime).open(out, RuntimeOptions(threads=1)) as session, torch.inference_mode():
+        assert [(spec.name, spec.dtype) for spec in session.inputs] == [("ids", "int64"), ("mask", "int64")]
+        got = np.concatenate([session.run(values)["output"] for values in feeds])
+        wanted = np.concatenate([net(**{k: torch.from_numpy(v) for k, v in values.items()}) for values in feeds])
+    assert np.linalg.norm(got - wanted) <= ERROR[precision] * np.linalg.norm(wanted)
+
+
 def test_what_it_says_of_itself(backend: Backend) -> None:
     assert isinstance(backend.consumes, Source)
     assert set(backend.precisions) <= set(PRECISIONS)
