@@ -113,11 +113,19 @@ def inspect(
     weights: str | None = None,
     calib: str | None = None,
     preprocess: Any = None,
+    plot: str | Path | None = None,
     progress: Progress = silent,
 ) -> Inspection:
-    """How much of its row space and column space each layer uses on real inputs, and what factoring could save."""
-    from . import datasets, inspection, models
+    """How much of its row space and column space each layer uses on real inputs, and what factoring could save.
 
+    Args:
+        plot: an ``.html`` file that receives the spectra of both spaces of every layer as charts.
+    """
+    from . import datasets, inspection, models
+    from .report import spectra
+
+    if plot is not None:
+        spectra.check(Path(plot))
     loaded = models.load(model, weights)
     options = config.make({"model": loaded.reference, "preprocess": preprocess})
     recipe = options.preprocess or (loaded.sample.preprocess if loaded.sample else None)
@@ -126,7 +134,10 @@ def inspect(
         raise DataError(
             "calibration data", expected="some real inputs", got="none", hint="--calib FOLDER, .npz or module:callable"
         )
-    return inspection.inspect(loaded, split, progress)
+    found = inspection.inspect(loaded, split, progress)
+    if plot is not None:
+        spectra.write(found, Path(plot))
+    return found
 
 
 def data(model: str | nn.Module, *, progress: Progress = silent, **options: Unpack[Options]) -> DataReport:

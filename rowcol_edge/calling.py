@@ -111,10 +111,12 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 @dataclass(slots=True)
 class Calls:
-    """Which modules were entered: ``counts`` per name, ``stack`` of those not left (the culprit after an error)."""
+    """Which modules were entered: ``counts`` per name, ``stack`` of those not left (the culprit after an error), and
+    those that were given ``more`` than one argument."""
 
     counts: Counter[str] = field(default_factory=Counter)
     stack: list[str] = field(default_factory=list)
+    more: set[str] = field(default_factory=set)
 
     @property
     def innermost(self) -> str:
@@ -129,9 +131,11 @@ def watching(model: nn.Module) -> Iterator[Calls]:
     handles: list[Any] = []
 
     def enter(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls.counts[name] += 1
             calls.stack.append(name)
+            if len(args) + len(kwargs) > 1:
+                calls.more.add(name)
 
         return hook
 
@@ -140,7 +144,10 @@ def watching(model: nn.Module) -> Iterator[Calls]:
 
     try:
         for name, module in model.named_modules():
-            handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+            handles += [
+                module.register_forward_pre_hook(enter(name), with_kwargs=True),
+                module.register_forward_hook(leave),
+            ]
         yield calls
     finally:
         for handle in handles:

@@ -124,6 +124,7 @@ def inspect(
     weights: Weights = None,
     calib: Calib = None,
     preprocess: Preprocess = None,
+    plot: Annotated[Path | None, typer.Option(help="an .html file for the spectra of both spaces as charts")] = None,
     json: Json = False,
 ) -> None:
     """Show what each layer uses of its row and column space.
@@ -133,7 +134,7 @@ def inspect(
     from . import api
 
     with _progress() as progress:
-        found = api.inspect(model, weights=weights, calib=calib, preprocess=preprocess, progress=progress)
+        found = api.inspect(model, weights=weights, calib=calib, preprocess=preprocess, plot=plot, progress=progress)
     if json:
         _print_json(found.to_dict())
         return

@@ -22,14 +22,21 @@ from .job import Progress, silent
 from .models import LoadedModel
 from .search import BREAK_EVEN, DEFAULT_ENERGY
 
+_ENERGIES = (0.99, 0.999)
 _SPECTRUM_POINTS = 16
+_CURVE_POINTS = 24
+
+#: (rank, share of the variance in that many leading directions), ranks rising to all directions; () for no variance
+Curve = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerUse:
     """One layer. Ranks are how many directions hold 99 % and 99.9 % of the variance; None where nothing was measured.
 
-    ``column_spectrum`` is the share of output variance in the first 1/16, 2/16, … of the directions.
+    ``row_curve`` and ``column_curve`` are the spectra, at the utilised ranks and at others, closest where curves bend.
+    ``column_spectrum`` is the share of output variance in the first 1/16, 2/16, … of the directions. ``rows`` are those
+    measured: of fewer rows than directions, ranks say little.
     """
 
     name: str
@@ -44,9 +51,17 @@ class LayerUse:
     column_rank_99: int | None
     column_rank_999: int | None
     column_spectrum: tuple[float, ...]
+    row_curve: Curve
+    column_curve: Curve
+    rows: int | None
     break_even: int
     saves_parameters: int
     note: str
+
+    @property
+    def measured_thinly(self) -> bool:
+        """Fewer rows than directions: they cannot fill the space whatever the layer does."""
+        return self.rows is not None and self.rows <= max(self.row_size, self.column_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +102,11 @@ def _use(info: LayerInfo, spaces: Mapping[str, LayerSpaces], saves: int, note: s
     measured = spaces.get(info.name)
     row = measured.row_eigenvalues if measured else None
     column = measured.eigenvalues if measured else None
+    if column is not None and measured is not None and measured.constant:
+        column = np.zeros_like(column)  # rounding noise uses no direction
     kernel = "×".join(str(k) for k in info.kernel)
+    row_rank_99, row_rank_999 = _ranks(row)
+    column_rank_99, column_rank_999 = _ranks(column)
     return LayerUse(
         name=info.name,
         kind=info.kind,
@@ -95,20 +114,26 @@ def _use(info: LayerInfo, spaces: Mapping[str, LayerSpaces], saves: int, note: s
         parameters=info.parameters,
         macs=info.macs,
         row_size=info.in_features,
-        row_rank_99=_rank(row, 0.99),
-        row_rank_999=_rank(row, 0.999),
+        row_rank_99=row_rank_99,
+        row_rank_999=row_rank_999,
         column_size=info.out_features,
-        column_rank_99=_rank(column, 0.99),
-        column_rank_999=_rank(column, 0.999),
+        column_rank_99=column_rank_99,
+        column_rank_999=column_rank_999,
         column_spectrum=_spectrum(column),
+        row_curve=_curve(row),
+        column_curve=_curve(column),
+        rows=measured.samples if measured else None,
         break_even=info.break_even,
         saves_parameters=saves,
         note=note,
     )
 
 
-def _rank(eigenvalues: npt.NDArray[np.float64] | None, energy: float) -> int | None:
-    return None if eigenvalues is None else utilised_rank(eigenvalues, energy)
+def _ranks(eigenvalues: npt.NDArray[np.float64] | None) -> tuple[int | None, int | None]:
+    if eigenvalues is None:
+        return None, None
+    first, second = (utilised_rank(eigenvalues, energy) for energy in _ENERGIES)
+    return first, second
 
 
 def _spectrum(eigenvalues: npt.NDArray[np.float64] | None) -> tuple[float, ...]:
@@ -117,3 +142,14 @@ def _spectrum(eigenvalues: npt.NDArray[np.float64] | None) -> tuple[float, ...]:
     kept = np.concatenate([[0.0], np.cumsum(eigenvalues) / eigenvalues.sum()])
     at = np.linspace(0, len(eigenvalues), _SPECTRUM_POINTS + 1)[1:]
     return tuple(float(v) for v in np.interp(at, np.arange(len(kept)), kept))
+
+
+def _curve(eigenvalues: npt.NDArray[np.float64] | None) -> Curve:
+    if eigenvalues is None or eigenvalues.sum() <= 0:
+        return ()
+    size = len(eigenvalues)
+    # A spectrum bends at its first directions; evenly spaced ranks follow it where it does not fall at all.
+    used = [utilised_rank(eigenvalues, energy) for energy in _ENERGIES]
+    spaced = np.concatenate([np.geomspace(1, size, _CURVE_POINTS), np.linspace(1, size, _CURVE_POINTS), used])
+    kept = np.minimum(np.cumsum(eigenvalues) / eigenvalues.sum(), 1.0)
+    return tuple((int(rank), float(kept[rank - 1])) for rank in np.unique(np.rint(spaced).astype(int)))

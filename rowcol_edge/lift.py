@@ -1,7 +1,7 @@
 """A saved program as a model with layers: operators that take a weight become modules again.
 
 ``torch.export`` keeps parameters but no modules, so a ``.pt2`` has nothing to factor. ``lift`` puts ``nn.Linear``,
-``nn.Conv2d`` and batch norm modules back where their parameters say they were.
+convolutions and batch norms back as modules where their parameters say they were.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ __all__ = ["lift", "load_program"]
 
 _aten = torch.ops.aten
 _DROPOUT_OPS = frozenset((_aten.dropout.default, _aten.dropout_.default, _aten.feature_dropout.default))
+_PLAIN: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d}
+_TRANSPOSED: dict[int, Callable[..., nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
 _HELD = frozenset(("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
 
 
@@ -149,18 +151,18 @@ def _fits(module: nn.Module, arguments: Mapping[str, Any]) -> bool:
     """A second call through the same weight must ask for the same layer (same stride, same bias …)."""
     if (getattr(module, "bias", None) is None) != (arguments["bias"] is None):
         return False
-    keys = [key for key in ("stride", "padding", "dilation", "groups", "eps") if key in arguments]
-    return all(_same(getattr(module, key), arguments[key]) for key in keys)
+    wanted = ("stride", "padding", "output_padding", "dilation", "groups", "eps")
+    return all(_same(getattr(module, key), arguments[key]) for key in wanted if key in arguments)
 
 
 def _same(have: object, want: object) -> bool:
-    return have == _pair(want) if isinstance(have, tuple) else have == want
+    return have == _sides(want, len(have)) if isinstance(have, tuple) else have == want
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    """torch accepts one number, or a list of one, for both sides."""
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    return values[0], values[-1]
+def _sides(value: Any, count: int) -> tuple[int, ...]:
+    """torch accepts one number, or a list of one, for all sides."""
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    return values if len(values) == count else values * count
 
 
 def _linear(node: fx.Node, arguments: Mapping[str, Any]) -> nn.Module | None:
@@ -168,20 +170,19 @@ def _linear(node: fx.Node, arguments: Mapping[str, Any]) -> nn.Module | None:
     return nn.Linear(inputs, features, bias=arguments["bias"] is not None, device="meta")
 
 
-def _conv2d(node: fx.Node, arguments: Mapping[str, Any]) -> nn.Module | None:
-    channels, inputs, *kernel = arguments["weight"].meta["val"].shape
-    padding = arguments["padding"]
-    return nn.Conv2d(
-        inputs * arguments["groups"],
-        channels,
-        tuple(kernel),
-        stride=_pair(arguments["stride"]),
-        padding=padding if isinstance(padding, str) else _pair(padding),
-        dilation=_pair(arguments["dilation"]),
-        groups=arguments["groups"],
-        bias=arguments["bias"] is not None,
-        device="meta",
-    )
+def _convolution(node: fx.Node, arguments: Mapping[str, Any]) -> nn.Module | None:
+    first, second, *kernel = arguments["weight"].meta["val"].shape
+    groups, transposed = arguments["groups"], "output_padding" in arguments
+    inputs, outputs = (first, second * groups) if transposed else (second * groups, first)
+    # A padding may also be "same" or "valid".
+    options = {
+        key: value if isinstance(value, str) else _sides(value, len(kernel))
+        for key in ("stride", "padding", "output_padding", "dilation")
+        if (value := arguments.get(key)) is not None
+    }
+    kind = (_TRANSPOSED if transposed else _PLAIN)[len(kernel)]
+    bias = arguments["bias"] is not None
+    return kind(inputs, outputs, tuple(kernel), groups=groups, bias=bias, device="meta", **options)
 
 
 def _batch_norm(node: fx.Node, arguments: Mapping[str, Any]) -> nn.Module | None:
@@ -195,7 +196,11 @@ def _batch_norm(node: fx.Node, arguments: Mapping[str, Any]) -> nn.Module | None
 
 _BUILDERS: dict[Any, Callable[[fx.Node, Mapping[str, Any]], nn.Module | None]] = {
     _aten.linear.default: _linear,
-    _aten.conv2d.default: _conv2d,
-    _aten.conv2d.padding: _conv2d,
+    _aten.conv1d.default: _convolution,
+    _aten.conv1d.padding: _convolution,
+    _aten.conv2d.default: _convolution,
+    _aten.conv2d.padding: _convolution,
+    _aten.conv_transpose1d.default: _convolution,
+    _aten.conv_transpose2d.input: _convolution,
     _aten.batch_norm.default: _batch_norm,
 }

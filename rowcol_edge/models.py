@@ -62,6 +62,7 @@ def load(reference: str | nn.Module, weights: str | Path | None = None) -> Loade
         WeightsError: weights that do not fit (names the first keys that differ) or are not finite.
     """
     if isinstance(reference, nn.Module):
+        check_copyable(reference)
         # a copy: the caller's model keeps its mode, its device and its weights
         module, name, text, sample = (
             copy.deepcopy(reference),
@@ -72,6 +73,7 @@ def load(reference: str | nn.Module, weights: str | Path | None = None) -> Loade
     else:
         text = reference
         module, name, sample = _resolve(reference)
+        check_copyable(module)
     if sample is not None and weights is None:
         weights = sample.weights
     if weights is not None:
@@ -243,6 +245,20 @@ def _prefix_hint(missing: list[str], unexpected: list[str]) -> str:
                 f"the model's keys all start with {prefix!r}: save the inner module's weights or wrap it the same way"
             )
     return _OTHER_MODEL
+
+
+def check_copyable(module: nn.Module) -> None:
+    """Raises ModelError naming the first layer that holds a tensor with a history: torch cannot copy it."""
+    for name, layer in module.named_modules():
+        for key, value in vars(layer).items():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                raise ModelError(
+                    f"layer {name!r}" if name else "the model",
+                    expected="tensors that are parameters or buffers",
+                    got=f"a {key} that was computed from others",
+                    hint="torch.nn.utils.remove_weight_norm(layer) after training, or use "
+                    "torch.nn.utils.parametrizations.weight_norm; set any other such attribute to None",
+                )
 
 
 def check_finite(module: nn.Module) -> None:

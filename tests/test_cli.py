@@ -86,6 +86,68 @@ def test_inspect_shows_every_layer(model: dict[str, str], capsys: pytest.Capture
     assert "column" in capsys.readouterr().out
 
 
+SIGNAL = """
+import torch
+from torch import nn
+
+
+class Signal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.down, self.norm = nn.Conv1d(2, 48, 5, stride=2, padding=2), nn.BatchNorm1d(48)
+        self.middle = nn.Conv1d(48, 48, 3, padding=1)
+        self.up = nn.ConvTranspose1d(48, 32, 4, stride=2, padding=1)
+        self.end = nn.Conv1d(32, 2, 3, padding=1)
+
+    def forward(self, x):
+        x = torch.relu(self.middle(torch.relu(self.norm(self.down(x)))))
+        return self.end(torch.relu(self.up(x)))
+
+
+def build():
+    return Signal()
+"""
+
+
+def test_signals_are_inspected_drawn_and_factored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "signal_net.py").write_text(SIGNAL)
+    time = np.arange(32) * np.linspace(0.1, 1.0, 40)[:, None]
+    np.savez(tmp_path / "calib.npz", x=np.stack([np.sin(time), np.cos(3 * time)], 1).astype(np.float32))
+    common = [f"{tmp_path / 'signal_net.py'}:build", "--calib", str(tmp_path / "calib.npz")]
+    plot = tmp_path / "spectra.html"
+    assert run("inspect", *common, "--plot", str(plot), "--json") == 0
+    layers = {layer["name"]: layer for layer in json.loads(capsys.readouterr().out)["layers"]}
+    assert [layer["kind"] for layer in layers.values()] == ["conv1d", "conv1d", "convtranspose1d", "conv1d"]
+    up = layers["up"]
+    assert (up["shape"], up["macs"]) == ("32×48 4", 32 * 48 * 4 * 16)
+    assert 1 <= up["row_rank_99"] <= up["row_rank_999"] <= 48
+    for curve, size in ((up["row_curve"], 48), (up["column_curve"], 32)):
+        assert curve[-1] == [size, pytest.approx(1.0)]
+        assert curve == sorted(curve)
+    assert plot.read_text(encoding="utf-8").count("<svg") == sum(1 for x in layers.values() if x["rows"])
+    assert run("inspect", *common, "--plot", str(tmp_path / "spectra.png")) == 2
+    assert "ends in .html" in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert run("factor", *common, "--energy", "0.6", "--out", str(out), "--json") == 0
+    forms = {layer["name"]: layer["form"] for layer in json.loads(capsys.readouterr().out)["plan"]}
+    assert forms["up"] == forms["middle"] == "project"
+    assert run("inspect", str(out / "model.pt2"), *common[1:], "--json") == 0
+    kinds = {layer["name"]: layer["kind"] for layer in json.loads(capsys.readouterr().out)["layers"]}
+    assert (kinds["up.reduce"], kinds["up.expand"]) == ("convtranspose1d", "conv1d")
+
+
+def test_too_few_data_to_fill_the_spaces_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "wide.py").write_text(
+        "import torch\n\n\ndef wide():\n    return torch.nn.Sequential(torch.nn.Linear(40, 30))\n"
+    )
+    for samples, said in ((12, True), (64, False)):
+        inputs = np.random.default_rng(0).normal(size=(samples, 40)).astype(np.float32)
+        np.savez(tmp_path / f"{samples}.npz", x=inputs)
+        assert run("inspect", f"{tmp_path / 'wide.py'}:wide", "--calib", str(tmp_path / f"{samples}.npz")) == 0
+        assert (f"{samples} rows cannot fill" in " ".join(capsys.readouterr().out.split())) is said
+
+
 def test_what_the_user_named_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.py").write_text("import torch\n\n\ndef two():\n    return torch.nn.Linear(4, 4)\n")
     np.savez(tmp_path / "[red]calib.npz", x=np.ones((2, 4), np.float32), labels=np.array([0, 1]))

@@ -84,6 +84,40 @@ def test_same_outputs_and_layers(saved: tuple[nn.Module, Path]) -> None:
     assert set(model.state_dict()) <= set(lifted.state_dict())
 
 
+class Signals(nn.Module):
+    """One-dimensional and transposed convolutions; ``resized`` is called for another size each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv1d(2, 6, 4, stride=2, dilation=2)
+        self.same = nn.Conv1d(6, 6, 3, padding="same", bias=False)
+        self.up = nn.ConvTranspose1d(6, 4, 3, stride=3, output_padding=1)
+        self.wide = nn.ConvTranspose2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), groups=2)
+        self.resized = nn.ConvTranspose1d(4, 4, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.up(torch.relu(self.same(torch.relu(self.down(x)))))
+        sizes = [2 * x.shape[-1] + extra for extra in (1, 2)]
+        return self.wide(x.unflatten(2, (4, -1))), sum(self.resized(x, [size]).mean() for size in sizes)
+
+
+def test_signals_are_lifted_to_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Signals().eval(), torch.randn(2, 2, 16)
+    torch.export.save(torch.export.export(model, (x,), strict=False), tmp_path / "model.pt2")
+    lifted = lift(load_program(tmp_path / "model.pt2"))
+    with torch.no_grad():
+        assert all(torch.equal(got, want) for got, want in zip(lifted(x), model(x), strict=True))
+    for name in ("down", "same", "up", "wide"):
+        have, want = lifted.get_submodule(name), model.get_submodule(name)
+        assert type(have) is type(want)
+        assert repr(have) == repr(want)
+    graph = trace(lifted, {"x": x})
+    resized = graph.layer("resized")
+    assert resized is not None
+    assert (resized.calls, resized.own_calls) == (2, 1)  # one of two sizes is the layer's, the other stays an operator
+
+
 def test_lifted_model_traces_copies_and_exports(saved: tuple[nn.Module, Path]) -> None:
     _, path = saved
     lifted = copy.deepcopy(lift(load_program(path)))

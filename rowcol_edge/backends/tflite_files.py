@@ -227,7 +227,9 @@ def _weights(model: Any) -> Iterator[_Weight]:
         for operator in graph.operators:
             name = kind(model, operator)
             for position in _WEIGHTED.get(name, ()):
-                index, other = operator.inputs[position], operator.inputs[1 - position]
+                # a TRANSPOSE_CONV takes the shape of its output first
+                data = 2 if name == "TRANSPOSE_CONV" else 1 - position
+                index, other = operator.inputs[position], operator.inputs[data]
                 tensor = graph.tensors[behind.get(index, index)]
                 if model.buffers[tensor.buffer].data is not None:
                     activation = _TYPES[graph.tensors[other].type]

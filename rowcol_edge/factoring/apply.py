@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from rowcol_edge.errors import PlanError
+from rowcol_edge.factoring import splits
 from rowcol_edge.factoring.layers import skip_reasons
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan, nearest
 from rowcol_edge.factoring.spaces import LayerSpaces
@@ -26,7 +26,7 @@ def apply(model: nn.Module, plan: FactorPlan, spaces: Mapping[str, LayerSpaces],
     With ``U`` the leading ``r`` output eigenvectors, ``D = diag(λ^(α/2))``::
 
         reduce = D⁻¹ Uᵀ W      (no bias; a convolution keeps its kernel, stride, padding and dilation)
-        expand = U D           (1×1 for a convolution; bias  U Uᵀ b + (I − U Uᵀ) E[y])
+        expand = U D           (1×1 for a convolution, transposed or not; bias  U Uᵀ b + (I − U Uᵀ) E[y])
 
     the best rank-``r`` layer in mean square on the calibration inputs, centred. ``alpha`` only moves scale between the
     two (the product is the same): 0 leaves the latent channels their own ranges, 1 makes them equal; 0.5 is a
@@ -46,7 +46,7 @@ def apply(model: nn.Module, plan: FactorPlan, spaces: Mapping[str, LayerSpaces],
     result = copy.deepcopy(model)
     for layer in plan.projected:
         module = result.get_submodule(layer.name)
-        assert isinstance(module, nn.Linear | nn.Conv2d)  # skip_reasons lists no other kind without a reason
+        assert isinstance(module, nn.Linear | _ConvNd)  # skip_reasons lists no other kind without a reason
         result.set_submodule(layer.name, _project(module, layer, spaces[layer.name], alpha))
     _leave_fused_paths(result, {layer.name for layer in plan.projected})
     return result
@@ -65,10 +65,10 @@ def _check(layer: LayerPlan, reasons: Mapping[str, str], spaces: Mapping[str, La
         raise PlanError(f"layer {layer.name!r}: rank", expected=f"1 to {size}", got=str(layer.rank))
 
 
-def _project(module: nn.Linear | nn.Conv2d, layer: LayerPlan, spaces: LayerSpaces, alpha: float) -> nn.Sequential:
+def _project(module: nn.Linear | _ConvNd, layer: LayerPlan, spaces: LayerSpaces, alpha: float) -> nn.Sequential:
     rank = layer.rank or 0
     weight = module.weight
-    dense = weight.detach().double().cpu().numpy().reshape(weight.shape[0], -1)
+    dense = splits.matrix(module)
     if len(spaces.mean) != dense.shape[0]:
         raise PlanError(
             f"layer {layer.name!r}: its spaces are of another model",
@@ -79,11 +79,11 @@ def _project(module: nn.Linear | nn.Conv2d, layer: LayerPlan, spaces: LayerSpace
     scale = _latent_scale(spaces.eigenvalues[:rank], alpha)
     bias = np.zeros(dense.shape[0]) if module.bias is None else module.bias.detach().double().cpu().numpy()
     bias = spaces.mean + basis @ (basis.T @ (bias - spaces.mean))
-    reduce, expand = _parts(module, rank)
-    _set(reduce.weight, (basis.T @ dense) / scale[:, None], weight)
-    _set(expand.weight, basis * scale, weight)
+    reduce, expand = splits.column(module, rank)
+    splits.fill(reduce, (basis.T @ dense) / scale[:, None], weight)
+    splits.fill(expand, basis * scale, weight)
     assert expand.bias is not None
-    _set(expand.bias, bias, weight)
+    splits.put(expand.bias, bias, weight)
     return nn.Sequential(OrderedDict(reduce=reduce, expand=expand)).train(module.training)
 
 
@@ -93,36 +93,6 @@ def _latent_scale(eigenvalues: NDArray[np.float64], alpha: float) -> NDArray[np.
     if largest <= 0.0:
         return np.ones_like(eigenvalues)
     return np.asarray(np.maximum(eigenvalues, _FLOOR * largest) ** (alpha / 2.0), dtype=np.float64)
-
-
-def _parts(module: nn.Linear | nn.Conv2d, rank: int) -> tuple[nn.Linear, nn.Linear] | tuple[nn.Conv2d, nn.Conv2d]:
-    """Empty reduce and expand. skip_init: no random numbers are drawn, so the caller's generator stays where it is."""
-    options = {"device": module.weight.device, "dtype": module.weight.dtype}
-    skip_init = cast(Callable[..., Any], nn.utils.skip_init)
-    if isinstance(module, nn.Linear):
-        return (
-            skip_init(nn.Linear, module.in_features, rank, bias=False, **options),
-            skip_init(nn.Linear, rank, module.out_features, **options),
-        )
-    reduce = skip_init(
-        nn.Conv2d,
-        module.in_channels,
-        rank,
-        module.kernel_size,
-        stride=module.stride,
-        padding=module.padding,
-        dilation=module.dilation,
-        padding_mode=module.padding_mode,
-        bias=False,
-        **options,
-    )
-    return reduce, skip_init(nn.Conv2d, rank, module.out_channels, 1, **options)
-
-
-def _set(parameter: torch.Tensor, values: NDArray[np.float64], like: torch.Tensor) -> None:
-    with torch.no_grad():
-        parameter.copy_(torch.from_numpy(np.ascontiguousarray(values)).reshape(parameter.shape).to(like.dtype))
-    parameter.requires_grad_(like.requires_grad)
 
 
 def _leave_fused_paths(model: nn.Module, changed: set[str]) -> None:

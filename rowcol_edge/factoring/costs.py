@@ -10,18 +10,19 @@ from math import ceil
 class LayerInfo:
     """Shape, use and cost of one layer.
 
-    The factored form is the column form of ``project``: ``W (out × in·k²) ≈ B (out × r) · A (r × in·k²)``, the second
+    The factored form is the column split of ``project``: ``W (out × in·k²) ≈ B (out × r) · A (r × in·k²)``, the second
     part with a bias whether or not the layer had one (it takes up the mean of what is cut off).
     """
 
     name: str
-    kind: str  # "linear", "conv2d"; any other kind is reported, never factored
+    kind: str  # a value of layers.SUPPORTED; any other kind is reported, never factored
     in_features: int  # input channels of a convolution
     out_features: int  # output channels of a convolution
     kernel: tuple[int, ...] = ()  # () for a linear layer
     groups: int = 1
     bias: bool = True
     positions: int = 1  # rows the weight is applied to, per sample (pixels, tokens), summed over calls
+    outputs: int | None = None  # rows it gives where that is another number: a transposed convolution; None = positions
     calls: int = 1
     skip: str = ""  # why it must stay dense; "" = it may be factored
 
@@ -40,7 +41,10 @@ class LayerInfo:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of the dense layer, one sample."""
+        """Multiply-accumulates of the dense layer, one sample.
+
+        A transposed convolution spreads each input over its kernel, so its inputs count.
+        """
         return self.out_features * self.fan_in * self.positions
 
     def factored_parameters(self, rank: int) -> int:
@@ -48,8 +52,12 @@ class LayerInfo:
         return rank * (self.fan_in + self.out_features) + self.out_features
 
     def factored_macs(self, rank: int) -> int:
-        """Multiply-accumulates at this rank, one sample; the first part strides, so both see the same positions."""
-        return rank * (self.fan_in + self.out_features) * self.positions
+        """Multiply-accumulates at this rank, one sample.
+
+        The first part strides, so both see the same positions; of a transposed convolution the second sees more.
+        """
+        outputs = self.positions if self.outputs is None else self.outputs
+        return rank * (self.fan_in * self.positions + self.out_features * outputs)
 
     @property
     def break_even(self) -> int:

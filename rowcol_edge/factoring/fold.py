@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -42,7 +44,9 @@ def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     weight, bias = layer.weight, layer.bias
-    fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+    fuse: Callable[..., tuple[nn.Parameter, nn.Parameter]] = fuse_linear_bn_weights
+    if isinstance(layer, _ConvNd):
+        fuse = partial(fuse_conv_bn_weights, transpose=layer.transposed)
     # Both None where the batch norm is not affine.
     scale, shift = cast("torch.Tensor | None", norm.weight), cast("torch.Tensor | None", norm.bias)
     new_weight, new_bias = fuse(

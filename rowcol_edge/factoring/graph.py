@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,7 +13,7 @@ from torch.export.graph_signature import ExportGraphSignature
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from rowcol_edge.calling import bind, evaluating, quiet, watching
+from rowcol_edge.calling import Calls, bind, evaluating, quiet, watching
 from rowcol_edge.errors import ModelError, RowcolError, UnsupportedOpError
 
 _aten = torch.ops.aten
@@ -40,8 +40,10 @@ class GraphLayer:
     calls: int  # operators that take its weight
     own_calls: int  # of these, through the module's own ``forward``
     elsewhere: bool  # its weight also feeds another kind of operator
-    positions: int  # rows the weight is applied to, per sample, summed over calls
-    flat: bool  # output is (N, features), so a batch norm behind a linear layer acts on features
+    positions: int  # rows the weight is applied to (inputs of a transposed convolution), per sample, summed over calls
+    outputs: int  # rows it gives, counted alike
+    second: bool  # its features are the second axis of its output, on which a batch norm acts
+    resized: bool  # called with an output size beside its input
     consumer: str = ""  # the layer that alone takes its output, with nothing in between
 
 
@@ -110,9 +112,8 @@ def trace(model: nn.Module, example: Mapping[str, torch.Tensor]) -> LayerGraph:
                     got=f"{shapes}: {_first_line(error)}",
                     hint="hand over what it was trained on: floats scaled as then, or pictures with --preprocess",
                 ) from error
-        counts = dict(calls.counts)
         program = _export(model, args, kwargs)
-    return _Reader(model, program, counts, _batch_size(example)).read()
+    return _Reader(model, program, calls, _batch_size(example)).read()
 
 
 def _export(
@@ -143,14 +144,13 @@ def _batch_size(example: Mapping[str, torch.Tensor]) -> int:
 class _Reader:
     """Reads one exported graph against the module tree. Nodes are tied to modules by parameter, never by node name."""
 
-    def __init__(
-        self, model: nn.Module, program: torch.export.ExportedProgram, own_calls: Mapping[str, int], batch: int
-    ) -> None:
+    def __init__(self, model: nn.Module, program: torch.export.ExportedProgram, calls: Calls, batch: int) -> None:
         self.program = program
         self.placeholders: dict[str, fx.Node] = {
             node.name: node for node in program.graph.nodes if node.op == "placeholder"
         }
-        self.own_calls = own_calls
+        self.own_calls = calls.counts
+        self.resized = calls.more
         self.batch = batch
         kinds = nn.Linear | _ConvNd | _BatchNorm
         self.modules = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
@@ -187,7 +187,11 @@ class _Reader:
     def _layer(self, name: str) -> GraphLayer:
         nodes = self.nodes.get(name, [])
         module = self.modules[name]
-        values = [node.meta["val"] for node in nodes]
+        given = [node.meta["val"] for node in nodes]
+        positions = outputs = self._rows(given, _features(module))
+        if isinstance(module, _ConvNd) and module.transposed:
+            taken = [cast(fx.Node, node.args[0]).meta["val"] for node in nodes]
+            positions = self._rows(taken, module.in_channels)
         elsewhere = any(
             user not in nodes
             for placeholder, owner in self.owners.items()
@@ -199,10 +203,16 @@ class _Reader:
             calls=len(nodes),
             own_calls=self.own_calls.get(name, 0),
             elsewhere=elsewhere,
-            positions=sum(math.prod(value.shape) // (_features(module) * self.batch) for value in values),
-            flat=bool(values) and all(value.dim() == 2 for value in values),
+            positions=positions,
+            outputs=outputs,
+            second=bool(given) and all(value.dim() == 2 + _spatial_axes(module) for value in given),
+            resized=name in self.resized,
             consumer=self._consumer(nodes[0]) if len(nodes) == 1 else "",
         )
+
+    def _rows(self, values: Iterable[torch.Tensor], features: int) -> int:
+        """Positions per sample, summed over calls."""
+        return sum(math.prod(value.shape) // (features * self.batch) for value in values)
 
     def _couplings(self, once: Mapping[str, GraphLayer]) -> tuple[Coupling, ...]:
         behind = {name: self._consumer(self.nodes[name][0], _SAME_OPS | _RELU_OPS) for name in once}
@@ -231,9 +241,9 @@ class _Reader:
         module, batchnorm = self.modules[layer.name], self.modules[norm]
         if not isinstance(batchnorm, _BatchNorm) or batchnorm.running_mean is None or batchnorm.running_var is None:
             return False
-        if isinstance(module, nn.Linear):
-            return layer.flat and module.out_features == batchnorm.num_features
-        return isinstance(module, _ConvNd) and not module.transposed and module.out_channels == batchnorm.num_features
+        # The kernel of a grouped transposed convolution holds the output channels of each group in one place.
+        grouped = isinstance(module, _ConvNd) and module.transposed and module.groups != 1
+        return layer.second and not grouped and _features(module) == batchnorm.num_features
 
     def _factored(self, once: Mapping[str, GraphLayer], norm_of: Mapping[str, str]) -> tuple[FactoredPair, ...]:
         found = []
@@ -250,6 +260,10 @@ def _features(module: nn.Module) -> int:
     if isinstance(module, nn.Linear):
         return module.out_features
     return module.out_channels if isinstance(module, _ConvNd) else cast(_BatchNorm, module).num_features
+
+
+def _spatial_axes(module: nn.Module) -> int:
+    return len(module.kernel_size) if isinstance(module, _ConvNd) else 0
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
@@ -282,14 +296,20 @@ def _bottleneck(first: nn.Module, second: nn.Module) -> int:
     if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
         weights, dense = first.weight.numel() + second.weight.numel(), first.in_features * second.out_features
         return first.out_features if weights < dense else 0
-    if not isinstance(first, nn.Conv2d) or not isinstance(second, nn.Conv2d) or first.groups != 1 or second.groups != 1:
+    if not isinstance(first, _ConvNd) or not isinstance(second, _ConvNd) or first.groups != 1 or second.groups != 1:
         return 0
-    if not (_pointwise(first) or _pointwise(second)):
+    if _spatial_axes(first) != _spatial_axes(second) or not (_absorbed(first, second) or _absorbed(second, first)):
         return 0
     taps = math.prod(first.kernel_size) * math.prod(second.kernel_size)
     weights, dense = first.weight.numel() + second.weight.numel(), first.in_channels * second.out_channels * taps
     return first.out_channels if weights < dense else 0
 
 
-def _pointwise(module: nn.Conv2d) -> bool:
-    return math.prod(module.kernel_size) == 1 and module.padding in ((0, 0), "valid", "same")
+def _absorbed(pointwise: _ConvNd, other: _ConvNd) -> bool:
+    """Could the other's kernel hold both, because the first is nothing but a matrix over the channels?
+
+    A stride of its own has no place in a transposed convolution.
+    """
+    plain = pointwise.padding in ("valid", "same") or not any((*pointwise.padding, *pointwise.output_padding))
+    strides = (pointwise.transposed or other.transposed) and math.prod(pointwise.stride) != 1
+    return math.prod(pointwise.kernel_size) == 1 and plain and not strides

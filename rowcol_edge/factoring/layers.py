@@ -13,8 +13,16 @@ from torch.nn.utils import parametrize
 from rowcol_edge.factoring.costs import LayerInfo
 from rowcol_edge.factoring.graph import GraphLayer, LayerGraph
 
-SUPPORTED: dict[type[nn.Module], str] = {nn.Linear: "linear", nn.Conv2d: "conv2d"}
+SUPPORTED: dict[type[nn.Module], str] = {
+    nn.Linear: "linear",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.ConvTranspose1d: "convtranspose1d",
+    nn.ConvTranspose2d: "convtranspose2d",
+}
 ALREADY_FACTORED = "already factored"  # how the reason of a layer of a bottleneck pair begins
+_COMPUTES = ("__call__", "forward", "_conv_forward", "_output_padding")
+"""Methods that decide what a layer computes."""
 
 
 def survey(model: nn.Module, graph: LayerGraph) -> dict[str, LayerInfo]:
@@ -32,16 +40,34 @@ def survey(model: nn.Module, graph: LayerGraph) -> dict[str, LayerInfo]:
         module = model.get_submodule(layer.name)
         if isinstance(module, nn.Linear | _ConvNd):
             reason = static[layer.name] or _use_reason(layer) or factored.get(layer.name, "")
-            info = describe(layer.name, module, positions=layer.positions, calls=layer.calls, skip=reason)
+            info = describe(
+                layer.name,
+                module,
+                positions=layer.positions,
+                outputs=layer.outputs,
+                calls=layer.calls,
+                skip=reason,
+            )
             small = not reason and info.break_even < 1
             found[layer.name] = replace(info, skip="too small to factor") if small else info
     return found
 
 
+def base(module: nn.Module) -> type[nn.Module] | None:
+    """The kind of layer that it is, of those that can be factored."""
+    return next((kind for kind in SUPPORTED if isinstance(module, kind)), None)
+
+
 def describe(
-    name: str, module: nn.Linear | _ConvNd, *, positions: int = 1, calls: int = 1, skip: str = ""
+    name: str,
+    module: nn.Linear | _ConvNd,
+    *,
+    positions: int = 1,
+    outputs: int | None = None,
+    calls: int = 1,
+    skip: str = "",
 ) -> LayerInfo:
-    """Shape and cost of one module."""
+    """Shape and cost of one module; ``outputs`` as in `LayerInfo`."""
     if isinstance(module, nn.Linear):
         return LayerInfo(
             name=name,
@@ -53,15 +79,17 @@ def describe(
             calls=calls,
             skip=skip,
         )
+    kind = base(module)
     return LayerInfo(
         name=name,
-        kind="conv2d" if isinstance(module, nn.Conv2d) else type(module).__name__.lower(),
+        kind=SUPPORTED[kind] if kind else type(module).__name__.lower(),
         in_features=module.in_channels,
         out_features=module.out_channels,
         kernel=tuple(module.kernel_size),
         groups=module.groups,
         bias=module.bias is not None,
         positions=positions,
+        outputs=outputs if module.transposed else None,
         calls=calls,
         skip=skip,
     )
@@ -80,17 +108,18 @@ def skip_reasons(model: nn.Module) -> dict[str, str]:
 
 
 def _module_reason(module: nn.Module) -> str:
-    base = next((base for base in SUPPORTED if isinstance(module, base)), None)
-    if base is None:
+    kind = base(module)
+    if kind is None:
         return f"{type(module).__name__} is not factored"
     if parametrize.is_parametrized(module) or module._parameters.get("weight") is None:
         return "its weight is parametrized"
-    if type(module).forward is not base.forward:
+    own = any(getattr(type(module), name, None) is not getattr(kind, name, None) for name in _COMPUTES)
+    if own or "forward" in vars(module):
         return f"{type(module).__name__} has a forward of its own"
     # A replacement would lose them silently.
     if module._forward_hooks or module._forward_pre_hooks:
         return "hooks are attached to it"
-    if isinstance(module, nn.Conv2d) and module.groups != 1:
+    if isinstance(module, _ConvNd) and module.groups != 1:
         depthwise = module.groups == module.in_channels
         return "depthwise convolution" if depthwise else f"grouped convolution ({module.groups} groups)"
     weight = module._parameters["weight"]
@@ -109,6 +138,8 @@ def _use_reason(layer: GraphLayer) -> str:
         return "never called"
     if layer.own_calls == 0 or layer.elsewhere or layer.own_calls < layer.calls:
         return "its weight is used without calling it"
+    if layer.resized:
+        return "called with an output size beside its input"
     if layer.own_calls > 1:
         return f"shared: called {layer.own_calls} times"
     return ""

@@ -12,14 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from rowcol_edge.calling import bind, evaluating, feed
 from rowcol_edge.errors import DataError, ModelError
+from rowcol_edge.factoring.layers import SUPPORTED, base
 
 Progress = Callable[[str, int, int], None]
 Array = NDArray[np.float64]
 
 _CHUNK_VALUES = 1 << 21  # activation values widened to float64 at a time: 16 MB
+_NOISE = 1e-12  # variance over squared size that float32 activations may have for being rounded
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,7 +37,7 @@ class LayerSpaces:
     basis: Array  # (out, out), eigenvectors in columns, the largest entry of each positive
     mean: Array  # (out,) E[y]
     samples: int  # rows counted (images × pixels or tokens); fewer than `out` of them cannot fill the space
-    row_eigenvalues: Array | None = None  # (in,) of cov(x) over features or input channels
+    row_eigenvalues: Array | None = None  # (in,) of cov(x) over features or input channels; zeros if x is constant
 
     @property
     def variance(self) -> float:
@@ -44,7 +47,11 @@ class LayerSpaces:
     @property
     def constant(self) -> bool:
         """The output does not vary: its variance is rounding noise beside its size."""
-        return self.variance <= 1e-12 * float(self.mean @ self.mean)
+        return _is_constant(self.eigenvalues, self.mean)
+
+
+def _is_constant(eigenvalues: Array, mean: Array) -> bool:
+    return float(eigenvalues.sum()) <= _NOISE * float(mean @ mean)
 
 
 def utilised_rank(eigenvalues: Array, energy: float = 0.99) -> int:
@@ -134,8 +141,9 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
         module = model.get_submodule(name)
     except AttributeError as error:
         raise ModelError(f"no layer {name!r} in the model") from error
-    if not isinstance(module, nn.Linear | nn.Conv2d):
-        raise ModelError(f"layer {name!r}", expected="Linear or Conv2d", got=type(module).__name__)
+    if base(module) is None:
+        kinds = ", ".join(kind.__name__ for kind in SUPPORTED)
+        raise ModelError(f"layer {name!r}", expected=f"one of {kinds}", got=type(module).__name__)
     return module
 
 
@@ -163,7 +171,7 @@ class _Moments:
         self.gram = torch.zeros(0, dtype=torch.float64)
 
     def add(self, values: torch.Tensor, channels: int, limit: int) -> None:
-        """``values``: a layer's input or output, features on axis ``channels`` (−1 linear, −3 convolution)."""
+        """``values``: a layer's input or output, features on axis ``channels`` (−1 linear, −2 or −3 convolution)."""
         if channels == -1:
             maps = (
                 values.flatten(1, -2).transpose(1, 2) if values.dim() > 2 else values.reshape(-1, values.shape[-1], 1)
@@ -199,7 +207,8 @@ def _hooks(
     handles = []
     try:
         for name, module in watched.items():
-            handles.append(module.register_forward_hook(_observer(module, outputs[name], inputs.get(name), limit)))
+            observer = _observer(module, outputs[name], inputs.get(name), limit)
+            handles.append(module.register_forward_hook(observer, with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -207,12 +216,13 @@ def _hooks(
 
 
 def _observer(layer: nn.Module, output: _Moments, row: _Moments | None, limit: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], result: torch.Tensor) -> None:
-        # A convolution has its channels third from the end, batched or not.
-        channels = -1 if isinstance(layer, nn.Linear) else -3
+    # A convolution has its channels before its spatial axes, batched or not.
+    channels = -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor) -> None:
         output.add(result, channels, limit)
         if row is not None:
-            row.add(args[0], channels, limit)
+            row.add(args[0] if args else kwargs["input"], channels, limit)
 
     return hook
 
@@ -235,7 +245,10 @@ def _decompose(name: str, output: _Moments, row: _Moments | None) -> LayerSpaces
     peaks = basis[np.abs(basis).argmax(axis=0), np.arange(basis.shape[1])]
     row_values = None
     if row is not None:
-        row_values = torch.linalg.eigvalsh(row.covariance()[1]).flip(0).clamp_(min=0).cpu().numpy()
+        row_mean, row_covariance = row.covariance()
+        row_values = torch.linalg.eigvalsh(row_covariance).flip(0).clamp_(min=0).cpu().numpy()
+        if _is_constant(row_values, row_mean.cpu().numpy()):
+            row_values = np.zeros_like(row_values)
     return LayerSpaces(
         name=name,
         eigenvalues=values.flip(0).clamp_(min=0).cpu().numpy(),

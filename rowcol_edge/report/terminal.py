@@ -84,17 +84,24 @@ def target(board: Target) -> None:
 
 
 def inspection(found: Inspection) -> None:
-    """One row a layer: how many directions of its row and column space hold 99.9 % of the variance."""
+    """One row a layer: how many directions of its row and column space hold 99 and 99.9 % of the variance."""
     table = _table(
         f"{found.model}: {found.parameters:,} parameters, {found.macs / 1e6:,.1f} M MACs, {found.samples} samples",
-        [("layer", "l"), ("out×in", "l"), ("row use", "r"), ("column use", "r"), ("spectrum", "l"), ("saves", "r")],
+        [
+            ("layer", "l"),
+            ("out×in", "l"),
+            ("row use\n99, 99.9 %", "r"),
+            ("column use\n99, 99.9 %", "r"),
+            ("spectrum", "l"),
+            ("saves", "r"),
+        ],
     )
     for layer in found.layers:
         table.add_row(
             layer.name,
             layer.shape,
-            _use(layer.row_rank_999, layer.row_size),
-            _use(layer.column_rank_999, layer.column_size),
+            _use(layer.row_rank_99, layer.row_rank_999, layer.row_size),
+            _use(layer.column_rank_99, layer.column_rank_999, layer.column_size),
             _spectrum(layer),
             f"{layer.saves_parameters:,}" if layer.saves_parameters else "–",
         )
@@ -103,10 +110,13 @@ def inspection(found: Inspection) -> None:
     for layer in found.layers:
         if layer.note and layer.column_rank_999 is None:
             console.print(f"left alone: {layer.name}: {layer.note}")
+    for layer in found.layers:
+        if layer.measured_thinly:
+            console.print(f"too few data: {layer.name}: {layer.rows} rows cannot fill its spaces; do not trust its use")
     share = found.saves_parameters / max(1, found.parameters)
     console.print(
-        "Use: directions that hold 99.9 % of the variance, of all. Spectrum: variance in each eighth of the output's "
-        "directions.\nAt 99.9 % a layer, factoring saves "
+        "Use: directions that hold 99 and 99.9 % of the variance, of all. Spectrum: variance in each eighth of the "
+        "output's directions.\nAt 99.9 % a layer, factoring saves "
         f"{found.saves_parameters:,} parameters ({share:.0%}). What that costs in quality, build finds out.",
     )
 
@@ -129,8 +139,8 @@ def diagnosis(found: Diagnosis) -> None:
     console.print(verdict(found))
 
 
-def _use(rank: int | None, size: int) -> str:
-    return "–" if rank is None else f"{rank}/{size}"
+def _use(rank_99: int | None, rank_999: int | None, size: int) -> str:
+    return "–" if rank_99 is None else f"{rank_99}, {rank_999}/{size}"
 
 
 def _spectrum(layer: LayerUse) -> str:

@@ -49,6 +49,32 @@ def test_outputs_stay(affine: bool, bias: bool) -> None:
         assert torch.equal(model(x), before)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_transposed_and_one_dimensional_convolutions(bias: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(2, 6, 3, bias=bias),
+        nn.BatchNorm1d(6),
+        nn.ConvTranspose1d(6, 4, 4, stride=2, bias=bias),
+        nn.BatchNorm1d(4),
+        nn.ReLU(),
+        nn.Unflatten(2, (6, 3)),
+        nn.ConvTranspose2d(4, 4, 3, stride=2, output_padding=1, bias=bias),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.ConvTranspose2d(4, 4, 2, groups=4, bias=bias),
+        nn.BatchNorm2d(4),
+    )
+    _random_norms(model)
+    x = torch.randn(4, 2, 10)
+    folded = fold_batchnorm(model, trace(model, {"input": x}))
+    with torch.no_grad():
+        before, after = model(x), folded(x)
+    assert float((after - before).norm() / before.norm()) < 1e-5
+    left = [name for name, module in folded.named_modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+    assert left == ["10"]  # behind a grouped transposed convolution
+
+
 def test_half_precision_keeps_its_type() -> None:
     model = _random_norms(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))).to(torch.bfloat16)
     x = torch.randn(2, 1, 6, 6, dtype=torch.bfloat16)

@@ -39,6 +39,30 @@ def test_calls_order_and_positions() -> None:
     assert graph.layer("nothing") is None
 
 
+def test_a_transposed_convolution_works_at_its_inputs() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 3, 3, stride=2), nn.ConvTranspose1d(3, 4, 4, stride=3))
+    layers = trace(model, {"input": torch.randn(5, 2, 11)}).layers
+    assert [(layer.positions, layer.outputs) for layer in layers] == [(5, 5), (5, 16)]
+    layers = trace(nn.Sequential(nn.ConvTranspose2d(3, 4, 2, stride=2)), {"input": torch.randn(2, 3, 4, 5)}).layers
+    assert [(layer.positions, layer.outputs) for layer in layers] == [(20, 80)]
+
+
+def test_batch_norm_over_positions_is_no_pair() -> None:
+    class Unbatched(nn.Module):
+        """Its batch norm takes (channels, positions) for (samples, features)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(2, 5, 1), nn.BatchNorm1d(5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.conv(x[0]))[None]
+
+    assert trace(Unbatched(), {"x": torch.randn(1, 2, 5)}).batchnorms == ()
+    batched = nn.Sequential(nn.Conv1d(2, 5, 1), nn.BatchNorm1d(5))
+    assert trace(batched, {"input": torch.randn(1, 2, 5)}).batchnorms == (BatchNormPair("0", "1"),)
+
+
 def test_training_flags_and_hooks_are_put_back() -> None:
     model = Net().train()
     model.bn1.eval()
@@ -84,6 +108,12 @@ def test_linear_batchnorm_needs_features_on_the_channel_axis() -> None:
         ([nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 3)], (2, 16, 5, 5), 4),
         ([nn.Conv2d(16, 4, 3), nn.Conv2d(4, 16, 3)], (2, 16, 5, 5), 0),  # no single convolution equals the two
         ([nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 16, 1)], (2, 16, 5, 5), 0),  # depthwise separable
+        ([nn.Conv1d(16, 4, 3), nn.Conv1d(4, 16, 1)], (2, 16, 9), 4),
+        ([nn.ConvTranspose1d(16, 4, 3, stride=2), nn.Conv1d(4, 16, 1)], (2, 16, 9), 4),
+        ([nn.ConvTranspose2d(16, 4, 3, stride=2), nn.Conv2d(4, 16, 1)], (2, 16, 5, 5), 4),
+        ([nn.Conv2d(16, 4, 1), nn.ConvTranspose2d(4, 16, 3, stride=2)], (2, 16, 5, 5), 4),
+        ([nn.ConvTranspose2d(16, 4, 3, stride=2), nn.Conv2d(4, 16, 1, stride=2)], (2, 16, 5, 5), 0),  # two strides
+        ([nn.Conv2d(16, 4, 3), nn.ConvTranspose2d(4, 16, 3)], (2, 16, 5, 5), 0),
     ],
 )
 def test_already_factored(layers: list[nn.Module], shape: tuple[int, ...], rank: int) -> None:

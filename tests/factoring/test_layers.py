@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -17,6 +20,13 @@ class Own(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + 1
+
+
+class OwnKernel(nn.Conv2d):
+    """A convolution with another kernel than its weight."""
+
+    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return super()._conv_forward(x, weight - weight.mean(), bias)
 
 
 class Zoo(nn.Module):
@@ -39,7 +49,13 @@ class Zoo(nn.Module):
         self.factored_b = nn.Linear(4, 16)
         self.grouped = nn.Conv2d(4, 8, 1, groups=2)
         self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
-        self.conv1d = nn.Conv1d(8, 8, 1)
+        self.signal = nn.Conv1d(8, 8, 1)
+        self.wider = nn.ConvTranspose1d(8, 8, 2, stride=2)
+        self.resized = nn.ConvTranspose1d(8, 8, 3, stride=2)
+        self.volume = nn.Conv3d(8, 8, 1)
+        self.kernel = OwnKernel(8, 8, 1)
+        self.patched = nn.Linear(16, 16)
+        self.patched.forward = lambda x: x
         self.hooked = nn.Linear(16, 16)
         self.hooked.register_forward_hook(lambda module, args, output: output * 2)
         self.broken = nn.Linear(16, 16)
@@ -52,7 +68,10 @@ class Zoo(nn.Module):
         y = F.relu(y + self.read_twice.weight.sum())
         y = F.relu(self.hooked(self.factored_b(self.factored_a(y)).relu()))
         image = self.depthwise(F.relu(self.grouped(y.reshape(-1, 4, 2, 2))).repeat(1, 1, 2, 2))
-        z = self.conv1d(F.relu(image).flatten(2))
+        z = self.wider(F.relu(self.signal(F.relu(self.kernel(image)).flatten(2))))
+        z = self.resized(F.relu(z), output_size=[2 * z.shape[-1] + 2])
+        z = self.volume(F.relu(z)[..., None, None])
+        y = self.patched(y)
         return self.tiny(y) + z.mean() + self.broken(y).sum()
 
 
@@ -60,7 +79,7 @@ def test_every_reason() -> None:
     model = Zoo()
     infos = survey(model, trace(model, {"x": torch.randn(2, 16)}))
     reasons = {name: info.skip for name, info in infos.items()}
-    assert reasons.pop("good") == ""
+    assert [reasons.pop(name) for name in ("good", "signal", "wider")] == ["", "", ""]
     assert reasons.pop("parametrized") == "its weight is parametrized"
     assert reasons == {
         "shared": "shared: called 2 times",
@@ -75,7 +94,10 @@ def test_every_reason() -> None:
         "factored_b": "already factored: rank 4 with factored_a",
         "grouped": "grouped convolution (2 groups)",
         "depthwise": "depthwise convolution",
-        "conv1d": "Conv1d is not factored",
+        "resized": "called with an output size beside its input",
+        "volume": "Conv3d is not factored",
+        "kernel": "OwnKernel has a forward of its own",
+        "patched": "Linear has a forward of its own",
         "hooked": "hooks are attached to it",
         "broken": "its weight is not finite floating point",
     }
@@ -88,19 +110,25 @@ def test_static_reasons_need_no_run() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("make", [lambda b: nn.Linear(20, 12, bias=b), lambda b: nn.Conv2d(5, 12, (3, 2), bias=b)])
-def test_costs_match_modules(make: object, bias: bool) -> None:
-    module = make(bias)  # type: ignore[operator]
-    info = describe("x", module, positions=7)
+@pytest.mark.parametrize(
+    ("whole", "reduce", "expand", "outputs"),
+    [
+        (partial(nn.Linear, 20, 12), partial(nn.Linear, 20, 3), nn.Linear(3, 12), 7),
+        (partial(nn.Conv1d, 5, 12, 3), partial(nn.Conv1d, 5, 3, 3), nn.Conv1d(3, 12, 1), 7),
+        (partial(nn.Conv2d, 5, 12, (3, 2)), partial(nn.Conv2d, 5, 3, (3, 2)), nn.Conv2d(3, 12, 1), 7),
+        (partial(nn.ConvTranspose1d, 5, 12, 4), partial(nn.ConvTranspose1d, 5, 3, 4), nn.Conv1d(3, 12, 1), 30),
+        (partial(nn.ConvTranspose2d, 5, 12, 2), partial(nn.ConvTranspose2d, 5, 3, 2), nn.Conv2d(3, 12, 1), 28),
+    ],
+)
+def test_costs_match_modules(
+    whole: Callable[..., nn.Module], reduce: Callable[..., nn.Module], expand: nn.Module, outputs: int, bias: bool
+) -> None:
+    module, first = whole(bias=bias), reduce(bias=False)
+    info = describe("x", module, positions=7, outputs=outputs)
     assert info.parameters == sum(p.numel() for p in module.parameters())
     assert info.macs == module.weight.numel() * 7
-    rank = 3
-    if isinstance(module, nn.Linear):
-        parts = (nn.Linear(20, rank, bias=False), nn.Linear(rank, 12))
-    else:
-        parts = (nn.Conv2d(5, rank, (3, 2), bias=False), nn.Conv2d(rank, 12, 1))
-    assert info.factored_parameters(rank) == sum(p.numel() for part in parts for p in part.parameters())
-    assert info.factored_macs(rank) == sum(part.weight.numel() for part in parts) * 7
+    assert info.factored_parameters(3) == sum(p.numel() for part in (first, expand) for p in part.parameters())
+    assert info.factored_macs(3) == first.weight.numel() * 7 + expand.weight.numel() * outputs
 
 
 @pytest.mark.parametrize("bias", [True, False])

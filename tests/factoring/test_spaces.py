@@ -104,7 +104,7 @@ def test_bad_data() -> None:
         collect(model, _batches((2, 3)), ["0", "1"])
     with pytest.raises(ModelError, match="no layer 'x'"):
         collect(model, _batches((2, 3)), ["x"])
-    with pytest.raises(ModelError, match="expected Linear or Conv2d"):
+    with pytest.raises(ModelError, match="expected one of Linear, Conv1d, Conv2d"):
         collect(model, _batches((2, 3)), [""])
 
 
