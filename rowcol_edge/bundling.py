@@ -108,7 +108,9 @@ def write(
         f"arms/{arm.name}{companion.suffix}": companion for arm in arms for companion in arm.artifact.companions
     }
     extra.update(recipes.files(manifest))
-    manifest.build["notes"] += recipes.left_out(manifest)
+    manifest = replace(
+        manifest, build=manifest.build | {"notes": [*manifest.build["notes"], *recipes.left_out(manifest)]}
+    )
     if arms[0].plan is not None:
         extra[PLAN_NAME] = arms[0].plan.to_toml().encode()
     if job.model.sample is not None:  # its weights, and the golden inputs taken from its data, have terms of their own
