@@ -366,18 +366,9 @@ def run(
     json: Json = False,
 ) -> None:
     """Run the packaged model on images."""
-    from .device.bundle import Bundle
-    from .device.main import prediction_text, predictions, warn_of_machine
-    from .device.predictor import Predictor
+    from .device.main import answer
 
-    with Bundle.open(bundle) as opened:
-        warn_of_machine(opened)
-        with Predictor(opened, arm=arm, threads=threads) as predictor:
-            if json:
-                _print_json(predictions(predictor, images))
-                return
-            for image in images:
-                typer.echo(f"{image}: {prediction_text(predictor.predict(image))}")
+    answer(bundle, images, arm, threads, as_json=json)
 
 
 @app.command()

@@ -169,18 +169,25 @@ def verify_text(report: VerifyReport) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
+    answer(options.bundle, options.images, options.arm, options.threads, as_json=options.json)
+    return 0
+
+
+def answer(
+    path: str | Path, images: Sequence[str | Path], arm: str | None, threads: int | None, *, as_json: bool
+) -> None:
+    """Print the answer for each file, as the command ``run`` does, and as the build side's command does too."""
     from .bundle import Bundle
     from .predictor import Predictor
 
-    with Bundle.open(options.bundle) as bundle:
+    with Bundle.open(path) as bundle:
         warn_of_machine(bundle)
-        with Predictor(bundle, arm=options.arm, threads=options.threads) as predictor:
-            if options.json:
-                _print_json(predictions(predictor, options.images))
-                return 0
-            for image in options.images:
+        with Predictor(bundle, arm=arm, threads=threads) as predictor:
+            if as_json:
+                _print_json(predictions(predictor, images))
+                return
+            for image in images:
                 print(f"{image}: {prediction_text(predictor.predict(image))}", flush=True)
-    return 0
 
 
 def warn_of_machine(bundle: Bundle) -> None:
