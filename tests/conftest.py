@@ -86,8 +86,13 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"ROWCOL_REQUIRE_SYSTEM=1, but this system lacks {', '.join(missing)}")
 
 
+LONG = ("test_arm64", "test_frames", "test_oldest_runtime", "test_tflite_boards")
+"""Modules that take a minute or more: begun first, so that no worker is left alone with one at the end."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `system(NAME)` run where NAME is there; elsewhere they are left out and the last lines say so."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
     missing = set(_missing())
     left_out = []
     for item in items:

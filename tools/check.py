@@ -21,7 +21,8 @@ CHECKS: dict[str, list[str]] = {
         *("vermin", "--target=3.10-", "--no-tips", "--violations", "--eval-annotations"),
         *("rowcol_edge/device", "rowcol_edge/errors.py"),
     ],
-    "pytest": ["pytest", "-n", "auto", "--dist", "loadfile", *sys.argv[1:]],
+    # in the order of tests/conftest.py, whose long modules come first
+    "pytest": ["pytest", "-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder", *sys.argv[1:]],
 }
 
 

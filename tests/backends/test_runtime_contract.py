@@ -133,6 +133,18 @@ def test_outputs_stay_when_the_session_runs_again(session: Session) -> None:
     np.testing.assert_array_equal(first, before)
 
 
+def test_the_memory_of_an_input_may_be_used_again(session: Session) -> None:
+    """As a camera loop does that fills one array again and again."""
+    picture = PICTURE.copy()
+    first = session.run({"image": picture, "scale": SCALE})["output_0"]
+    before = first.copy()
+    picture *= 5
+    np.testing.assert_array_equal(first, before)
+    second = session.run({"image": picture, "scale": SCALE})["output_0"]
+    np.testing.assert_array_equal(second, session.run({"image": 5 * PICTURE, "scale": SCALE})["output_0"])
+    assert not np.array_equal(first, second)
+
+
 def test_a_strided_array_is_fine(session: Session) -> None:
     wide = np.random.default_rng(0).normal(size=(1, 1, 5, 12)).astype(np.float32)
     strided = session.run({"image": wide[:, :, :, ::2], "scale": SCALE})["output_0"]
