@@ -2,7 +2,7 @@
 
 backend      consumes   precisions
 onnxruntime  ONNX       fp32, fp16, int8, int8-dynamic, int8-weights, int4-weights
-openvino     ONNX       fp32, fp16, int8 (nncf)
+openvino     program    fp32, fp16, int8 (nncf)
 tensorrt     ONNX       fp32, fp16, int8 (the engine is built on the board)
 tflite       program    fp32, fp16, int8, int8-io, int8-dynamic (litert-torch, ai-edge-quantizer)
 """

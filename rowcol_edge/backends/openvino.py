@@ -4,7 +4,8 @@
 - int8: nncf's post-training quantization, with the transformer's scheme (SmoothQuant, unsigned attention) for a model
   that multiplies activations by activations. Where a target's 8-bit products saturate, weights keep to 7 bits.
 
-Conversion and quantization run in a process of their own.
+Conversion and quantization run in a process of their own. A program is converted once: the float IR is kept beside it,
+and every precision starts from there.
 """
 
 from __future__ import annotations
@@ -17,11 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import onnx
-
 from ..errors import MissingDependencyError, StageError
 from . import calibration as calibrating
-from . import onnx_files, openvino_files, openvino_info, workers
+from . import openvino_files, openvino_info, program_files, workers
 from .base import (
     ERROR_SAMPLES,
     AccuracyControl,
@@ -34,23 +33,23 @@ from .base import (
     check_precision,
 )
 from .onnx_files import Port
-from .openvino_worker import NOT_INSTALLED
+from .openvino_worker import NOT_INSTALLED, REFUSED
 from .publishing import publish
 
 if TYPE_CHECKING:
     from ..targets import RuntimeSpec
 
-_MISSING = "not installed"
+_MISSING, _REFUSED = "not installed", "refused"
 _CONTROLLED_SHARE = 0.5
 """With accuracy control an int8 file may hold float layers, yet most of its weights are int8."""
 
 
 class OpenVinoBackend:
-    """Compiles ``.onnx`` to ``.xml`` and ``.bin``."""
+    """Compiles ``.pt2`` to ``.xml`` and ``.bin``."""
 
     name = "openvino"
     host_runtime = "openvino"
-    consumes = Source.ONNX
+    consumes = Source.EXPORTED_PROGRAM
     precisions = ("fp32", "fp16", "int8")
     suffix = ".xml"
     dynamic_batch = True
@@ -67,39 +66,30 @@ class OpenVinoBackend:
         out: Path,
         metadata: Mapping[str, str] | None = None,
     ) -> Artifact:
-        """See `Backend.compile`. The weights lie in a ``.bin`` of the same name beside ``out``."""
+        """See `Backend.compile`. The weights lie in a ``.bin`` of the same name beside ``out``.
+
+        UnsupportedOpError names what openvino cannot convert, and its module.
+        """
         check_precision(self, quant)
-        source = onnx_files.load(model)
-        stage = f"compile {quant.precision}"
+        signature = program_files.signature(model)
         with tempfile.TemporaryDirectory(prefix="rowcol-openvino-") as work:
             folder = Path(work)
             made = folder / "model.xml"
             job: dict[str, Any] = {
-                "model": str(model.resolve()),
+                **_job(model, signature),
                 "out": str(made),
                 "precision": quant.precision,
                 "reduce_range": quant.reduce_range,
-                "transformer": _multiplies_activations(source),
-                "inputs": [port.name for port in onnx_files.inputs(source)],
-                "rt_info": openvino_info.entries(metadata or {}, onnx_files.inputs(source)),
+                "rt_info": openvino_info.entries(metadata or {}, signature.inputs),
                 "keep_float": quant.keep_float,
             }
             if quant.precision == "int8":
                 job["calibration"] = str(folder / "calibration")
-                feeds = calibrating.feeds(calibration, onnx_files.inputs(source))
+                feeds = calibrating.feeds(calibration, signature.inputs)
                 calibrating.spool(feeds, job["inputs"], folder / "calibration")
                 if quant.accuracy is not None:
-                    job["accuracy"] = _spool_selection(quant.accuracy, onnx_files.inputs(source), folder / "selection")
-            failure = workers.run("openvino_worker", job, folder, tool="openvino", exit_codes={NOT_INSTALLED: _MISSING})
-            if failure == _MISSING:
-                raise MissingDependencyError("compiling for openvino", package="rowcol-edge[openvino]")
-            if failure or not made.is_file():
-                raise StageError(
-                    stage,
-                    expected="a model that openvino can convert",
-                    got=failure or "no file",
-                    hint="the ONNX file itself is valid: onnxruntime runs it",
-                )
+                    job["accuracy"] = _spool_selection(quant.accuracy, signature.inputs, folder / "selection")
+            _run(job, folder)
             least_share = None if quant.accuracy is None else _CONTROLLED_SHARE
             openvino_files.check_types(made, quant.precision, quant.keep_float, least_share=least_share)
             notes = tuple(json.loads(made.with_suffix(".json").read_text(encoding="utf-8")))
@@ -111,19 +101,45 @@ class OpenVinoBackend:
 
     def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
         """See `Backend.layer_errors`; layers have the names of the IR's operators."""
-        ports = onnx_files.inputs(onnx_files.load(model))
-        single = tuple(replace(port, shape=port.shape and (port.shape[0] or 1, *port.shape[1:])) for port in ports)
-        job = {
-            "model": str(model.resolve()),
-            "artifact": str(artifact.resolve()),
-            "inputs": [port.name for port in ports],
-        }
+        signature = program_files.signature(model)
+        single = tuple(
+            replace(port, shape=port.shape and (port.shape[0] or 1, *port.shape[1:])) for port in signature.inputs
+        )
+        job = {**_job(model, signature), "artifact": str(artifact.resolve())}
         feeds = calibrating.first_samples(calibrating.feeds(calibration, single), ERROR_SAMPLES)
         with tempfile.TemporaryDirectory(prefix="rowcol-openvino-") as work:
             return workers.layer_errors("openvino_errors", job, feeds, Path(work), tool="openvino")
 
 
 BACKEND = OpenVinoBackend()
+
+
+def _job(model: Path, signature: program_files.Signature) -> dict[str, Any]:
+    """What both workers know of the program."""
+    return {
+        "program": str(model.resolve()),
+        "float": str(program_files.beside(model, ".xml")),
+        "inputs": [port.name for port in signature.inputs],
+        "outputs": list(signature.outputs),
+    }
+
+
+def _run(job: dict[str, Any], folder: Path) -> None:
+    """The worker's errors as ours."""
+    made = Path(job["out"])
+    own = {NOT_INSTALLED: _MISSING, REFUSED: _REFUSED}
+    failure = workers.run("openvino_worker", job, folder, tool="openvino", exit_codes=own)
+    if failure == _MISSING:
+        raise MissingDependencyError("compiling for openvino", package="rowcol-edge[openvino]")
+    if failure == _REFUSED:
+        raise workers.refusal(made, "OpenVINO", "openvino")
+    if failure or not made.is_file():
+        raise StageError(
+            f"compile {job['precision']}",
+            expected="a model that openvino can convert",
+            got=failure or "no file",
+            hint="the program itself is valid: torch runs it",
+        )
 
 
 def _spool_selection(accuracy: AccuracyControl, inputs: tuple[Port, ...], folder: Path) -> dict[str, Any]:
@@ -152,13 +168,3 @@ def _kept(layers: Sequence[str]) -> str:
     if not layers:
         return "nncf's accuracy control left every layer in int8"
     return f"nncf's accuracy control kept {len(layers)} layers in float32: {', '.join(layers)}"
-
-
-def _multiplies_activations(proto: onnx.ModelProto) -> bool:
-    """Whether a MatMul has no constant operand: attention, which wants nncf's scheme for transformers."""
-    for graph in onnx_files.graphs(proto.graph):
-        constants = {tensor.name for tensor in graph.initializer}
-        constants |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
-        if any(node.op_type == "MatMul" and not constants & set(node.input) for node in graph.node):
-            return True
-    return False

@@ -1,8 +1,9 @@
 """``python -m rowcol_edge.backends.openvino_worker JOB.json``: openvino and nncf where they may crash without harm.
 
-The job names the ONNX file, the IR file to write, the precision and, for int8, a folder with one ``.npz`` a calibration
-batch, its arrays in the order of ``inputs``; for accuracy control a second one with the selection split. Notes for
-people are written beside the IR, as ``.json``.
+The job names the captured program, the float IR (made from it, unless it is there), the IR file to write, the precision
+and, for int8, a folder with one ``.npz`` a calibration batch, its arrays in the order of ``inputs``; for accuracy
+control a second one with the selection split. Notes for people are written beside the IR, as ``.json``; so is, in its
+place, what openvino cannot take.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-NOT_INSTALLED = 40
+NOT_INSTALLED, REFUSED = 40, 41
+_SELF_ATTENTION = "ScaledDotProductAttention"
 _ELEMENTWISE = ("Add", "Multiply", "Subtract")
 
 _ABOVE_ZERO = 2.0
@@ -24,10 +26,17 @@ _ABOVE_ZERO = 2.0
 def main(job_file: str) -> int:
     os.environ["CI"] = "true"  # what openvino and nncf take as a no to sending usage statistics
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    out = Path(job["out"])
     try:
         import openvino as ov
 
-        model = ov.Core().read_model(job["model"])
+        from . import openvino_convert
+
+        refusal = None if Path(job["float"]).is_file() else openvino_convert.convert(job)
+        if refusal is not None:
+            out.with_suffix(".json").write_text(json.dumps(refusal), encoding="utf-8")
+            return REFUSED
+        model = ov.Core().read_model(job["float"])
         notes: list[str] = []
         if job["precision"] == "int8":
             model, notes = _quantized(model, job)
@@ -37,7 +46,6 @@ def main(job_file: str) -> int:
         return NOT_INSTALLED
     for path, text in job["rt_info"]:
         model.set_rt_info(text, path)
-    out = Path(job["out"])
     ov.save_model(model, out, compress_to_fp16=job["precision"] == "fp16")
     out.with_suffix(".json").write_text(json.dumps(notes), encoding="utf-8")
     return 0
@@ -55,6 +63,7 @@ def _quantized(model: Any, job: dict[str, Any]) -> tuple[Any, list[str]]:
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     nncf.set_log_level("ERROR")
+    transformer = _multiplies_activations(model)
     files = sorted(Path(job["calibration"]).glob("*.npz"))
 
     def feed(path: Path) -> dict[str, Any]:
@@ -64,7 +73,7 @@ def _quantized(model: Any, job: dict[str, Any]) -> tuple[Any, list[str]]:
     def quantize(smooth: AdvancedSmoothQuantParameters) -> Any:
         settings = {
             "subset_size": len(files),
-            "model_type": nncf.ModelType.TRANSFORMER if job["transformer"] else None,
+            "model_type": nncf.ModelType.TRANSFORMER if transformer else None,
             "target_device": nncf.TargetDevice.ANY,
             "ignored_scope": nncf.IgnoredScope(names=_left_float(model, job["keep_float"])),
         }
@@ -91,11 +100,27 @@ def _quantized(model: Any, job: dict[str, Any]) -> tuple[Any, list[str]]:
     try:
         return quantize(AdvancedSmoothQuantParameters()), []
     except Exception as e:  # boundary: nncf raises whatever its passes meet
-        if not job["transformer"]:
+        if not transformer:
             raise
         reason = (str(e).splitlines() or [""])[0][:160]
         note = f"quantized without SmoothQuant, which failed ({type(e).__name__}: {reason})"
         return quantize(AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)), [note]
+
+
+def _multiplies_activations(model: Any) -> bool:
+    """Whether there is attention, which wants nncf's scheme for transformers: a product without a constant operand."""
+    for node in model.get_ops():
+        if node.get_type_name() == _SELF_ATTENTION:
+            return True
+        makers = [value.get_node() for value in node.input_values()]
+        if node.get_type_name() == "MatMul" and not any(map(_is_constant, makers)):
+            return True
+    return False
+
+
+def _is_constant(node: Any) -> bool:
+    makers = [value.get_node() for value in node.input_values()]
+    return node.get_type_name() == "Constant" or (bool(makers) and all(map(_is_constant, makers)))
 
 
 def _left_float(model: Any, layers: Sequence[str]) -> list[str]:

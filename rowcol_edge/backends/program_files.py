@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..device import digests
 from ..errors import StageError
 from .onnx_files import Port
 
@@ -55,6 +56,12 @@ def signature(path: Path) -> Signature:
         raise StageError(f"reading {path.name}", expected="a captured program", got=got) from e
     inputs = (Port(port["name"], port["dtype"], tuple(port["shape"])) for port in values["inputs"])
     return Signature(tuple(inputs), tuple(values["outputs"]))
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """Where a conversion of a program lies: next to it, under a name that another program would not have."""
+    digest, _ = digests.sha256_file(path)
+    return path.resolve().with_name(f"{path.stem}.{digest[:16]}{suffix}")
 
 
 def _port(name: str, tensor: Any) -> Port:

@@ -12,7 +12,6 @@ file is kept beside it, and every precision starts from there. The file ends in 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..device.versions import is_at_least
-from ..errors import ConfigError, MissingDependencyError, StageError, UnsupportedOpError
+from ..errors import ConfigError, MissingDependencyError, StageError
 from . import calibration as calibrating
 from . import program_files, workers
 from .base import Artifact, Calibration, LayerError, QuantSpec, Source, check_precision
@@ -127,17 +126,11 @@ def _job(model: Path, signature: program_files.Signature) -> dict[str, Any]:
     """What both workers know of the program."""
     return {
         "program": str(model.resolve()),
-        "float": str(_float_file(model)),
+        "float": str(program_files.beside(model, ".tflite")),
         "ports": [asdict(port) for port in signature.inputs],
         "inputs": [port.name for port in signature.inputs],
         "outputs": list(signature.outputs),
     }
-
-
-def _float_file(model: Path) -> Path:
-    """Where the float conversion of a program lies: beside it, under a name that another program would not have."""
-    digest = hashlib.sha256(model.read_bytes()).hexdigest()[:16]
-    return model.resolve().with_name(f"{model.stem}.{digest}.tflite")
 
 
 def _run(job: dict[str, Any], folder: Path) -> None:
@@ -148,7 +141,7 @@ def _run(job: dict[str, Any], folder: Path) -> None:
     if failure == _MISSING:
         raise MissingDependencyError("compiling for tflite", package="rowcol-edge[tflite]")
     if failure == _REFUSED:
-        raise _refusal(json.loads(made.with_suffix(".json").read_text(encoding="utf-8")))
+        raise workers.refusal(made, "TFLite", "litert-torch")
     if failure or not made.is_file():
         raise StageError(
             f"compile {job['precision']}",
@@ -156,14 +149,3 @@ def _run(job: dict[str, Any], folder: Path) -> None:
             got=failure or "no file",
             hint="the program itself is valid: torch runs it",
         )
-
-
-def _refusal(said: Mapping[str, str]) -> StageError | UnsupportedOpError:
-    if not said["operator"]:
-        return StageError("tflite conversion", expected="a model that litert-torch can convert", got=said["error"])
-    return UnsupportedOpError(
-        f"operator {said['operator']} of module {said['module'] or 'the model itself'} has no TFLite form",
-        expected="operators that litert-torch can convert",
-        got=said["error"],
-        hint="replace it in that module by plain torch operators",
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -170,6 +171,34 @@ def weight_types(model: Any) -> dict[str, int]:
     for dtype, size_bytes in found.values():
         total[dtype] += size_bytes
     return dict(total.most_common())
+
+
+def single_layer(model: Any, layer: str) -> tuple[Any, str]:
+    """The operator whose output is called so as a model of its own, and the name of the tensor it takes."""
+    graph = model.subgraphs[0]
+    operator = next(op for op in graph.operators if _text(graph.tensors[op.outputs[0]].name) == layer)
+    used = [index for index in (*operator.inputs, *operator.outputs) if index >= 0]
+    places = {index: place for place, index in enumerate(dict.fromkeys(used))}
+    tensors = [copy.copy(graph.tensors[index]) for index in places]
+    buffers = [model.buffers[tensor.buffer] for tensor in tensors]
+    [given] = {i for i in operator.inputs if i >= 0 and model.buffers[graph.tensors[i].buffer].data is None}
+    alone = copy.copy(operator)
+    alone.opcodeIndex = 0
+    alone.inputs, alone.outputs = (
+        np.array([places.get(i, -1) for i in indices], np.int32) for indices in (operator.inputs, operator.outputs)
+    )
+    for place, tensor in enumerate(tensors):
+        tensor.buffer = place + 1  # the first one is empty, as the format wants it
+    single, cut, signature = schema.ModelT(), schema.SubGraphT(), schema.SignatureDefT()
+    cut.tensors, cut.operators = tensors, [alone]
+    cut.inputs, cut.outputs = (np.array([places[i]], np.int32) for i in (given, operator.outputs[0]))
+    signature.signatureKey, signature.subgraphIndex = b"serving_default", 0
+    signature.inputs, signature.outputs = [schema.TensorMapT()], [schema.TensorMapT()]
+    for maps, index in ((signature.inputs, given), (signature.outputs, operator.outputs[0])):
+        maps[0].name, maps[0].tensorIndex = graph.tensors[index].name, places[index]
+    single.version, single.subgraphs, single.signatureDefs = model.version, [cut], [signature]
+    single.operatorCodes, single.buffers = [model.operatorCodes[operator.opcodeIndex]], [schema.BufferT(), *buffers]
+    return single, _text(graph.tensors[given].name)
 
 
 def int8_layers(model: Any) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import native
-from ..errors import StageError
+from ..errors import StageError, UnsupportedOpError
 from . import calibration as calibrating
 from .base import Batch, LayerError, worst_first
 
@@ -23,6 +23,20 @@ def run(
     written.write_text(json.dumps(job), encoding="utf-8")
     module = f"{__package__}.{worker}"
     return native.run(module, [written], tool=tool, timeout_s=_TIMEOUT_S, exit_codes=exit_codes)
+
+
+def refusal(made: Path, form: str, tool: str) -> StageError | UnsupportedOpError:
+    """What ``tool`` cannot take: a worker has written ``operator``, ``module`` and ``error`` in place of the file."""
+    said = json.loads(made.with_suffix(".json").read_text(encoding="utf-8"))
+    if not said["operator"]:
+        what = f"conversion to {form}"
+        return StageError(what, expected=f"a model that {tool} can convert", got=said["error"])
+    return UnsupportedOpError(
+        f"operator {said['operator']} of module {said['module'] or 'the model itself'} has no {form} form",
+        expected=f"operators that {tool} can convert",
+        got=said["error"],
+        hint="replace it in that module by plain torch operators",
+    )
 
 
 def layer_errors(

@@ -83,6 +83,15 @@ def _exported(model: nn.Module, out: Path, *, dynamic_batch: bool) -> Path:
     return out
 
 
+NETWORKS: dict[str, type[nn.Module]] = {"convolutions": Convolutions, "tokens": Tokens}
+
+
+def _captured(network: type[nn.Module], folder: Path, *, dynamic_batch: bool = False) -> Path:
+    torch.manual_seed(0)
+    example = {"x": np.zeros((1, 1, 16, 16), np.float32)}
+    return write_source(Source.EXPORTED_PROGRAM, network(), example, folder, dynamic_batch=dynamic_batch)
+
+
 def write_source(
     consumes: Source, model: nn.Module, example: dict[str, np.ndarray], folder: Path, *, dynamic_batch: bool = False
 ) -> Path:
@@ -108,10 +117,7 @@ def sources(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             path: Path = request.getfixturevalue(network)
             return path
         if network not in made:
-            torch.manual_seed(0)
-            model = {"convolutions": Convolutions, "tokens": Tokens}[network]()
-            example = {"x": np.zeros((1, 1, 16, 16), np.float32)}
-            made[network] = write_source(consumes, model, example, tmp_path_factory.mktemp(network))
+            made[network] = _captured(NETWORKS[network], tmp_path_factory.mktemp(network))
         return made[network]
 
     return source
@@ -127,6 +133,17 @@ def convolutions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     return _exported(Tokens(), tmp_path_factory.mktemp("onnx") / "tokens.onnx", dynamic_batch=True)
+
+
+@pytest.fixture(scope="session")
+def convolutions_program(sources: Callable[[Source, str], Path]) -> Path:
+    return sources(Source.EXPORTED_PROGRAM, "convolutions")
+
+
+@pytest.fixture(scope="session")
+def tokens_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a free batch, as ``tokens`` has."""
+    return _captured(Tokens, tmp_path_factory.mktemp("tokens"), dynamic_batch=True)
 
 
 def smooth(samples: int, seed: int) -> np.ndarray:

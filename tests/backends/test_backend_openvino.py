@@ -43,13 +43,13 @@ def largest_weight(path: Path) -> int:
 
 @pytest.mark.parametrize(("reduce_range", "limit"), [(False, range(100, 129)), (True, range(50, 65))])
 def test_weights_keep_to_7_bits_where_products_saturate(
-    make: Make, convolutions: Path, reduce_range: bool, limit: range
+    make: Make, convolutions_program: Path, reduce_range: bool, limit: range
 ) -> None:
-    assert largest_weight(make(convolutions, "int8", reduce_range=reduce_range).path) in limit
+    assert largest_weight(make(convolutions_program, "int8", reduce_range=reduce_range).path) in limit
 
 
-def test_a_file_that_claims_another_precision_is_refused(make: Make, tokens: Path) -> None:
-    made = {precision: make(tokens, precision).path for precision in ("fp32", "fp16", "int8")}
+def test_a_file_that_claims_another_precision_is_refused(make: Make, tokens_program: Path) -> None:
+    made = {precision: make(tokens_program, precision).path for precision in ("fp32", "fp16", "int8")}
     for claimed in made:
         for held, path in made.items():
             if claimed == held:
@@ -69,7 +69,7 @@ def test_a_file_that_claims_another_precision_is_refused(make: Make, tokens: Pat
     ],
 )
 def test_a_converter_that_fails_is_one_error(
-    make: Make, convolutions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    make: Make, convolutions_program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     code: str, error: type[Exception], says: str,
 ) -> None:  # fmt: skip
     def command(_: str, arguments: Sequence[object]) -> list[str]:
@@ -77,7 +77,7 @@ def test_a_converter_that_fails_is_one_error(
 
     monkeypatch.setattr(native, "_command", command)
     with pytest.raises(error, match=says):
-        make(convolutions, "fp32")
+        make(convolutions_program, "fp32")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -97,14 +97,16 @@ def test_quantization_goes_on_without_smoothquant_and_says_so(
 
     monkeypatch.setattr(nncf, "quantize", quantize)
     np.savez(tmp_path / "0.npz", np.zeros((1, 1, 16, 16), np.float32))
-    job = {"calibration": str(tmp_path), "inputs": ["x"], "transformer": True, "reduce_range": False, "keep_float": []}
+    job = {"calibration": str(tmp_path), "inputs": ["x"], "reduce_range": False, "keep_float": []}
     _, notes = openvino_worker._quantized(ov.Core().read_model(tokens), job)
     assert tried == [0.95, -1]
     assert notes == ["quantized without SmoothQuant, which failed (RuntimeError: no smooth way)"]
 
 
-def test_float32_is_calculated_in_float32_unless_asked_otherwise(make: Make, tokens: Path, unseen: np.ndarray) -> None:
-    path = make(tokens, "fp32").path
+def test_float32_is_calculated_in_float32_unless_asked_otherwise(
+    make: Make, tokens: Path, tokens_program: Path, unseen: np.ndarray
+) -> None:
+    path = make(tokens_program, "fp32").path
 
     def run(runtime: str, artifact: Path, **properties: str) -> np.ndarray:
         with load_runtime(runtime).open(artifact, RuntimeOptions(properties=properties)) as session:
@@ -144,9 +146,9 @@ def test_openvinos_own_tools_find_labels_and_preprocessing_under_their_keys() ->
 
 
 def test_a_precision_that_the_device_does_not_calculate_in_is_refused(
-    make: Make, tokens: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, tokens_program: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, runtime = make(tokens, "fp32").path, load_runtime("openvino")
+    path, runtime = make(tokens_program, "fp32").path, load_runtime("openvino")
     core = ov.Core()
 
     class Deaf:
@@ -167,15 +169,15 @@ def test_a_precision_that_the_device_does_not_calculate_in_is_refused(
         runtime.open(path, RuntimeOptions(properties={"INFERENCE_PRECISION_HINT": "bf16"}))
 
 
-def test_one_device_is_asked_for(make: Make, tokens: Path) -> None:
+def test_one_device_is_asked_for(make: Make, tokens_program: Path) -> None:
     with pytest.raises(BundleError, match="device: expected one, such as CPU, GPU or NPU, got GPU, CPU"):
-        load_runtime("openvino").open(make(tokens, "fp32").path, RuntimeOptions(providers=("GPU", "CPU")))
+        load_runtime("openvino").open(make(tokens_program, "fp32").path, RuntimeOptions(providers=("GPU", "CPU")))
 
 
 def test_compiled_models_are_kept_only_where_a_target_asks_and_never_in_the_bundle(
-    make: Make, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unseen: np.ndarray
+    make: Make, tokens_program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unseen: np.ndarray
 ) -> None:
-    path, runtime = make(tokens, "fp32").path, load_runtime("openvino")
+    path, runtime = make(tokens_program, "fp32").path, load_runtime("openvino")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     beside = sorted(path.parent.glob("fp32.*"))
 
@@ -208,7 +210,7 @@ def close_calls(tokens: Path) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("judged_by", ["auroc", "escape@overkill=10%"])
 def test_accuracy_control_obeys_the_drop_and_a_result_that_is_no_longer_int8_is_refused(
-    tokens: Path, tmp_path: Path, runtime: RuntimeSpec, batches: Batches,
+    tokens_program: Path, tmp_path: Path, runtime: RuntimeSpec, batches: Batches,
     close_calls: tuple[np.ndarray, np.ndarray], judged_by: str,
 ) -> None:  # fmt: skip
     images, labels = close_calls
@@ -221,7 +223,7 @@ def test_accuracy_control_obeys_the_drop_and_a_result_that_is_no_longer_int8_is_
     def lost(accuracy: AccuracyControl | None) -> tuple[float, Artifact]:
         """Percentage points against the float network, which puts every image in its place."""
         spec = QuantSpec("int8", accuracy=accuracy)
-        made = load_backend("openvino").compile(tokens, runtime, spec, batches, tmp_path / "out.xml")
+        made = load_backend("openvino").compile(tokens_program, runtime, spec, batches, tmp_path / "out.xml")
         with load_runtime("openvino").open(made.path, RuntimeOptions(threads=1)) as session:
             found = Predictions(session.run({"x": images})["output"], labels, 0)
         return judge.drop(float(judge.higher_is_better), judge.value(found, None)), made
