@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
-from .errors import InputError, MissingDependencyError, RowcolError
+from .errors import InputError, MissingDependencyError, RowcolError, did_you_mean
 
 _INSTALLED = (
     Path(__file__).resolve().parent,
@@ -40,7 +40,8 @@ def resolve(reference: str, error: type[InputError], what: str) -> Callable[...,
     found = getattr(module, name, None)
     if not callable(found):
         got = "none there" if found is None else type(found).__name__
-        raise error(f"{what} {reference!r}", expected=f"a callable {name} in {module_name}", got=got)
+        hint = did_you_mean(name, [key for key, value in vars(module).items() if callable(value)])
+        raise error(f"{what} {reference!r}", expected=f"a callable {name} in {module_name}", got=got, hint=hint)
     return found  # type: ignore[no-any-return]  # an attribute of a module is untyped by nature
 
 

@@ -1,0 +1,100 @@
+"""Go through the command line as a user would, on real data: every command, then every kind of bad input.
+
+    python tools/walkthrough.py                 # all of it, in dist/walkthrough
+    python tools/walkthrough.py --only bad      # the steps whose names hold a word; what they need comes first
+
+The model is ELPV's, in a user's own file and folders of pictures. Each step is a command in a process of its own, with
+the exit code and the words that it must end with. Ends with exit code 1 if one of them was not as expected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import walkthrough_data as data
+from walkthrough_steps import Step, steps
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", default="dist/walkthrough")
+    parser.add_argument("--only", help="steps with this word in their names")
+    options = parser.parse_args()
+    work = ROOT / options.work
+    shutil.rmtree(work, ignore_errors=True)
+    started = time.monotonic()
+    data.write(work)
+    print(f"pictures, models and broken files written to {options.work} in {time.monotonic() - started:.0f} s")
+    failed, count = [], 0
+    for step in steps(work):
+        if options.only and not (step.needed or options.only in step.name):
+            continue
+        count += 1
+        began = time.monotonic()
+        problems = go(step, work)
+        print(f"{'FAILED' if problems else 'ok':6} {time.monotonic() - began:6.1f} s  {step.name:34} {step.command}")
+        for problem in problems:
+            print(f"       {problem}", flush=True)
+        failed += [step.name] if problems else []
+    print(f"{count} steps in {(time.monotonic() - started) / 60:.0f} min: ", end="")
+    print(f"FAILED {', '.join(failed)}" if failed else "all as expected")
+    return 1 if failed else 0
+
+
+def go(step: Step, work: Path) -> list[str]:
+    """Run a step; what was not as expected."""
+    if step.before is not None:
+        step.before()
+    kept = tree(work / "out") if step.bad else {}
+    command = [str(Path(sys.executable).with_name("rowcol-edge")), *step.argv] if step.python is None else step.argv
+    environment = os.environ | {"ROWCOL_CACHE": str(work / "cache")}
+    process = subprocess.Popen(
+        [*([step.python] if step.python else []), *command],
+        cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if step.signal is not None:
+        time.sleep(step.signal_after)
+        process.send_signal(step.signal)
+    out, err = process.communicate()
+    problems = []
+    if process.returncode != step.code:
+        problems.append(f"exit code {process.returncode}, expected {step.code}")
+    if "Traceback" in out + err:
+        problems.append("a traceback")
+    said = re.sub(r"\s+", " ", out + "\n" + err)
+    problems += [f"nowhere in its output: {pattern}" for pattern in step.says if not re.search(pattern, said)]
+    if step.bad:
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        if len(errors) != 1 or not re.search(r"expected:? .*got:? ", said):
+            problems.append("not one error with what was expected and what was got")
+        if (work / "new").exists():
+            problems.append("something was written")
+        if tree(work / "out") != kept:
+            problems.append("what was there has changed")
+    if problems:
+        problems.append((out + err)[-600:])
+    elif step.check is not None:
+        try:
+            step.check(out)
+        except Exception as e:  # noqa: BLE001 – a check that fails in any way is a finding
+            problems.append(f"{type(e).__name__}: {e}")
+    return problems
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file's size and time of change."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

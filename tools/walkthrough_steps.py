@@ -1,0 +1,311 @@
+"""The steps of tools/walkthrough.py, in order: later ones use what earlier ones have made."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from walkthrough_data import RECIPE, WEIGHTS
+
+ARMS = ["factored@int8", "dense@int8", "dense@fp32"]
+NAMES = ("--labels", "good,defective", "--positive", "defective")
+CALIB = ("--calib", "calib", "--preprocess", RECIPE)
+MODEL = ("net.py:build", "--weights", WEIGHTS)
+OUT = "out/generic-x86-onnxruntime"
+PYZ = f"{OUT}/rowcol-edge-device.pyz"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command and how it must end.
+
+    ``says``: patterns for its output, in which every run of blanks is one. ``check`` gets stdout. ``bad``: there must be
+    one typed error, and nothing written. ``python``: the interpreter, where it is not `rowcol-edge` that runs.
+    ``needed``: others use what it makes.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    code: int = 0
+    says: tuple[str, ...] = ()
+    check: Callable[[str], None] | None = None
+    before: Callable[[], None] | None = None
+    bad: bool = False
+    needed: bool = False
+    python: str | None = None
+    signal: signal.Signals | None = None
+    signal_after: float = 0.0
+
+    @property
+    def command(self) -> str:
+        program = "rowcol-edge" if self.python is None else Path(self.python).name
+        return shlex.join([program, *self.argv])
+
+
+def steps(work: Path) -> Iterator[Step]:
+    yield from _looking(work)
+    yield from _factoring(work)
+    yield from _building(work)
+    yield from _on_the_board(work)
+    yield from _ending(work)
+    yield from _bad(work)
+
+
+def _looking(work: Path) -> Iterator[Step]:
+    def spectrum(out: str) -> None:
+        layers = {layer["name"]: layer for layer in json.loads(out)["layers"]}
+        assert len(layers) == 21, len(layers)
+        assert 0 < layers["layer4.1.conv2"]["column_rank_99"] < layers["layer4.1.conv2"]["column_rank_999"] < 512
+        assert 0 < layers["layer4.1.conv2"]["row_rank_99"] <= layers["layer4.1.conv2"]["row_size"]
+
+    def left(out: str) -> None:
+        report = json.loads(out)
+        text = json.dumps(report)
+        assert "layer4.1.conv2" in text and "already factored" in text, sorted(report)
+
+    yield Step("help", ("--help",), says=("inspect", "factor", "build", "profile", "compare", "verify", "run", "demo"))
+    yield Step("targets", ("targets",), says=("generic-x86", "raspberry-pi-4", "raspberry-pi-5", "elpv-resnet18"))
+    yield Step("one target", ("targets", "raspberry-pi-4"), says=("pip install", "asimd", "rank_multiple"))
+    yield Step("inspect a sample", ("inspect", "sample:elpv-resnet18"), says=("layer4.1.conv2", "factoring saves [0-9,]+ parameters"))
+    yield Step("inspect a model of one's own", ("inspect", *MODEL, *CALIB, "--json"), check=spectrum)
+    yield Step("an already factored model", ("inspect", "net.py:factored", *CALIB, "--json"), check=left)
+    yield Step("data", ("data", *MODEL, *CALIB, "--select", "select", "--test", "test"), says=("near-duplicate",))
+
+
+def _factoring(work: Path) -> Iterator[Step]:
+    common = ("factor", *MODEL, *CALIB, "--select", "select", *NAMES)
+
+    def same(_: str) -> None:
+        first, again = (sha256((work / f / "model.safetensors").read_bytes()).hexdigest() for f in ("plan", "again"))
+        assert first == again
+
+    def edit() -> None:
+        text = (work / "plan" / "plan.toml").read_text(encoding="utf-8")
+        edited, count = re.subn(r'(name = "layer4\.1\.conv2".*?rank = )\d+', r"\g<1>48", text, flags=re.DOTALL)
+        assert count == 1
+        (work / "edited.toml").write_text(edited, encoding="utf-8")
+
+    def edited(_: str) -> None:
+        from safetensors import safe_open
+
+        with safe_open(work / "edited" / "model.safetensors", "numpy") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys() if "4.1.conv2" in name}
+        assert any(shape[0] == 48 for shape in shapes.values()), shapes
+
+    yield Step("factor", (*common, "--budget", "drop<=0.5pp", "--out", "plan"), says=("written to plan",), needed=True)
+    yield Step("apply the plan again", (*common, "--plan", "plan/plan.toml", "--out", "again"), check=same)
+    yield Step("apply an edited plan", (*common, "--plan", "edited.toml", "--out", "edited"), check=edited, before=edit)
+    yield Step(
+        "factor by a parameter budget", (*common, "--budget", "params<=0.4x", "--out", "small"), says=("param",)
+    )
+
+
+def _building(work: Path) -> Iterator[Step]:
+    splits = (*CALIB, "--select", "select", "--test", "test", *NAMES)
+    cells = ("--calib", "cells.py:calibration", "--select", "cells.py:selection", "--test", "cells.py:test")
+
+    def whole(out: str) -> None:
+        manifest = _manifest(work / OUT)
+        assert [arm["name"] for arm in manifest["arms"]] == ARMS
+        assert manifest["metric"] == "escape@overkill=1%"
+        assert manifest["target"]["name"] == "generic-x86"
+        for arm in manifest["arms"]:
+            assert 0 < arm["threshold"] < 1
+            test = arm["quality"]["test"]
+            assert {"value", "drop_pp", "ci_low_pp", "ci_high_pp", "flips"} <= set(test), sorted(test)
+        for file in manifest["files"]:
+            content = (work / OUT / file["path"]).read_bytes()
+            assert (len(content), sha256(content).hexdigest()) == (file["size_bytes"], file["sha256"]), file
+        with zipfile.ZipFile(work / f"{OUT}.zip") as archive:
+            assert archive.testzip() is None
+        assert "Traceback" not in out
+
+    def arms(folder: str, wanted: list[str]) -> Callable[[str], None]:
+        def check(_: str) -> None:
+            assert [arm["name"] for arm in _manifest(work / folder)["arms"]] == wanted
+
+        return check
+
+    def two_boards(out: str) -> None:
+        for board in ("raspberry-pi-4", "raspberry-pi-5"):
+            manifest = _manifest(work / f"free/{board}-onnxruntime")
+            assert manifest["inputs"][0]["shape"][0] is None
+            assert manifest["target"]["name"] == board
+
+    def two_inputs(_: str) -> None:
+        manifest = _manifest(work / f"two/{Path(OUT).name}")
+        assert [port["name"] for port in manifest["inputs"]] == ["picture", "kind"]
+        assert abs(manifest["arms"][0]["quality"]["selection"]["drop_pp"]) <= 0.5
+
+    def left(_: str) -> None:
+        plan = (work / f"left/{Path(OUT).name}/plan.toml").read_text(encoding="utf-8")
+        layers = {layer["name"]: layer for layer in tomllib.loads(plan)["layers"]}
+        for name in ("fc.0", "fc.1", "layer4.1.conv2.0", "layer4.1.conv2.1"):
+            assert layers[name]["form"] == "dense" and "already factored" in layers[name]["reason"], layers[name]
+        assert any(layer["form"] == "project" for layer in layers.values())
+
+    escape = ("--metric", "escape@overkill=1%", "--budget", "drop<=0.5pp,size<=8MB")
+    yield Step(
+        "build, checkpoint, escape@overkill",
+        ("build", "net.py:build", "--weights", "checkpoint.pt", *splits, *escape, "--target", "generic-x86",
+         "--out", "out"),
+        check=whole, needed=True,
+    )  # fmt: skip
+    yield Step("build again from rowcol.toml", ("build", "--config", "out/rowcol.toml"), check=whole)
+    yield Step(
+        "build a .pt2, free batch, two boards",
+        ("build", "net.pt2", *splits, "--energy", "0.998", "--target", "raspberry-pi-4", "--target", "raspberry-pi-5",
+         "--dynamic-batch", "--out", "free"),
+        check=two_boards,
+    )  # fmt: skip
+    yield Step(
+        "build a model of two inputs",
+        ("build", "net.py:WithKind", *cells, *NAMES, "--metric", "auroc", "--budget", "drop<=0.5pp", "--out", "two"),
+        check=two_inputs,
+    )  # fmt: skip
+    yield Step(
+        "build an already factored model",
+        ("build", "net.py:factored", *splits, "--energy", "0.99", "--precision", "fp32", "--out", "left"),
+        check=left,
+    )
+    for precision in ("fp32", "fp16", "int8", "int8-dynamic"):
+        yield Step(
+            f"build a Transformer at {precision}",
+            ("build", "sample:fmnist-vit", "--metric", "net.py:mean_recall", "--budget", "drop<=1pp", "--precision",
+             precision, "--no-dense", "--out", f"vit-{precision}"),
+            check=arms(f"vit-{precision}/{Path(OUT).name}", [f"factored@{precision}"]),
+        )  # fmt: skip
+    yield Step(
+        "a budget that cannot be met",
+        ("build", *MODEL, *splits, "--budget", "drop<=0.1pp,size<=0.2MB", "--out", "new"),
+        code=1, says=("error: budget size.*expected: .*got: ",), check=lambda _: _absent(work / "new"),
+    )  # fmt: skip
+
+
+def _on_the_board(work: Path) -> Iterator[Step]:
+    pictures = tuple(sorted(str(path.relative_to(work)) for path in (work / "test").rglob("*.png"))[:3])
+    board = work / "board"
+
+    def answers(out: str) -> None:
+        found = json.loads(out)
+        assert [result["source"] for result in found["results"]] == list(pictures)
+        assert all(result["prediction"]["label"] in ("good", "defective") for result in found["results"])
+
+    def profiled(out: str) -> None:
+        profile = json.loads(out)
+        assert set(profile["arms"]) == set(ARMS)
+        assert (profile["evidence"], profile["null"]["verdict"]) == ("target", "no significant difference")
+        for pair in profile["comparisons"]:
+            assert pair["ci_low"] <= pair["ratio"] <= pair["ci_high"], pair
+
+    def install() -> None:
+        subprocess.run([sys.executable, "-m", "venv", board], check=True)
+        requirements = ["numpy", "pillow", "onnxruntime"]
+        subprocess.run([board / "bin" / "pip", "install", "-q", *requirements], check=True)
+
+    yield Step("verify", ("verify", OUT), says=tuple(ARMS))
+    yield Step("verify the .zip", ("verify", f"{OUT}.zip"), says=tuple(ARMS))
+    yield Step("run", ("run", OUT, *pictures, "--json"), check=answers)
+    yield Step("profile", ("profile", OUT, "--blocks", "6", "--seconds", "40", "--json"), check=profiled)
+    pis = tuple(f"free/{board}-onnxruntime" for board in ("raspberry-pi-4", "raspberry-pi-5"))
+    yield Step("compare", ("compare", OUT), says=("factored@int8", "target"))
+    yield Step("compare per target", ("compare", *pis), says=("raspberry-pi-4", "raspberry-pi-5"))
+    yield Step("compare as markdown", ("compare", OUT, "--markdown"), says=(r"\|.*-{3}.*\|",))
+    two = f"two/{Path(OUT).name}"
+    yield Step("two metrics are not comparable", ("compare", OUT, two), code=3, says=("metric", "expected: the same"))
+    yield Step("not comparable", ("compare", f"vit-fp32/{Path(OUT).name}"), code=3, says=("expected: a dense arm",))
+    python = str(board / "bin" / "python")
+    yield Step("a bare board: verify", (PYZ, "verify", OUT), python=python, before=install, says=tuple(ARMS))
+    yield Step("a bare board: run", (PYZ, "run", OUT, pictures[0]), python=python, says=("good|defective",))
+    yield Step(
+        "a bare board: profile",
+        (PYZ, "profile", OUT, "--blocks", "6", "--seconds", "40", "--out", "board.json"),
+        python=python,
+        check=lambda _: json.loads((work / "board.json").read_text(encoding="utf-8")) and None,
+    )
+
+
+def _ending(work: Path) -> Iterator[Step]:
+    build = ("build", *MODEL, *CALIB, *NAMES, "--energy", "0.99", "--no-cache", "--out", "new")
+    for name, number, code in (("Ctrl-C", signal.SIGINT, 130), ("a killed build", signal.SIGKILL, -signal.SIGKILL)):
+        yield Step(name, build, code=code, signal=number, signal_after=12, check=lambda _: _no_bundle(work / "new"))
+
+
+def _bad(work: Path) -> Iterator[Step]:
+    def bad(name: str, argv: tuple[str, ...], *says: str, before: Callable[[], None] | None = None) -> Step:
+        return Step(f"bad: {name}", argv, code=2, says=says, bad=True, before=before)
+
+    def build(*options: str, model: str = "net.py:build", weights: str = WEIGHTS) -> tuple[str, ...]:
+        return ("build", model, *(("--weights", weights) if weights else ()), *options, "--out", "new")
+
+    def calib(path: str) -> tuple[str, ...]:
+        return build("--calib", path, "--preprocess", RECIPE)
+
+    def overlapping() -> None:
+        shutil.copytree(work / "select", work / "overlapping")
+        first = sorted((work / "calib" / "good").iterdir())[0]
+        shutil.copy(first, work / "overlapping" / "good" / "copy.png")
+
+    def tampered() -> None:
+        shutil.copytree(work / OUT, work / "tampered")
+        arm = next(path for path in sorted((work / "tampered" / "arms").iterdir()) if path.is_file())
+        content = bytearray(arm.read_bytes())
+        content[len(content) // 2] ^= 1
+        arm.write_bytes(content)
+
+    yield bad("no model file", build(*CALIB, model="nowhere.py:build"), "nowhere.py")
+    yield bad("no factory", build(*CALIB, model="net.py:biuld"), "biuld", "did you mean build")
+    yield bad("no weights file", build(*CALIB, weights="none.safetensors"), "none.safetensors")
+    yield bad("weights cut short", build(*CALIB, weights="bad/cut.safetensors"), "cut.safetensors")
+    yield bad("keys that do not fit", build(*CALIB, weights="bad/other_names.safetensors"), r"fc\.weight", r"head\.")
+    yield bad("a shape that does not fit", build(*CALIB, weights="bad/other_shape.safetensors"), r"fc\.weight")
+    yield bad("NaN in weights", build(*CALIB, weights="bad/nan.safetensors"), r"layer1\.0\.conv1\.weight", "NaN")
+    harmless = "safetensors|weights_only|plain tensors"
+    yield bad("a pickle as weights", build(*CALIB, weights="bad/harm.pt"), harmless)
+    yield bad("a pickle as data", calib("bad/harm.npz"), "pickle|object")
+    yield bad("no data", calib("none"), "none")
+    yield bad("data that are no archive", calib("bad/garbage.npz"), r"garbage\.npz")
+    yield bad("a picture that is none", calib("bad/picture"), r"a\.png")
+    yield bad("an empty folder", calib("bad/empty"), "empty")
+    yield bad("a callable without batches", build("--calib", "cells.py:nothing"), "cells.py:nothing")
+    yield bad("Inf in data", calib("bad/inf.npz"), "NaN or Inf|finite")
+    yield bad("a wrong shape", calib("bad/shape.npz"), "200")
+    yield bad("a wrong dtype", calib("bad/dtype.npz"), "complex64")
+    splits = build(*CALIB, "--select", "overlapping", *NAMES)
+    yield bad("splits that overlap", splits, "calibration", "selection", before=overlapping)
+    yield bad("an unknown target", build(*CALIB, "--target", "rasberry-pi-4"), "did you mean raspberry-pi-4")
+    yield bad("an unknown key in a target", build(*CALIB, "--target", "bad/board.toml"), "rank_multipel", "rank_multiple")
+    yield bad("an unknown key in rowcol.toml", ("build", "--config", "bad/rowcol.toml"), "modell", "did you mean model")
+    yield bad("an unsupported operator", build(*CALIB, model="net.py:unsupported", weights=""), "bessel_j0", r"maxpool\.1")
+    yield bad("an unknown metric", build(*CALIB, "--select", "select", "--metric", "acuracy"), "accuracy")
+    yield bad("a budget that is none", build(*CALIB, "--budget", "drop<0.5"), "drop")
+    yield bad("a bundle that was changed", ("verify", "tampered"), "arms/", "sha256|digest", before=tampered)
+    yield bad("running a changed bundle", ("run", "tampered", "net.py"), "arms/|picture")
+    yield bad("a manifest of another schema", ("verify", "bad/manifest"), "schema")
+    yield bad("no bundle", ("profile", "calib"), r"manifest\.json")
+    yield Step("nothing of a pickle has run", ("--help",), check=lambda _: _absent(work / "harmed"))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return read
+
+
+def _absent(path: Path) -> None:
+    assert not path.exists(), path
+
+
+def _no_bundle(folder: Path) -> None:
+    assert not list(folder.glob("*/manifest.json")) if folder.exists() else True, list(folder.iterdir())
