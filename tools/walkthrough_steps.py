@@ -78,7 +78,11 @@ def _looking(work: Path) -> Iterator[Step]:
     yield Step("help", ("--help",), says=("inspect", "factor", "build", "profile", "compare", "verify", "run", "demo"))
     yield Step("targets", ("targets",), says=("generic-x86", "raspberry-pi-4", "raspberry-pi-5", "elpv-resnet18"))
     yield Step("one target", ("targets", "raspberry-pi-4"), says=("pip install", "asimd", "rank_multiple"))
-    yield Step("inspect a sample", ("inspect", "sample:elpv-resnet18"), says=("layer4.1.conv2", "factoring saves [0-9,]+ parameters"))
+    yield Step(
+        "inspect a sample",
+        ("inspect", "sample:elpv-resnet18"),
+        says=("layer4.1.conv2", "factoring saves [0-9,]+ parameters"),
+    )
     yield Step("inspect a model of one's own", ("inspect", *MODEL, *CALIB, "--json"), check=spectrum)
     yield Step("an already factored model", ("inspect", "net.py:factored", *CALIB, "--json"), check=left)
     yield Step("data", ("data", *MODEL, *CALIB, "--select", "select", "--test", "test"), says=("near-duplicate",))
@@ -107,9 +111,7 @@ def _factoring(work: Path) -> Iterator[Step]:
     yield Step("factor", (*common, "--budget", "drop<=0.5pp", "--out", "plan"), says=("written to plan",), needed=True)
     yield Step("apply the plan again", (*common, "--plan", "plan/plan.toml", "--out", "again"), check=same)
     yield Step("apply an edited plan", (*common, "--plan", "edited.toml", "--out", "edited"), check=edited, before=edit)
-    yield Step(
-        "factor by a parameter budget", (*common, "--budget", "params<=0.4x", "--out", "small"), says=("param",)
-    )
+    yield Step("factor by a parameter budget", (*common, "--budget", "params<=0.4x", "--out", "small"), says=("param",))
 
 
 def _building(work: Path) -> Iterator[Step]:
@@ -286,9 +288,13 @@ def _bad(work: Path) -> Iterator[Step]:
     splits = build(*CALIB, "--select", "overlapping", *NAMES)
     yield bad("splits that overlap", splits, "calibration", "selection", before=overlapping)
     yield bad("an unknown target", build(*CALIB, "--target", "rasberry-pi-4"), "did you mean raspberry-pi-4")
-    yield bad("an unknown key in a target", build(*CALIB, "--target", "bad/board.toml"), "rank_multipel", "rank_multiple")
+    yield bad(
+        "an unknown key in a target", build(*CALIB, "--target", "bad/board.toml"), "rank_multipel", "rank_multiple"
+    )
     yield bad("an unknown key in rowcol.toml", ("build", "--config", "bad/rowcol.toml"), "modell", "did you mean model")
-    yield bad("an unsupported operator", build(*CALIB, model="net.py:unsupported", weights=""), "bessel_j0", r"maxpool\.1")
+    yield bad(
+        "an unsupported operator", build(*CALIB, model="net.py:unsupported", weights=""), "bessel_j0", r"maxpool\.1"
+    )
     yield bad("an unknown metric", build(*CALIB, "--select", "select", "--metric", "acuracy"), "accuracy")
     yield bad("a budget that is none", build(*CALIB, "--budget", "drop<0.5"), "drop")
     yield bad("a bundle that was changed", ("verify", "tampered"), "arms/", "sha256|digest", before=tampered)

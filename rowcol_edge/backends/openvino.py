@@ -33,7 +33,7 @@ from .base import (
     check_precision,
 )
 from .onnx_files import Port
-from .openvino_worker import NOT_INSTALLED, REFUSED
+from .openvino_convert import NOT_INSTALLED, REFUSED
 from .publishing import publish
 
 if TYPE_CHECKING:
@@ -76,11 +76,12 @@ class OpenVinoBackend:
             folder = Path(work)
             made = folder / "model.xml"
             job: dict[str, Any] = {
-                **_job(model, signature),
+                "model": str(_float_ir(model, signature)),
                 "out": str(made),
                 "precision": quant.precision,
                 "reduce_range": quant.reduce_range,
                 "rt_info": openvino_info.entries(metadata or {}, signature.inputs),
+                "inputs": [port.name for port in signature.inputs],
                 "keep_float": quant.keep_float,
             }
             if quant.precision == "int8":
@@ -89,7 +90,7 @@ class OpenVinoBackend:
                 calibrating.spool(feeds, job["inputs"], folder / "calibration")
                 if quant.accuracy is not None:
                     job["accuracy"] = _spool_selection(quant.accuracy, signature.inputs, folder / "selection")
-            _run(job, folder)
+            _run("openvino_worker", job, folder)
             least_share = None if quant.accuracy is None else _CONTROLLED_SHARE
             openvino_files.check_types(made, quant.precision, quant.keep_float, least_share=least_share)
             notes = tuple(json.loads(made.with_suffix(".json").read_text(encoding="utf-8")))
@@ -105,7 +106,11 @@ class OpenVinoBackend:
         single = tuple(
             replace(port, shape=port.shape and (port.shape[0] or 1, *port.shape[1:])) for port in signature.inputs
         )
-        job = {**_job(model, signature), "artifact": str(artifact.resolve())}
+        job = {
+            "model": str(_float_ir(model, signature)),
+            "artifact": str(artifact.resolve()),
+            "inputs": [port.name for port in single],
+        }
         feeds = calibrating.first_samples(calibrating.feeds(calibration, single), ERROR_SAMPLES)
         with tempfile.TemporaryDirectory(prefix="rowcol-openvino-") as work:
             return workers.layer_errors("openvino_errors", job, feeds, Path(work), tool="openvino")
@@ -114,28 +119,31 @@ class OpenVinoBackend:
 BACKEND = OpenVinoBackend()
 
 
-def _job(model: Path, signature: program_files.Signature) -> dict[str, Any]:
-    """What both workers know of the program."""
-    return {
-        "program": str(model.resolve()),
-        "float": str(program_files.beside(model, ".xml")),
-        "inputs": [port.name for port in signature.inputs],
-        "outputs": list(signature.outputs),
-    }
+def _float_ir(model: Path, signature: program_files.Signature) -> Path:
+    """The float conversion of a program, which is made unless it lies there already."""
+    path = program_files.beside(model, ".xml")
+    if path.is_file():
+        return path
+    with tempfile.TemporaryDirectory(prefix="rowcol-openvino-") as work:
+        made = Path(work) / "float.xml"
+        names = {"inputs": [port.name for port in signature.inputs], "outputs": list(signature.outputs)}
+        _run("openvino_convert", {"program": str(model.resolve()), "out": str(made), **names}, Path(work))
+        publish(made, path, (".bin", ".xml"))  # weights first
+    return path
 
 
-def _run(job: dict[str, Any], folder: Path) -> None:
+def _run(worker: str, job: dict[str, Any], folder: Path) -> None:
     """The worker's errors as ours."""
     made = Path(job["out"])
     own = {NOT_INSTALLED: _MISSING, REFUSED: _REFUSED}
-    failure = workers.run("openvino_worker", job, folder, tool="openvino", exit_codes=own)
+    failure = workers.run(worker, job, folder, tool="openvino", exit_codes=own)
     if failure == _MISSING:
         raise MissingDependencyError("compiling for openvino", package="rowcol-edge[openvino]")
     if failure == _REFUSED:
         raise workers.refusal(made, "OpenVINO", "openvino")
     if failure or not made.is_file():
         raise StageError(
-            f"compile {job['precision']}",
+            f"compile {job.get('precision', 'float')}",
             expected="a model that openvino can convert",
             got=failure or "no file",
             hint="the program itself is valid: torch runs it",

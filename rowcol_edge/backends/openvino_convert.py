@@ -1,55 +1,61 @@
-"""A captured program as OpenVINO's float model, which keeps attention and GELU whole: from ONNX at the opset of most
-boards they would come as the several operators that the format has for them.
+"""``python -m rowcol_edge.backends.openvino_convert JOB.json``: a captured program as OpenVINO's float model.
 
-Runs in the workers' process: openvino and torch may crash there without harm.
+Attention and GELU stay whole: from ONNX, at the opset of most boards, they would come as several operators each. The
+job names the ``program``, the IR to write as ``out``, and its ``inputs`` and ``outputs`` in the program's order. What
+openvino cannot take is written instead, as ``.json``.
+
+A process of its own also for the sake of its names: openvino numbers what has none, over all that a process has made.
 """
 
 from __future__ import annotations
 
-import os
+import json
 import re
+import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+NOT_INSTALLED, REFUSED = 40, 41
 
-def convert(job: dict[str, Any]) -> dict[str, str] | None:
-    """Write the float IR, whole or not at all; where openvino cannot, which operator of which module it is.
 
-    The job names the captured ``program``, the IR file ``float``, and its ``inputs`` and ``outputs`` in their order.
-    """
-    import openvino as ov
+def main(job_file: str) -> int:
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    try:
+        import openvino as ov
+        from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+    except ModuleNotFoundError as e:
+        if e.name != "openvino":
+            raise
+        return NOT_INSTALLED
     import torch
-    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
-    program = torch.export.load(job["program"])
+    program, out = torch.export.load(job["program"]), Path(job["out"])
     decoder = TorchFXPythonDecoder.from_exported_program(program, dynamic_shapes=False)
     graph = decoder.fx_gm.graph
-    modules = {node.name: module for node in graph.nodes if (module := _module(node))}
     try:
         model = ov.convert_model(decoder)
     except Exception as e:  # noqa: BLE001 – boundary: the front end raises whatever its translators meet
-        return _refusal(e, graph)
+        out.with_suffix(".json").write_text(json.dumps(_refusal(e, graph)), encoding="utf-8")
+        return REFUSED
     for ports, names in ((model.inputs, job["inputs"]), (model.outputs, job["outputs"])):
         for port, name in zip(ports, names, strict=True):
             port.get_tensor().set_names({name})
-    _name_layers(model, modules)
-    made = Path(job["float"])
-    partial = made.with_name(f"{os.getpid()}-{made.name}")
-    ov.save_model(model, partial, compress_to_fp16=False)
-    for suffix in (".bin", ".xml"):  # weights first: the file is there when its .xml is
-        partial.with_suffix(suffix).replace(made.with_suffix(suffix))
-    return None
+    _name_layers(model, {node.name: _module(node) for node in graph.nodes})
+    ov.save_model(model, out, compress_to_fp16=False)
+    return 0
 
 
-def _name_layers(model: Any, modules: dict[str, str]) -> None:
+def _name_layers(model: Any, modules: Mapping[str, str]) -> None:
     """Names by the model's own modules, such as ``blocks.0.attention/MatMul``: what people know a layer by."""
     taken: Counter[str] = Counter()
     for node in model.get_ordered_ops():
-        module = modules.get(node.get_friendly_name().partition("/")[0])
-        if module is None or node.get_type_name() in ("Constant", "Parameter", "Result"):
+        kind = node.get_type_name()
+        if kind in ("Parameter", "Result"):  # whose names are those of the inputs and outputs
             continue
-        name = f"{module}/{node.get_type_name()}"
+        module = modules.get(node.get_friendly_name().partition("/")[0], "")
+        name = f"{module}/{kind}" if module else kind
         taken[name] += 1
         node.set_friendly_name(name if taken[name] == 1 else f"{name}_{taken[name]}")
 
@@ -68,3 +74,7 @@ def _refusal(error: BaseException, graph: Any) -> dict[str, str]:
     module = next((_module(node) for node in graph.nodes if str(node.target) == operator), "")
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("Check '")]
     return {"operator": operator, "module": module, "error": (lines or [type(error).__name__])[-1][:200]}
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -6,8 +6,8 @@ them with that range, but not for the layers before it. Two models and not one: 
 be shared, and not be fused as they are in the artifact, and openvino does not fuse all of them rightly (2026.4: a
 ReduceMean with the quantizer behind it). One sample's activations are held at a time.
 
-The job is that of `openvino_worker`, with the int8 IR as ``artifact``, a folder with one ``.npz`` a sample, its arrays
-in the order of ``inputs``, and in ``out`` the JSON file for the layers' names and errors.
+The job names the float IR, the int8 IR, a folder with one ``.npz`` a sample, its arrays in the order of ``inputs``, and
+the JSON file to write: the layers' names and errors.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from . import openvino_convert
-
 _WEIGHTED = ("Convolution", "ConvolutionBackpropData", "GroupConvolution", "MatMul")
 _FOLLOW = ("Add", "Clamp", "Multiply", "PRelu", "Relu")
 """Operators that belong to the layer they alone read: its bias, its scale, its activation."""
@@ -31,10 +29,8 @@ def main(job_file: str) -> int:
     import openvino as ov
 
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    if not Path(job["float"]).is_file():  # where the artifact came from the cache
-        openvino_convert.convert(job)
     core = ov.Core()
-    original, quantized = core.read_model(job["float"]), core.read_model(job["artifact"])
+    original, quantized = core.read_model(job["model"]), core.read_model(job["artifact"])
     floats = {node.get_friendly_name(): node for node in original.get_ops() if node.get_type_name() != "Constant"}
     layers = [node for node in quantized.get_ordered_ops() if _is_layer(node) and node.get_friendly_name() in floats]
     ends = [_end(node, floats) for node in layers]

@@ -1,9 +1,8 @@
 """``python -m rowcol_edge.backends.openvino_worker JOB.json``: openvino and nncf where they may crash without harm.
 
-The job names the captured program, the float IR (made from it, unless it is there), the IR file to write, the precision
-and, for int8, a folder with one ``.npz`` a calibration batch, its arrays in the order of ``inputs``; for accuracy
-control a second one with the selection split. Notes for people are written beside the IR, as ``.json``; so is, in its
-place, what openvino cannot take.
+The job names the float IR, the IR file to write, the precision and, for int8, a folder with one ``.npz`` a calibration
+batch, its arrays in the order of ``inputs``; for accuracy control a second one with the selection split. Notes for
+people are written beside the IR, as ``.json``.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-NOT_INSTALLED, REFUSED = 40, 41
+NOT_INSTALLED = 40
 _SELF_ATTENTION = "ScaledDotProductAttention"
 _ELEMENTWISE = ("Add", "Multiply", "Subtract")
 
@@ -26,17 +25,10 @@ _ABOVE_ZERO = 2.0
 def main(job_file: str) -> int:
     os.environ["CI"] = "true"  # what openvino and nncf take as a no to sending usage statistics
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    out = Path(job["out"])
     try:
         import openvino as ov
 
-        from . import openvino_convert
-
-        refusal = None if Path(job["float"]).is_file() else openvino_convert.convert(job)
-        if refusal is not None:
-            out.with_suffix(".json").write_text(json.dumps(refusal), encoding="utf-8")
-            return REFUSED
-        model = ov.Core().read_model(job["float"])
+        model = ov.Core().read_model(job["model"])
         notes: list[str] = []
         if job["precision"] == "int8":
             model, notes = _quantized(model, job)
@@ -46,6 +38,7 @@ def main(job_file: str) -> int:
         return NOT_INSTALLED
     for path, text in job["rt_info"]:
         model.set_rt_info(text, path)
+    out = Path(job["out"])
     ov.save_model(model, out, compress_to_fp16=job["precision"] == "fp16")
     out.with_suffix(".json").write_text(json.dumps(notes), encoding="utf-8")
     return 0

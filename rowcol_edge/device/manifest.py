@@ -89,8 +89,8 @@ class ArmEntry:
 class RuntimeEntry:
     """The runtime the artifacts were compiled for, and the oldest version of it that is promised to open them.
 
-    ``opset`` and ``ir_version`` are those of the ONNX file that is opened, or that was converted; None where no ONNX is
-    read. ``properties`` are settings in the runtime's own words.
+    ``opset`` and ``ir_version`` are those of the ONNX file that is opened, or that an engine is built from; None where
+    no ONNX is read. ``properties`` are settings in the runtime's own words.
     """
 
     name: str
