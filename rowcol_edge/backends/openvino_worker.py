@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def main(job_file: str) -> int:
         model = ov.Core().read_model(job["model"])
         notes: list[str] = []
         if job["precision"] == "int8":
+            known = {node.get_friendly_name() for node in model.get_ops()}
             model, notes = _quantized(model, job)
+            _name_new(model, known)
     except ModuleNotFoundError as e:
         if e.name not in ("openvino", "nncf"):
             raise
@@ -98,6 +101,14 @@ def _quantized(model: Any, job: dict[str, Any]) -> tuple[Any, list[str]]:
         reason = (str(e).splitlines() or [""])[0][:160]
         note = f"quantized without SmoothQuant, which failed ({type(e).__name__}: {reason})"
         return quantize(AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)), [note]
+
+
+def _name_new(model: Any, known: Collection[str]) -> None:
+    """Number what quantization has added by its place: openvino's own numbers differ from one process to the next."""
+    added = (node for node in model.get_ordered_ops() if node.get_friendly_name() not in known)
+    for number, node in enumerate(added):
+        if re.fullmatch(rf"{node.get_type_name()}_\d+", node.get_friendly_name()):
+            node.set_friendly_name(f"{node.get_type_name()}/{number}")
 
 
 def _multiplies_activations(model: Any) -> bool:

@@ -11,16 +11,20 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import pytest
+import torch
+from torch import nn
 
 from rowcol_edge import native
 from rowcol_edge.backends import load_backend, openvino_files, openvino_info, openvino_worker
 from rowcol_edge.backends import openvino as openvino_backend
-from rowcol_edge.backends.base import AccuracyControl, Artifact, QuantSpec
+from rowcol_edge.backends.base import AccuracyControl, Artifact, QuantSpec, Source
 from rowcol_edge.backends.onnx_files import Port
 from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
-from rowcol_edge.errors import BundleError, MissingDependencyError, StageError
+from rowcol_edge.errors import BundleError, MissingDependencyError, StageError, UnsupportedOpError
 from rowcol_edge.quality import Predictions, metric
 from rowcol_edge.targets import RuntimeSpec
+
+from .conftest import write_source
 
 Batches = Callable[[], Iterator[dict[str, np.ndarray]]]
 Make = Callable[..., Artifact]
@@ -79,6 +83,38 @@ def test_a_converter_that_fails_is_one_error(
     with pytest.raises(error, match=says):
         make(convolutions_program, "fp32")
     assert list(tmp_path.iterdir()) == []
+
+
+class Bessel(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(x)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.gelu = nn.Linear(8, 8), nn.GELU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.project(x)
+        return self.gelu(nn.functional.scaled_dot_product_attention(x, x, x))
+
+
+def test_an_unsupported_operator_is_named_with_its_module(make: Make, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 2), nn.Sequential(nn.ReLU(), Bessel()))
+    source = write_source(Source.EXPORTED_PROGRAM, model, {"x": np.zeros((1, 4), np.float32)}, tmp_path)
+    with pytest.raises(
+        UnsupportedOpError, match=r"operator aten\.special_bessel_j0\.default of module 1\.1 has no Open"
+    ):
+        make(source, "fp32")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_attention_and_gelu_stay_whole_and_layers_go_by_their_modules(make: Make, tmp_path: Path) -> None:
+    example = {"x": np.zeros((1, 3, 8), np.float32)}
+    source = write_source(Source.EXPORTED_PROGRAM, nn.Sequential(Attending()), example, tmp_path)
+    names = {node.get_friendly_name() for node in ov.Core().read_model(make(source, "fp32").path).get_ops()}
+    assert {"0/ScaledDotProductAttention", "0.gelu/Gelu", "0.project/MatMul"} <= names
 
 
 def test_quantization_goes_on_without_smoothquant_and_says_so(
