@@ -1,7 +1,7 @@
 """Go through the command line as a user would, on real data: every command, then every kind of bad input.
 
     python tools/walkthrough.py                 # all of it, in dist/walkthrough
-    python tools/walkthrough.py --only bad      # the steps whose names hold a word; what they need comes first
+    python tools/walkthrough.py --only bad run  # the steps whose names hold one of these; what they need comes first
 
 The model is ELPV's, in a user's own file and folders of pictures. Each step is a command in a process of its own, with
 the exit code and the words that it must end with. Ends with exit code 1 if one of them was not as expected.
@@ -13,6 +13,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,8 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default="dist/walkthrough")
-    parser.add_argument("--only", help="steps with this word in their names")
+    parser.add_argument("--only", nargs="+", help="steps with one of these in their names")
     options = parser.parse_args()
+    # a shell starts what runs in its background with Ctrl-C ignored, and so would every step be
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     work = ROOT / options.work
     shutil.rmtree(work, ignore_errors=True)
     started = time.monotonic()
@@ -36,12 +39,13 @@ def main() -> int:
     print(f"pictures, models and broken files written to {options.work} in {time.monotonic() - started:.0f} s")
     failed, count = [], 0
     for step in steps(work):
-        if options.only and not (step.needed or options.only in step.name):
+        if options.only and not (step.needed or any(word in step.name for word in options.only)):
             continue
         count += 1
         began = time.monotonic()
         problems = go(step, work)
-        print(f"{'FAILED' if problems else 'ok':6} {time.monotonic() - began:6.1f} s  {step.name:34} {step.command}")
+        outcome = "FAILED" if problems else "ok"
+        print(f"{outcome:6} {time.monotonic() - began:6.1f} s  {step.name:34} {step.command}", flush=True)
         for problem in problems:
             print(f"       {problem}", flush=True)
         failed += [step.name] if problems else []
