@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MissingDependencyError, StageError
 from . import calibration as calibrating
 from . import openvino_files, openvino_info, program_files, workers
 from .base import (
@@ -33,13 +32,12 @@ from .base import (
     check_precision,
 )
 from .onnx_files import Port
-from .openvino_convert import NOT_INSTALLED, REFUSED
 from .publishing import publish
 
 if TYPE_CHECKING:
     from ..targets import RuntimeSpec
 
-_MISSING, _REFUSED = "not installed", "refused"
+_NAMES = workers.Names("openvino", "openvino", "OpenVINO", "openvino")
 _CONTROLLED_SHARE = 0.5
 """With accuracy control an int8 file may hold float layers, yet most of its weights are int8."""
 
@@ -90,7 +88,7 @@ class OpenVinoBackend:
                 calibrating.spool(feeds, job["inputs"], folder / "calibration")
                 if quant.accuracy is not None:
                     job["accuracy"] = _spool_selection(quant.accuracy, signature.inputs, folder / "selection")
-            _run("openvino_worker", job, folder)
+            workers.convert("openvino_worker", job, folder, _NAMES)
             least_share = None if quant.accuracy is None else _CONTROLLED_SHARE
             openvino_files.check_types(made, quant.precision, quant.keep_float, least_share=least_share)
             notes = tuple(json.loads(made.with_suffix(".json").read_text(encoding="utf-8")))
@@ -127,27 +125,11 @@ def _float_ir(model: Path, signature: program_files.Signature) -> Path:
     with tempfile.TemporaryDirectory(prefix="rowcol-openvino-") as work:
         made = Path(work) / "float.xml"
         names = {"inputs": [port.name for port in signature.inputs], "outputs": list(signature.outputs)}
-        _run("openvino_convert", {"program": str(model.resolve()), "out": str(made), **names}, Path(work))
+        workers.convert(
+            "openvino_convert", {"program": str(model.resolve()), "out": str(made), **names}, Path(work), _NAMES
+        )
         publish(made, path, (".bin", ".xml"))  # weights first
     return path
-
-
-def _run(worker: str, job: dict[str, Any], folder: Path) -> None:
-    """The worker's errors as ours."""
-    made = Path(job["out"])
-    own = {NOT_INSTALLED: _MISSING, REFUSED: _REFUSED}
-    failure = workers.run(worker, job, folder, tool="openvino", exit_codes=own)
-    if failure == _MISSING:
-        raise MissingDependencyError("compiling for openvino", package="rowcol-edge[openvino]")
-    if failure == _REFUSED:
-        raise workers.refusal(made, "OpenVINO", "openvino")
-    if failure or not made.is_file():
-        raise StageError(
-            f"compile {job.get('precision', 'float')}",
-            expected="a model that openvino can convert",
-            got=failure or "no file",
-            hint="the program itself is valid: torch runs it",
-        )
 
 
 def _spool_selection(accuracy: AccuracyControl, inputs: tuple[Port, ...], folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-NOT_INSTALLED, REFUSED = 40, 41
+from .workers import NOT_INSTALLED, REFUSED
 
 
 def main(job_file: str) -> int:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-NOT_INSTALLED = 40
+from .workers import NOT_INSTALLED
+
 _SELF_ATTENTION = "ScaledDotProductAttention"
 _ELEMENTWISE = ("Add", "Multiply", "Subtract")
 

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..device.versions import is_at_least
-from ..errors import ConfigError, MissingDependencyError, StageError
+from ..errors import ConfigError
 from . import calibration as calibrating
 from . import program_files, workers
 from .base import Artifact, Calibration, LayerError, QuantSpec, Source, check_precision
 from .publishing import publish
-from .tflite_worker import NOT_INSTALLED, REFUSED
 
 if TYPE_CHECKING:
     from ..targets import RuntimeSpec
@@ -35,7 +34,7 @@ _PER_CHANNEL = "2.15"
 """tflite-runtime, which ends at 2.14, takes the first scale of a linear layer's weight for all of its channels where it
 finds the ranges of activations itself: int8-dynamic then has one scale a tensor."""
 _ERROR_SAMPLES = 16
-_MISSING, _REFUSED = "not installed", "refused"
+_NAMES = workers.Names("tflite", "litert", "TFLite", "litert-torch and ai-edge-quantizer")
 
 
 class TfliteBackend:
@@ -90,7 +89,7 @@ class TfliteBackend:
                 job["calibration"] = str(folder / "calibration")
                 feeds = calibrating.feeds(calibration, signature.inputs)
                 calibrating.spool(feeds, job["inputs"], folder / "calibration")
-            _run(job, folder)
+            workers.convert("tflite_worker", job, folder, _NAMES)
             # imported only now: without the packages the worker has said so
             from . import tflite_files
 
@@ -131,21 +130,3 @@ def _job(model: Path, signature: program_files.Signature) -> dict[str, Any]:
         "inputs": [port.name for port in signature.inputs],
         "outputs": list(signature.outputs),
     }
-
-
-def _run(job: dict[str, Any], folder: Path) -> None:
-    """The worker's errors as ours."""
-    made = Path(job["out"])
-    own = {NOT_INSTALLED: _MISSING, REFUSED: _REFUSED}
-    failure = workers.run("tflite_worker", job, folder, tool="litert", exit_codes=own)
-    if failure == _MISSING:
-        raise MissingDependencyError("compiling for tflite", package="rowcol-edge[tflite]")
-    if failure == _REFUSED:
-        raise workers.refusal(made, "TFLite", "litert-torch")
-    if failure or not made.is_file():
-        raise StageError(
-            f"compile {job['precision']}",
-            expected="a model that litert-torch and ai-edge-quantizer can convert",
-            got=failure or "no file",
-            hint="the program itself is valid: torch runs it",
-        )

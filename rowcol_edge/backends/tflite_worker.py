@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-NOT_INSTALLED, REFUSED = 40, 41
+from .workers import NOT_INSTALLED, REFUSED
+
 _OURS = ("ai_edge_litert", "ai_edge_quantizer", "litert_torch")
 _STATIC = ("int8", "int8-io")
 _WEIGHTED = ("CONV_2D", "CONV_2D_TRANSPOSE", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
