@@ -192,6 +192,7 @@ def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
         )
     if path.suffix == ".safetensors":
         try:
+            path.open("rb").close()  # safetensors calls a file that may not be read one that is not there
             return load_file(path)
         except (SafetensorError, OSError) as e:
             raise WeightsError(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -194,3 +195,17 @@ def test_weights_of_another_kind_of_number_are_refused(net: Path, tmp_path: Path
     torch.save({**state, key: state[key].to(dtype)}, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match=f"{key}: expected float32, got {str(dtype).removeprefix('torch.')}"):
         models.load(f"{net}:build", tmp_path / "w.pt")
+
+
+def test_weights_that_may_not_be_read_are_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"weight": torch.zeros(1)}, tmp_path / "w.safetensors")
+    opened = Path.open
+
+    def refused(path: Path, *arguments: Any, **options: Any) -> Any:  # root may read any file
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(WeightsError, match="Permission denied"):
+        models.load(nn.Linear(1, 1), weights=tmp_path / "w.safetensors")
