@@ -146,7 +146,8 @@ def prepare(
     own = sample if not any(references.values()) else None
     splits: dict[str, Split | None] = {}
     for i, (name, reference) in enumerate(references.items()):
-        progress(f"read {name} data", i + 1, 4)
+        if reference or own:
+            progress(f"read {name} data", i + 1, 4)
         split = datasets.load(reference, name, model.inputs, sample=own, preprocess=preprocess, labels=labels)
         splits[name] = frames.of_tensors(split, preprocess) if split and isinstance(preprocess, Frames) else split
     progress("check data", 4, 4)

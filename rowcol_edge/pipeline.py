@@ -124,6 +124,8 @@ def build(
             arms = Path(work) / "arms"
             arms.mkdir()
             line = _Line(job, arms, progress)
+            for target in missing:
+                line.try_out(target)
             # all arms of all targets first: a budget that one target misses leaves nothing written
             for ready in [line.ready(target) for target in missing]:
                 found[ready.target.name] = line.write(ready, out)
@@ -273,6 +275,13 @@ class _Line:
         )
         self.bench = Workbench(job, self.chooser.reference, self.data.chosen, work, progress)
         self._test: Judged | None = None
+        self._dense: dict[tuple[str, str], Arm] = {}
+
+    def try_out(self, target: Target) -> None:
+        """Make the dense arm at the precision that was named: a model that cannot have it is found before a search."""
+        precision = self.job.options.precision
+        if self.job.options.dense and precision != "auto":
+            self._dense_arm(target, target.runtime(self.job.options.runtime), precision)
 
     def ready(self, target: Target) -> _Ready:
         """Every arm for a target, within the budgets, ready to be written."""
@@ -290,7 +299,7 @@ class _Line:
         arms = [factored]
         if job.options.dense:
             for name in dict.fromkeys((factored.precision, "fp32")):
-                arm = self._arm("dense", None, target, runtime, name)
+                arm = self._dense_arm(target, runtime, name)
                 arms.append(self._kept(arm, target, runtime) or arm)
         return _Ready(target, runtime, tuple(arms), choice, selected)
 
@@ -305,6 +314,13 @@ class _Line:
         )  # fmt: skip
         with Bundle.open(path) as bundle:
             return Built(path, bundle.manifest, reused=False)
+
+    def _dense_arm(self, target: Target, runtime: RuntimeSpec, precision: str) -> Arm:
+        """As the backend makes it by itself, without a repair; made once."""
+        key = (target.name, precision)
+        if key not in self._dense:
+            self._dense[key] = self._arm("dense", None, target, runtime, precision)
+        return self._dense[key]
 
     def _arm(
         self, variant: str, plan: FactorPlan | None, target: Target, runtime: RuntimeSpec, precision: str,

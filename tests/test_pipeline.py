@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import rowcol_edge
-from rowcol_edge import evaluation, job, pipeline, targets
+from rowcol_edge import evaluation, job, models, pipeline, targets
 from rowcol_edge.backends import onnx_files
+from rowcol_edge.cache import Cache
 from rowcol_edge.config import BuildOptions
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.manifest import GRAPH_CHECKED
@@ -436,6 +437,22 @@ def test_precision_auto_says_what_it_measured(net: torch.nn.Module, splits: dict
     assert set(tried) == set(targets.load("generic-x86").runtime("onnxruntime").precisions)
     assert tried[record["chosen"]]["latency_ns"] > 0
     assert all("convolutions" in tried[name]["left_out"] for name in ("int8-dynamic", "int8-weights", "int4-weights"))
+
+
+def test_a_precision_that_the_model_cannot_have_is_refused_before_a_plan_is_searched(
+    net: torch.nn.Module, splits: dict[str, str], tmp_path: Path
+) -> None:
+    """The search is what takes long; the refused target comes second."""
+    said: list[str] = []
+    options = BuildOptions(
+        model="", out=str(tmp_path / "out"), target=("generic-x86", "raspberry-pi-4"), precision="int8-dynamic",
+        budget="drop<=1pp", **splits,
+    )  # fmt: skip
+    with pytest.raises(StageError, match="convolutions"):
+        pipeline.build(options, models.load(net), cache=Cache(None), progress=lambda label, *_: said.append(label))
+    assert "compile dense@int8-dynamic" in said
+    assert "search ranks" not in said
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("precision", "oldest"), [("int8-weights", "1.23.0"), ("int4-weights", "1.17.0")])
