@@ -40,7 +40,8 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document on s
 Weights = Annotated[str | None, typer.Option(help="a .safetensors file, or a checkpoint of plain tensors")]
 Calib = Annotated[str | None, typer.Option(help="calibration data: image folder, .npz or module:callable")]
 CalibSize = Annotated[
-    str | None, typer.Option(help="how many calibration samples the quantizer gets, a diverse subset: 128, or all")
+    str | None,
+    typer.Option(help="how many calibration samples the quantizer gets, a diverse subset, or all (default: 128)"),
 ]
 Select = Annotated[str | None, typer.Option(help="selection data: every choice is judged on these")]
 Test = Annotated[str | None, typer.Option(help="test data: reported once")]
@@ -54,14 +55,18 @@ Preprocess = Annotated[
     str | None, typer.Option(help="how an image becomes a tensor: mode=L,size=224x224,mean=0.5,std=0.25")
 ]
 BudgetText = Annotated[
-    str | None, typer.Option("--budget", help="limits: drop<=0.5pp,size<=4MB,params<=0.5x,macs<=0.5x")
+    str | None,
+    typer.Option(
+        "--budget",
+        help="limits: drop<=0.5pp,size<=4MB,params<=0.5x,macs<=0.5x (default: drop<=0.5pp with labelled data)",
+    ),
 ]
 Energy = Annotated[float | None, typer.Option(help="keep this share of each layer's output variance: 0.999")]
 Plan = Annotated[str | None, typer.Option(help="apply this plan file instead of searching for one")]
 UseCache = Annotated[
     bool, typer.Option("--cache/--no-cache", help="keep what stages make in ROWCOL_CACHE or ~/.cache/rowcol-edge")
 ]
-Out = Annotated[str | None, typer.Option(help="folder that receives the results")]
+Out = Annotated[str | None, typer.Option(help="folder that receives the results (default: dist, of factor: factored)")]
 
 
 @app.command()
@@ -218,12 +223,18 @@ def factor(
 def build(
     model: Annotated[str | None, typer.Argument(help="the model; may stand in the --config file instead")] = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="a board; say it again for more (rowcol-edge targets)")
+        list[str] | None,
+        typer.Option(help="a board, see rowcol-edge targets; say it again for more (default: generic-x86)"),
     ] = None,
     out: Out = None,
     weights: Weights = None,
-    runtime: Annotated[str | None, typer.Option(help=f"a runtime that the target lists: {', '.join(RUNTIMES)}")] = None,
-    precision: Annotated[str | None, typer.Option(help=f"{', '.join(PRECISIONS)} or auto")] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(help=f"one that the target lists: {', '.join(RUNTIMES)} (default: onnxruntime)"),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help=f"{', '.join(PRECISIONS)}, or auto: the fastest one measured (default: int8)")
+    ] = None,
     calib: Calib = None,
     calib_size: CalibSize = None,
     select: Select = None,

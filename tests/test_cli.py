@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from rowcol_edge import cli, targets
+from rowcol_edge.config import DEFAULT_BUDGET, BuildOptions
 
 from .nets import small_net, write_splits
 
@@ -47,6 +48,14 @@ def bundle(model: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> P
     )  # fmt: skip
     assert code == 0
     return out / "generic-x86-onnxruntime"
+
+
+def test_help_says_what_holds_where_an_option_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("build", "--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    options = BuildOptions("model")
+    for value in (*options.target, options.out, options.runtime, options.precision, options.calib_size, DEFAULT_BUDGET):
+        assert f"default: {value}" in said
 
 
 def test_targets_lists_boards_and_samples(capsys: pytest.CaptureFixture[str]) -> None:
