@@ -62,6 +62,11 @@ def test_bad_preprocess_text_is_refused(text: str) -> None:
         config.parse_preprocess(text)
 
 
+def test_how_to_write_a_value_for_each_channel_is_said() -> None:
+    with pytest.raises(DataError, match=r"mean=0\.5/0\.5/0\.5"):
+        config.parse_preprocess("mode=RGB,size=8x8,mean=0.5,std=0.5/0.5/0.5")
+
+
 def test_preprocess_values_that_do_not_fit_are_refused() -> None:
     with pytest.raises(DataError, match="mean"):
         config.parse_preprocess("mode=L,size=8x8,mean=0.1/0.2/0.3,std=1")

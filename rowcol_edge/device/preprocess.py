@@ -54,6 +54,7 @@ class Preprocess:
                     f"preprocess.{name}",
                     expected=f"{self.channels} value(s) for mode {self.mode}",
                     got=f"{len(values)}",
+                    hint=f"one a channel, such as {name}={'/'.join(['0.5'] * self.channels)}",
                 )
         if min(self.std) <= 0 or self.height < 1 or self.width < 1:
             raise DataError("preprocess", expected="positive std, height and width", got=repr(self))
