@@ -1,7 +1,8 @@
 """Go through the command line as a user would, on real data: every command, then every kind of bad input.
 
-    python tools/walkthrough.py                 # all of it, in dist/walkthrough
-    python tools/walkthrough.py --only bad run  # the steps whose names hold one of these; what they need comes first
+    python tools/walkthrough.py                  # all of it, in dist/walkthrough
+    python tools/walkthrough.py --parts line     # the line from end to end, with onnxruntime; the other: runtimes
+    python tools/walkthrough.py --only bad run   # the steps whose names hold one of these; what they need comes first
 
 The model is ELPV's, in a user's own file and folders of pictures. Each step is a command in a process of its own, with
 the exit code and the words that it must end with. Ends with exit code 1 if one of them was not as expected.
@@ -17,17 +18,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import walkthrough_data as data
-from walkthrough_steps import Step, steps
+import walkthrough_runtimes
+import walkthrough_steps
+from walkthrough_steps import Step
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = {"line": walkthrough_steps.steps, "runtimes": walkthrough_runtimes.steps}
+"""In order: a part may need what earlier ones have made."""
+_NO_SPECIAL_RIGHTS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+"""Before a command of root's, who could read every file."""
+_SHOWN = 160
+"""Of a command, in characters."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default="dist/walkthrough")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--only", nargs="+", help="steps with one of these in their names")
     options = parser.parse_args()
     # a shell starts what runs in its background with Ctrl-C ignored, and so would every step be
@@ -38,14 +49,12 @@ def main() -> int:
     data.write(work)
     print(f"pictures, models and broken files written to {options.work} in {time.monotonic() - started:.0f} s")
     failed, count = [], 0
-    for step in steps(work):
-        if options.only and not (step.needed or any(word in step.name for word in options.only)):
-            continue
+    for step in chosen(work, options.parts, options.only):
         count += 1
         began = time.monotonic()
         problems = go(step, work)
         outcome = "FAILED" if problems else "ok"
-        print(f"{outcome:6} {time.monotonic() - began:6.1f} s  {step.name:34} {step.command}", flush=True)
+        print(f"{outcome:6} {time.monotonic() - began:6.1f} s  {step.name:38} {step.command[:_SHOWN]}", flush=True)
         for problem in problems:
             print(f"       {problem}", flush=True)
         failed += [step.name] if problems else []
@@ -54,17 +63,20 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def chosen(work: Path, parts: Sequence[str], only: Sequence[str] | None) -> Iterator[Step]:
+    last = max(list(PARTS).index(part) for part in parts)
+    for part in list(PARTS)[: last + 1]:
+        for step in PARTS[part](work):
+            if step.needed or (part in parts and (not only or any(word in step.name for word in only))):
+                yield step
+
+
 def go(step: Step, work: Path) -> list[str]:
     """Run a step; what was not as expected."""
     if step.before is not None:
         step.before()
     kept = tree(work / "out") if step.bad else {}
-    command = [str(Path(sys.executable).with_name("rowcol-edge")), *step.argv] if step.python is None else step.argv
-    environment = os.environ | {"ROWCOL_CACHE": str(work / "cache")}
-    process = subprocess.Popen(
-        [*([step.python] if step.python else []), *command],
-        cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start(step, work)
     if step.signal is not None:
         time.sleep(step.signal_after)
         process.send_signal(step.signal)
@@ -92,6 +104,16 @@ def go(step: Step, work: Path) -> list[str]:
         except Exception as e:  # noqa: BLE001 – a check that fails in any way is a finding
             problems.append(f"{type(e).__name__}: {e}")
     return problems
+
+
+def start(step: Step, work: Path) -> subprocess.Popen[str]:
+    program = str(Path(sys.executable).with_name("rowcol-edge")) if step.python is None else step.python
+    held = _NO_SPECIAL_RIGHTS if step.locked and os.geteuid() == 0 else ()
+    return subprocess.Popen(
+        [*held, program, *step.argv],
+        cwd=work, env=os.environ | {"ROWCOL_CACHE": str(work / "cache")}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:

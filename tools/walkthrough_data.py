@@ -77,8 +77,16 @@ def _broken(work: Path, weights: dict[str, torch.Tensor]) -> None:
     (bad / "empty").mkdir()
     (bad / "picture").mkdir()
     (bad / "picture" / "a.png").write_bytes(b"not a picture")
+    (bad / "locked").mkdir()
+    for file, copy in ((work / WEIGHTS, "locked.safetensors"), (next((work / "calib").rglob("*.png")), "locked/a.png")):
+        shutil.copy(file, bad / copy)
+        (bad / copy).chmod(0)
     board = (resources.targets_dir() / "raspberry-pi-4.toml").read_text(encoding="utf-8")
-    (bad / "board.toml").write_text(board.replace("rank_multiple", "rank_multipel"), encoding="utf-8")
+    for file, old, new in (
+        ("board", "rank_multiple", "rank_multipel"), ("opset", "opset = 18", "opset = 25"),
+        ("ir", "ir_version = 9", "ir_version = 13"),
+    ):  # fmt: skip
+        (bad / f"{file}.toml").write_text(board.replace(old, new), encoding="utf-8")
     (bad / "rowcol.toml").write_text('modell = "net.py:build"\n', encoding="utf-8")
     (bad / "manifest").mkdir()
     (bad / "manifest" / "manifest.json").write_text(json.dumps({"schema": 99}), encoding="utf-8")

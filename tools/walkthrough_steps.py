@@ -12,7 +12,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Step:
 
     ``says``: patterns for its output, in which every run of blanks is one. ``check`` gets stdout. ``bad``: there must
     be one typed error, and nothing written. ``python``: the interpreter, where it is not `rowcol-edge` that runs.
-    ``needed``: others use what it makes.
+    ``needed``: others use what it makes. ``locked``: some of its files may not be read, not by root either.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Step:
     bad: bool = False
     needed: bool = False
     python: str | None = None
+    locked: bool = False
     signal: signal.Signals | None = None
     signal_after: float = 0.0
 
@@ -119,15 +120,15 @@ def _building(work: Path) -> Iterator[Step]:
     cells = ("--calib", "cells.py:calibration", "--select", "cells.py:selection", "--test", "cells.py:test")
 
     def whole(out: str) -> None:
-        manifest = _manifest(work / OUT)
-        assert [arm["name"] for arm in manifest["arms"]] == ARMS
-        assert manifest["metric"] == "escape@overkill=1%"
-        assert manifest["target"]["name"] == "generic-x86"
-        for arm in manifest["arms"]:
+        made = manifest(work / OUT)
+        assert [arm["name"] for arm in made["arms"]] == ARMS
+        assert made["metric"] == "escape@overkill=1%"
+        assert made["target"]["name"] == "generic-x86"
+        for arm in made["arms"]:
             assert 0 < arm["threshold"] < 1
             test = arm["quality"]["test"]
             assert {"value", "drop_pp", "ci_low_pp", "ci_high_pp", "flips"} <= set(test), sorted(test)
-        for file in manifest["files"]:
+        for file in made["files"]:
             content = (work / OUT / file["path"]).read_bytes()
             assert (len(content), sha256(content).hexdigest()) == (file["size_bytes"], file["sha256"]), file
         with zipfile.ZipFile(work / f"{OUT}.zip") as archive:
@@ -136,20 +137,20 @@ def _building(work: Path) -> Iterator[Step]:
 
     def arms(folder: str, wanted: list[str]) -> Callable[[str], None]:
         def check(_: str) -> None:
-            assert [arm["name"] for arm in _manifest(work / folder)["arms"]] == wanted
+            assert [arm["name"] for arm in manifest(work / folder)["arms"]] == wanted
 
         return check
 
     def two_boards(out: str) -> None:
         for board in ("raspberry-pi-4", "raspberry-pi-5"):
-            manifest = _manifest(work / f"free/{board}-onnxruntime")
-            assert manifest["inputs"][0]["shape"][0] is None
-            assert manifest["target"]["name"] == board
+            made = manifest(work / f"free/{board}-onnxruntime")
+            assert made["inputs"][0]["shape"][0] is None
+            assert made["target"]["name"] == board
 
     def two_inputs(_: str) -> None:
-        manifest = _manifest(work / f"two/{Path(OUT).name}")
-        assert [port["name"] for port in manifest["inputs"]] == ["picture", "kind"]
-        assert abs(manifest["arms"][0]["quality"]["selection"]["drop_pp"]) <= 0.5
+        made = manifest(work / f"two/{Path(OUT).name}")
+        assert [port["name"] for port in made["inputs"]] == ["picture", "kind"]
+        assert abs(made["arms"][0]["quality"]["selection"]["drop_pp"]) <= 0.5
 
     def left(_: str) -> None:
         plan = (work / f"left/{Path(OUT).name}/plan.toml").read_text(encoding="utf-8")
@@ -230,7 +231,10 @@ def _on_the_board(work: Path) -> Iterator[Step]:
     yield Step("two metrics are not comparable", ("compare", OUT, two), code=3, says=("metric", "expected: the same"))
     yield Step("not comparable", ("compare", f"vit-fp32/{Path(OUT).name}"), code=3, says=("expected: a dense arm",))
     python = str(board / "bin" / "python")
-    yield Step("a bare board: verify", (PYZ, "verify", OUT), python=python, before=install, says=tuple(ARMS))
+    yield Step(
+        "a bare board: verify", (PYZ, "verify", OUT),
+        python=python, before=install, says=tuple(ARMS), needed=True,
+    )  # fmt: skip
     yield Step("a bare board: run", (PYZ, "run", OUT, pictures[0]), python=python, says=("good|defective",))
     yield Step(
         "a bare board: profile",
@@ -246,13 +250,17 @@ def _ending(work: Path) -> Iterator[Step]:
         yield Step(name, build, code=code, signal=number, signal_after=12, check=lambda _: _no_bundle(work / "new"))
 
 
+def bad(name: str, argv: tuple[str, ...], *says: str, before: Callable[[], None] | None = None) -> Step:
+    """A step that must be refused."""
+    return Step(f"bad: {name}", argv, code=2, says=says, bad=True, before=before)
+
+
+def build(*options: str, model: str = "net.py:build", weights: str = WEIGHTS) -> tuple[str, ...]:
+    """A build that should write nothing."""
+    return ("build", model, *(("--weights", weights) if weights else ()), *options, "--out", "new")
+
+
 def _bad(work: Path) -> Iterator[Step]:
-    def bad(name: str, argv: tuple[str, ...], *says: str, before: Callable[[], None] | None = None) -> Step:
-        return Step(f"bad: {name}", argv, code=2, says=says, bad=True, before=before)
-
-    def build(*options: str, model: str = "net.py:build", weights: str = WEIGHTS) -> tuple[str, ...]:
-        return ("build", model, *(("--weights", weights) if weights else ()), *options, "--out", "new")
-
     def calib(path: str) -> tuple[str, ...]:
         return build("--calib", path, "--preprocess", RECIPE)
 
@@ -272,6 +280,11 @@ def _bad(work: Path) -> Iterator[Step]:
     yield bad("no factory", build(*CALIB, model="net.py:biuld"), "biuld", "did you mean build")
     yield bad("no weights file", build(*CALIB, weights="none.safetensors"), "none.safetensors")
     yield bad("weights cut short", build(*CALIB, weights="bad/cut.safetensors"), "cut.safetensors")
+    denied = "Permission denied"
+    yield replace(
+        bad("weights that may not be read", build(*CALIB, weights="bad/locked.safetensors"), denied), locked=True
+    )
+    yield replace(bad("a picture that may not be read", calib("bad/locked"), r"a\.png"), locked=True)
     yield bad("keys that do not fit", build(*CALIB, weights="bad/other_names.safetensors"), r"fc\.weight", r"head\.")
     yield bad("a shape that does not fit", build(*CALIB, weights="bad/other_shape.safetensors"), r"fc\.weight")
     yield bad("NaN in weights", build(*CALIB, weights="bad/nan.safetensors"), r"layer1\.0\.conv1\.weight", "NaN")
@@ -303,7 +316,8 @@ def _bad(work: Path) -> Iterator[Step]:
     yield Step("nothing of a pickle has run", ("--help",), check=lambda _: _absent(work / "harmed"))
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def manifest(folder: Path) -> dict[str, Any]:
+    """That of a bundle."""
     read: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     return read
 

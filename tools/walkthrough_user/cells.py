@@ -37,5 +37,10 @@ def test() -> Batches:
     return _read("test")
 
 
+def pictures() -> Iterator[dict[str, np.ndarray]]:
+    """Without the kinds."""
+    return ({"picture": feeds["picture"]} for feeds, _ in calibration())
+
+
 def nothing() -> Batches:
     return iter(())
