@@ -165,10 +165,12 @@ class TestElpv:
         for inputs, labels in module("elpv-resnet18", "data").test():
             hits, total = hits + int((guesses(model, inputs) == labels).sum()), total + len(labels)
         # two images may fall the other way on another processor
-        assert hits / total == pytest.approx(result("elpv-resnet18")["student"]["test"]["accuracy"], abs=2.1 / total)
+        assert hits / total == pytest.approx(
+            result("samples")["elpv-resnet18"]["student"]["test"]["accuracy"], abs=2.1 / total
+        )
 
     def test_the_student_is_no_worse_than_the_probe(self) -> None:
-        got = result("elpv-resnet18")
+        got = result("samples")["elpv-resnet18"]
         for figure in ("accuracy", "auc"):
             assert got["student"]["test"][figure] >= got["probe"]["test"][figure]
 
