@@ -86,7 +86,7 @@ class Job:
             self._judgement,
             self.preprocess.to_dict() if self.preprocess else None,
             tool_versions(),
-            _own_source(),
+            own_source(),
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -112,7 +112,7 @@ class Job:
 
     def stage_key(self, stage: str, *parts: object) -> str:
         """Key of what a stage makes of the model and ``parts``; tools, this source and the processor decide it too."""
-        return caching.key([stage, self.model.digest, parts, tool_versions(), _own_source(), _processor()])
+        return caching.key([stage, self.model.digest, parts, tool_versions(), own_source(), _processor()])
 
 
 def prepare(
@@ -215,7 +215,7 @@ def tool_versions() -> dict[str, str]:
 
 
 @cache
-def _own_source() -> str:
+def own_source() -> str:
     """sha256 of this package's own files: between two releases a checkout changes under the same version."""
     here = Path(__file__).parent
     sha = hashlib.sha256()

@@ -30,7 +30,7 @@ class SmallNet(nn.Module):
 
 
 class Dense(nn.Module):
-    """Linear layers on the pictures of `frames`."""
+    """Linear layers and a GELU on the pictures of `frames`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Dense(nn.Module):
         self.first, self.second = nn.Linear(256, 128), nn.Linear(128, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.second(torch.relu(self.first(x.flatten(1))))
+        logits: torch.Tensor = self.second(nn.functional.gelu(self.first(x.flatten(1))))
         return logits
 
 

@@ -90,6 +90,8 @@ def main() -> None:
             for model in chosen
             for spec in runtimes
         }
+        if options.build_only:
+            return
         if not options.quick:
             settle()
     todo = [
@@ -131,6 +133,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("dist/backends"), help="bundles, cache, finished sessions")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--no-cost", action="store_true", help="leave out the cost of building ResNet-50")
+    parser.add_argument("--build-only", action="store_true", help="measure nothing: a later command finds what is made")
     parser.add_argument("--quick", action="store_true", help="fmnist-vit, results in --work")
     options = parser.parse_args()
     if options.quick:

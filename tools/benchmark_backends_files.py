@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from rowcol_edge.cache import Cache
 from rowcol_edge.datasets import Feeds, load
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.digests import sha256_file
+from rowcol_edge.device.manifest import TensorSpec
 from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
 from rowcol_edge.errors import RowcolError
 from rowcol_edge.evaluation import Judged
@@ -126,16 +127,27 @@ class Judge:
 
     def feeds(self, path: Path) -> Feeds:
         """Real inputs by the artifact's own names."""
+        return _fed(self._inputs(path), self.samples)
+
+    def _inputs(self, path: Path) -> tuple[TensorSpec, ...]:
         with load_runtime(self.name).open(path, self.runtime) as session:
-            return dict(_matched([(s.name, s.shape[1:]) for s in session.inputs], self.samples))
+            return session.inputs
 
     @contextmanager
     def _opened(self, path: Path) -> Iterator[evaluation.Run]:
         shapes = [(name, array.shape[1:]) for name, array in self.expected.items()]
-        with load_runtime(self.name).open(path, self.runtime) as session:
-            inputs = [(s.name, s.shape[1:]) for s in session.inputs]
+        inputs = self._inputs(path)
         with evaluation.opened(path, self.name, self.runtime) as run:
-            yield lambda feeds: dict(_matched(shapes, run(dict(_matched(inputs, feeds)))))
+            yield lambda feeds: dict(_matched(shapes, run(_fed(inputs, feeds))))
+
+
+def _fed(inputs: Sequence[TensorSpec], samples: Arrays) -> Feeds:
+    """The samples by a file's own names, whole numbers in its own type: litert-torch narrows token ids to int32."""
+    arrays = dict(_matched([(spec.name, spec.shape[1:]) for spec in inputs], samples))
+    for spec in inputs:
+        if arrays[spec.name].dtype.kind == "i":
+            arrays[spec.name] = arrays[spec.name].astype(spec.dtype)
+    return arrays
 
 
 def _beside(callable_: str | None) -> str | None:

@@ -21,14 +21,15 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 def build_cost(runtimes: list[str], work: Path, progress: job.Progress) -> dict[str, Any]:
     """Wall seconds of the commands in all, and the most memory that one of them and its processes held together.
 
-    Measured once: what `work` has of an earlier run is kept.
+    Measured once for a state of the package: what `work` has of an earlier run of the same is kept.
     """
     result = work / "cost.json"
     found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
-    if found.get("runtimes") != runtimes or found.get("tools") != job.tool_versions():
+    key = {"runtimes": runtimes, "tools": job.tool_versions(), "source": job.own_source()}
+    if any(found.get(name) != value for name, value in key.items()):
         shutil.rmtree(work / "cost", ignore_errors=True)
         shutil.rmtree(os.environ["ROWCOL_CACHE"], ignore_errors=True)
-        found = {"runtimes": runtimes, "tools": job.tool_versions()}
+        found = dict(key)
         for which in ("first", "second"):
             found[which] = _builds(runtimes, work / "cost" / which, which, progress)
         shutil.rmtree(work / "cost", ignore_errors=True)

@@ -88,7 +88,7 @@ class QuantSpec:
     """Layers that stay in float, by the names of `Backend.layer_errors`; int8 precisions only."""
 
     correct_bias: bool = False
-    """Take the mean error of each channel out of its bias; tflite and nncf, which has its own, ignore it."""
+    """Take the mean error of each channel out of its bias; tflite ignores it."""
 
     accuracy: AccuracyControl | None = None
     """For int8 by one of `ACCURACY_CONTROL`: keep layers in float until the drop holds."""

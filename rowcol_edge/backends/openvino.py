@@ -78,6 +78,7 @@ class OpenVinoBackend:
                 "out": str(made),
                 "precision": quant.precision,
                 "reduce_range": quant.reduce_range,
+                "correct_bias": quant.correct_bias,
                 "rt_info": openvino_info.entries(metadata or {}, signature.inputs),
                 "inputs": [port.name for port in signature.inputs],
                 "keep_float": quant.keep_float,
@@ -96,7 +97,10 @@ class OpenVinoBackend:
                 notes = (*notes, _kept(openvino_files.float_layers(made)))
             types = openvino_files.weight_types(made)
             sha256, size_bytes = publish(made, out, (".bin", ".xml"))  # weights first
-        return Artifact(out, sha256, size_bytes, types, quant.precision, (out.with_suffix(".bin"),), notes)
+        return Artifact(
+            out, sha256, size_bytes, types, quant.precision, (out.with_suffix(".bin"),), notes,
+            biases_corrected=quant.precision == "int8" and quant.correct_bias,
+        )  # fmt: skip
 
     def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
         """See `Backend.layer_errors`; layers have the names of the IR's operators."""

@@ -1,8 +1,8 @@
 """``python -m rowcol_edge.backends.openvino_convert JOB.json``: a captured program as OpenVINO's float model.
 
-Attention and GELU stay whole: from ONNX, at the opset of most boards, they would come as several operators each. The
-job names the ``program``, the IR to write as ``out``, and its ``inputs`` and ``outputs`` in the program's order. What
-openvino cannot take is written instead, as ``.json``.
+Attention and GELU stay whole, which from ONNX come as several operators each (GELU below opset 20). The job names the
+``program``, the IR to write as ``out``, and its ``inputs`` and ``outputs`` in the program's order. What openvino cannot
+take is written instead, as ``.json``.
 
 A process of its own also for the sake of its names: openvino numbers what has none, over all that a process has made.
 """

@@ -77,6 +77,8 @@ def _quantized(model: Any, job: dict[str, Any]) -> tuple[Any, list[str]]:
         advanced = AdvancedQuantizationParameters(
             overflow_fix=OverflowFix.ENABLE if job["reduce_range"] else OverflowFix.DISABLE,
             smooth_quant_alphas=smooth,
+            # nncf's default is to correct, which may well make a convolutional network worse: a repair that is judged
+            disable_bias_correction=not job["correct_bias"],
             # nncf's default, the mean of the samples' extremes, clips where a sample has few values
             activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
         )

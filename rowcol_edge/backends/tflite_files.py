@@ -154,6 +154,32 @@ def add_biases(model: Any) -> None:
             graph.tensors.append(tensor)
 
 
+def split_outputs(model: Any) -> None:
+    """Give outputs in float32 and their int8 readers in int8: of an output that the model itself reads,
+    ai-edge-quantizer makes one tensor for both."""
+    graph, signature = model.subgraphs[0], model.signatureDefs[0]
+    makers = {index: operator for operator in graph.operators for index in operator.outputs}
+
+    def made_by(index: int, operator: str) -> Any:
+        maker = makers.get(index)
+        return maker if maker is not None and kind(model, maker) == operator else None
+
+    def is_int8(index: int) -> bool:
+        return bool(_TYPES[graph.tensors[index].type] == "int8")
+
+    for reader in graph.operators:
+        if is_int8(reader.outputs[0]) and kind(model, reader) != "QUANTIZE":
+            sources = [made_by(index, "DEQUANTIZE") for index in reader.inputs]
+            pairs = zip(reader.inputs, sources, strict=True)
+            reader.inputs = np.array([i if source is None else source.inputs[0] for i, source in pairs], np.int32)
+    for place, index in enumerate(graph.outputs):
+        quantize = made_by(index, "QUANTIZE")
+        if quantize is not None and is_int8(index):
+            graph.outputs[place] = quantize.inputs[0]
+            for entry in signature.outputs:
+                entry.tensorIndex = quantize.inputs[0] if entry.tensorIndex == index else entry.tensorIndex
+
+
 def operators(model: Any) -> Counter[str]:
     """How many of each operator."""
     return Counter(kind(model, operator) for graph in model.subgraphs for operator in graph.operators)

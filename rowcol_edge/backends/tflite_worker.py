@@ -43,6 +43,8 @@ def main(job_file: str) -> int:
             raise
         return NOT_INSTALLED
     model = tflite_files.unpacked(content)
+    if job["precision"] == "int8":
+        tflite_files.split_outputs(model)
     tflite_files.add_biases(model)
     said = job["metadata"]
     described = tflite_metadata.described(said, job["inputs"], job["outputs"])

@@ -52,6 +52,15 @@ def test_weights_keep_to_7_bits_where_products_saturate(
     assert largest_weight(make(convolutions_program, "int8", reduce_range=reduce_range).path) in limit
 
 
+def test_biases_are_corrected_only_where_it_is_asked_for(make: Make, convolutions_program: Path) -> None:
+    plain = make(convolutions_program, "int8")
+    content = plain.path.with_suffix(".bin").read_bytes()
+    corrected = make(convolutions_program, "int8", correct_bias=True)
+    assert (plain.biases_corrected, corrected.biases_corrected) == (False, True)
+    assert corrected.path.with_suffix(".bin").read_bytes() != content
+    assert not make(convolutions_program, "fp32", correct_bias=True).biases_corrected
+
+
 def test_a_file_that_claims_another_precision_is_refused(make: Make, tokens_program: Path) -> None:
     made = {precision: make(tokens_program, precision).path for precision in ("fp32", "fp16", "int8")}
     for claimed in made:
@@ -133,7 +142,8 @@ def test_quantization_goes_on_without_smoothquant_and_says_so(
 
     monkeypatch.setattr(nncf, "quantize", quantize)
     np.savez(tmp_path / "0.npz", np.zeros((1, 1, 16, 16), np.float32))
-    job = {"calibration": str(tmp_path), "inputs": ["x"], "reduce_range": False, "keep_float": []}
+    settings = {"reduce_range": False, "correct_bias": False, "keep_float": []}
+    job = {"calibration": str(tmp_path), "inputs": ["x"], **settings}
     _, notes = openvino_worker._quantized(ov.Core().read_model(tokens), job)
     assert tried == [0.95, -1]
     assert notes == ["quantized without SmoothQuant, which failed (RuntimeError: no smooth way)"]

@@ -20,6 +20,7 @@ from rowcol_edge.backends import load_backend, program_files, tflite_files, tfli
 from rowcol_edge.backends.base import Artifact, QuantSpec, Source
 from rowcol_edge.backends.tflite_worker import _outside
 from rowcol_edge.device.preprocess import Preprocess
+from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
 from rowcol_edge.errors import ConfigError, MissingDependencyError, StageError, UnsupportedOpError
 from rowcol_edge.targets import RuntimeSpec
 
@@ -146,6 +147,39 @@ def test_every_int8_linear_layer_has_a_bias(make: Make, tmp_path: Path, runtime:
     assert values.tolist() == [0] * 4
     assert list(bias.shape) == [4]
     assert bias.quantization.scale.tolist() == (weight.quantization.scale * given.quantization.scale).tolist()
+
+
+class Embedding(nn.Module):
+    """Gives what its head reads as well; ``normalised`` as a transformer's is, which stays float around its layers."""
+
+    def __init__(self, *, normalised: bool) -> None:
+        super().__init__()
+        self.one, self.other, self.head = nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(8, 3)
+        self.norm = nn.LayerNorm(8) if normalised else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        embedding = self.norm(self.one(x) + self.other(x))
+        return {"logits": self.head(embedding), "embedding": embedding}
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("precision", ["int8", "int8-io"])
+def test_an_output_that_the_model_itself_reads_is_given_as_asked(
+    tmp_path: Path, runtime: RuntimeSpec, normalised: bool, precision: str
+) -> None:
+    torch.manual_seed(0)
+    rng, model = np.random.default_rng(0), Embedding(normalised=normalised).eval()
+    samples = [{"x": rng.normal(size=(1, 16)).astype(np.float32)} for _ in range(8)]
+    source = write_source(Source.EXPORTED_PROGRAM, model, samples[0], tmp_path)
+    out = tmp_path / "embedding.tflite"
+    load_backend("tflite").compile(source, runtime, QuantSpec(precision), lambda: iter(samples), out)
+    with load_runtime("tflite").open(out, RuntimeOptions(1)) as session:
+        assert {spec.name: spec.dtype for spec in session.outputs} == {"logits": "float32", "embedding": "float32"}
+        got = [session.run(sample) for sample in samples]
+    wanted = model(torch.from_numpy(np.concatenate([sample["x"] for sample in samples])))
+    for name, tensor in wanted.items():
+        array = np.concatenate([outputs[name] for outputs in got])
+        assert np.linalg.norm(array - tensor.detach().numpy()) < 0.05 * np.linalg.norm(tensor.detach().numpy())
 
 
 def test_a_dynamic_batch_is_refused(make: Make, tmp_path: Path) -> None:
