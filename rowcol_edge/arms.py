@@ -197,6 +197,11 @@ class Workbench:
         selection = self._job.selection
         return [self._job.calibration.key, None if selection is None else selection.key, self._chosen]
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the model's outputs."""
+        return tuple(self._dense[0])
+
     def layer_errors(self, arm: Arm, runtime: RuntimeSpec) -> tuple[LayerError, ...]:
         """What quantization does to each layer of an int8 arm, worst first."""
         source = self._sources[_key(arm.variant, arm.plan, runtime, arm.repaired)]

@@ -37,6 +37,9 @@ _EXTRAS = dict.fromkeys(("torch", "onnx", "onnxscript", "safetensors", "tomli_w"
 Model = Annotated[str, typer.Argument(help="sample:NAME, package.module:factory, path/file.py:factory or file.pt2")]
 BundlePath = Annotated[Path, typer.Argument(help="a bundle folder or .zip")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout and nothing else")]
+StandIn = Annotated[
+    bool, typer.Option("--stand-in", help="also where this is another kind of machine than the bundle is for")
+]
 Weights = Annotated[str | None, typer.Option(help="a .safetensors file, or a checkpoint of plain tensors")]
 Calib = Annotated[str | None, typer.Option(help="calibration data: image folder, .npz or module:callable")]
 CalibSize = Annotated[
@@ -351,14 +354,14 @@ def compare(
 
 
 @app.command()
-def verify(bundle: BundlePath, json: Json = False) -> None:
+def verify(bundle: BundlePath, stand_in: StandIn = False, json: Json = False) -> None:
     """Check digests and run the golden inputs through every arm."""
     from . import api
     from .device.bundle import Bundle
-    from .device.main import verify_text, warn_of_machine
+    from .device.main import check_machine, verify_text
 
     with Bundle.open(bundle, check=False) as opened:  # verify checks it itself
-        warn_of_machine(opened)
+        check_machine(opened, stand_in=stand_in)
         with _progress() as progress:
             report = api.verify(opened, progress=progress)
     if json:
@@ -374,12 +377,13 @@ def run(
     images: Annotated[list[Path], typer.Argument(help="image, .npy or raw frame")],
     arm: Annotated[str | None, typer.Option(help="an arm of the bundle; its default otherwise")] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="instead of the target's")] = None,
+    stand_in: StandIn = False,
     json: Json = False,
 ) -> None:
     """Run the packaged model on images."""
     from .device.main import answer
 
-    answer(bundle, images, arm, threads, as_json=json)
+    answer(bundle, images, arm, threads, as_json=json, stand_in=stand_in)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Which layers of an int8 arm stay in float: as few of the worst as its quality needs.
 
-A layer in float costs three more bytes a weight, and its own time at fp32. So never more than an eighth of the layers
-stay, and the caller weighs the bytes against those of a more careful plan.
+A layer in float costs three more bytes a weight, and its own time at fp32. So never more than one, or an eighth of the
+layers, stay, and the caller weighs the bytes against those of a more careful plan.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from .arms import Arm
 from .backends.base import LayerError
+from .errors import StageError
 
 PRECISIONS = ("int8", "int8-io")
 """Those whose layers can stay in float one by one."""
@@ -20,9 +21,9 @@ _SHARE = 8
 _CLEARLY = 0.8
 
 
-def better(arm: Arm, repaired: Arm) -> Arm:
-    """The repaired arm where its outputs are clearly better; else the arm itself."""
-    return repaired if repaired.loss < _CLEARLY * arm.loss else arm
+def better(arm: Arm, repaired: Arm | None) -> Arm:
+    """The repaired arm where there is one and its outputs are clearly better; else the arm itself."""
+    return repaired if repaired is not None and repaired.loss < _CLEARLY * arm.loss else arm
 
 
 def fewest(
@@ -30,16 +31,25 @@ def fewest(
 ) -> Arm | None:
     """The arm with the fewest of the worst layers in float that holds; None if an eighth of them is not enough.
 
-    The most is tried first and then halved: where it does not help, that is one compilation and not several.
+    The most is tried first and then halved: where it does not help, that is one compilation and not several. What
+    cannot be made does not hold (a model of one layer has nothing left in int8).
     """
     found = None
     count = max(1, len(errors) // _SHARE) if errors else 0
     while count:
-        arm = make(errors[:count])
-        if not holds(arm):
+        arm = made(lambda: make(errors[:count]))  # noqa: B023 – called at once
+        if arm is None or not holds(arm):
             break
         found, count = arm, count // 2
     return found
+
+
+def made(make: Callable[[], Arm]) -> Arm | None:
+    """A variant that is worth a try; None where it does not hold what its precision claims."""
+    try:
+        return make()
+    except StageError:
+        return None
 
 
 def notes(arm: Arm) -> list[str]:

@@ -388,11 +388,13 @@ class _Line:
         def holds(other: Arm) -> bool:
             return self._within(other) and (not within or other.loss <= keeping.TOLERANCE)
 
-        base = keeping.better(arm, made(repaired=True))
+        base = keeping.better(arm, keeping.made(lambda: made(repaired=True)))
         if holds(base):
             return base
         static = base if base.precision == "int8" else made(repaired=base.repaired, precision="int8")
         errors = self.bench.layer_errors(static, runtime)
+        if arm.precision == "int8-io":  # what gives an output has its name, and gives it in int8
+            errors = tuple(layer for layer in errors if layer.name not in self.bench.outputs)
         found = keeping.fewest(errors, lambda layers: made(layers, repaired=base.repaired), holds)
         return found or (arm if within else None)
 

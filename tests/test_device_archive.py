@@ -126,7 +126,7 @@ def test_run_on_a_bare_board(board: Board, bundle: Path, tmp_path: Path) -> None
     )
 
 
-def test_a_bundle_for_another_machine_runs_here_and_says_so_on_stderr(
+def test_a_bundle_for_another_machine_is_refused_unless_this_one_stands_in(
     board: Board, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = "aarch64" if platform.machine() == "x86_64" else "x86_64"
@@ -136,12 +136,22 @@ def test_a_bundle_for_another_machine_runs_here_and_says_so_on_stderr(
     manifest["target"] |= {"name": "other-board", "match": {"machine": other}}
     (foreign / "manifest.json").write_text(json.dumps(manifest))
     np.save(tmp_path / "frame.npy", np.full((4, 4), 240, np.uint8))
-    warning = f"warning: the bundle is for {other} (other-board), this machine is {platform.machine()}: "
+    refusal = (
+        f"error: bundle for other-board: expected a machine of kind {other}, got {platform.machine()} – do this on the "
+        "board, or add --stand-in: the files run here too, but outputs may differ a little\n"
+    )
+    warning = f"warning: {platform.machine()} stands in for {other} (other-board), whose outputs may differ a little\n"
     for arguments in (("verify", foreign), ("run", foreign, tmp_path / "frame.npy")):
+        done = board(*arguments)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", refusal)
+        with pytest.raises(SystemExit) as ended:
+            cli.run_command([*map(str, arguments)])
+        assert ended.value.code == 2
+        assert f"expected: a machine of kind {other}" in capsys.readouterr().err
+        arguments = (*arguments, "--stand-in")
         done = board(*arguments, "--json")
         assert done.returncode == 0
-        assert done.stderr.startswith(warning)
-        assert done.stderr.count("\n") == 1
+        assert done.stderr == warning
         with pytest.raises(SystemExit) as ended:
             cli.run_command([*map(str, arguments), "--json"])
         here = capsys.readouterr()

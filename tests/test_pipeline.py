@@ -467,3 +467,21 @@ def test_a_bundle_promises_no_older_runtime_than_its_precision_runs_on(
     assert (f'"onnxruntime>={oldest}"' in built.manifest.runtime.install) == (oldest != "1.17.0")
     assert built.manifest.arm(f"dense@{precision}").size_bytes < 0.5 * built.manifest.arm("dense@fp32").size_bytes
     assert rowcol_edge.verify(built.path).ok
+
+
+def test_one_layer_that_int8_hurts_is_built_all_the_same(tmp_path: Path) -> None:
+    """There is no other layer that could stay in int8 while it stays in float."""
+    torch.manual_seed(0)
+    images = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
+    images[:, 0] *= 200.0
+    layer = torch.nn.Linear(16, 4)
+    with torch.no_grad():
+        layer.weight[:, 0] /= 200.0
+    np.savez(tmp_path / "calib.npz", x=images)
+    [built] = rowcol_edge.build(
+        layer.eval(), calib=str(tmp_path / "calib.npz"), target="generic-x86", precision="int8", energy=1.0, zip=False,
+        out=str(tmp_path / "out"),
+    )  # fmt: skip
+    assert [arm.name for arm in built.manifest.arms] == ["factored@int8", "dense@int8", "dense@fp32"]
+    notes = built.manifest.build["notes"]
+    assert any(note.startswith("dense@int8: ") and "few layers in float do not help" in note for note in notes), notes

@@ -50,6 +50,20 @@ def test_as_few_layers_stay_in_float_as_the_quality_needs() -> None:
     assert keeping.fewest((), make, lambda other: True) is None
 
 
+def test_what_cannot_be_made_does_not_hold() -> None:
+    def make(layers: Any) -> Arm:
+        if len(layers) < 5:
+            raise StageError("compile", expected="int8", got="none left")
+        return arm("int8", kept=tuple(layers))
+
+    found = keeping.fewest(ERRORS, make, lambda other: True)
+    assert found is not None
+    assert len(found.kept_float) == 5
+    assert keeping.fewest(ERRORS[:8], make, lambda other: True) is None
+    plain = arm("int8", loss=0.10)
+    assert keeping.better(plain, keeping.made(lambda: make(()))) is plain
+
+
 def test_a_repair_is_kept_only_where_it_is_clearly_better() -> None:
     plain = arm("int8", loss=0.10)
     assert keeping.better(plain, arm("int8", loss=0.09)) is plain

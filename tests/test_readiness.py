@@ -92,7 +92,7 @@ def test_a_target_says_what_its_board_installs(pretend: Pretend) -> None:
     spec = targets.load("raspberry-pi-5").runtime("onnxruntime")
     assert found["board onnxruntime"] == (
         TOLD,
-        "≥ 1.17.0, opset 18, IR 9",
+        "≥ 1.17.0, opset 20, IR 9",
         f"on the board:\n{targets.install_lines(spec)}",
     )
     assert found["board tflite"][1] == "≥ 2.14.0"

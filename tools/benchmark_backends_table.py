@@ -42,14 +42,16 @@ def short_table(result: Mapping[str, Any]) -> str:
     rows, beaten = [], []
     for session in result["sessions"]:
         cells = {cell["name"]: cell for cell in session["cells"] if not cell["error"]}
-        ours = min(_held([c for c in cells.values() if not c["peer"]]), key=lambda c: c["median_ns"])
+        made = [c for c in cells.values() if not c["peer"]]
+        held = _held(made)
+        ours = min(held or made, key=lambda c: c["median_ns"])
         peers = [c for c in cells.values() if c["peer"]]
         peer = min(peers, key=lambda c: c["median_ns"], default=None)
         rows.append(
             [
                 f"{result['models'][session['model']]['title']}, {session['setting']}",
                 _short(cells.get("dense@fp32")),
-                _short(ours, named=True),
+                _short(ours, named=True) + ("" if held else ", over the budget"),
                 _short(peer, named=True),
                 ratio(ours["to_peer"]),
                 session["evidence"],
@@ -109,9 +111,8 @@ def _settings(session: Mapping[str, Any]) -> str:
 
 
 def _held(cells: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Those whose drop on the selection split is within half a point or was not judged; all of them if none is."""
-    held = [c for c in cells if c["selection_drop_pp"] is None or c["selection_drop_pp"] <= 0.5]
-    return held or cells
+    """Those whose drop on the selection split is within half a point or was not judged."""
+    return [c for c in cells if c["selection_drop_pp"] is None or c["selection_drop_pp"] <= 0.5]
 
 
 def _short(cell: Mapping[str, Any] | None, *, named: bool = False) -> str:

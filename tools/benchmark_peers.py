@@ -115,7 +115,9 @@ def edge_static(task: Task) -> None:
 
     quantizer = _edge(task, recipe.static_wi8_ai8())
     names = [f"args_{i}" for i in range(len(task.inputs))]
-    data = [dict(zip(names, feeds.values(), strict=True)) for feeds in task.each()]
+    # litert-torch narrows token ids to int32
+    narrow = [[v.astype(np.int32) if v.dtype == np.int64 else v for v in feeds.values()] for feeds in task.each()]
+    data = [dict(zip(names, feeds, strict=True)) for feeds in narrow]
     result = quantizer.calibrate({"serving_default": data})
     quantizer.quantize(result).export_model(task.out)
     _seal(task.out)

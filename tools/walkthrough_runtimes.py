@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from walkthrough_steps import ARMS, CALIB, MODEL, NAMES, OUT, PYZ, WEIGHTS, Step, bad, build, manifest
+import walkthrough_pytorch as pytorch
+from walkthrough_steps import ARMS, CALIB, MODEL, NAMES, OUT, PYZ, Step, answers, bad, build, installs, manifest
 
 RUNTIMES = ("openvino", "tflite")
 """Those besides onnxruntime that this machine can run."""
@@ -42,10 +43,6 @@ def _building(work: Path) -> Iterator[Step]:
 
         return check
 
-    def answers(out: str) -> None:
-        results = json.loads(out)["results"]
-        assert [result["prediction"]["label"] in ("good", "defective") for result in results] == [True] * 3
-
     def profiled(out: str) -> None:
         profile = json.loads(out)
         assert (profile["evidence"], profile["null"]["verdict"]) == ("target", "no significant difference")
@@ -58,14 +55,14 @@ def _building(work: Path) -> Iterator[Step]:
 
         return check
 
-    pictures = tuple(sorted(str(path.relative_to(work)) for path in (work / "test").rglob("*.png"))[:3])
+    pictures = pytorch.clear(work)
     escape = ("--metric", "escape@overkill=1%", "--budget", "drop<=1pp", "--out")
     for runtime in RUNTIMES:
         asked = ("build", *MODEL, *SPLITS, "--runtime", runtime, *escape, runtime)
         yield Step(f"build for {runtime}", asked, check=made(runtime), needed=True)
         yield Step(f"build for {runtime} again", asked, says=("unchanged",))
         yield Step(f"verify for {runtime}", ("verify", _bundle(runtime)), says=tuple(ARMS))
-        yield Step(f"run for {runtime}", ("run", _bundle(runtime), *pictures, "--json"), check=answers)
+        yield Step(f"run for {runtime}", ("run", _bundle(runtime), *pictures, "--json"), check=answers(pictures))
         profile = ("profile", _bundle(runtime), "--blocks", "6", "--seconds", "30", "--json")
         yield Step(f"profile for {runtime}", profile, check=profiled)
     yield Step("compare the runtimes", ("compare", OUT, *map(_bundle, RUNTIMES)), says=("onnxruntime", *RUNTIMES))
@@ -103,17 +100,13 @@ def _choosing(work: Path) -> Iterator[Step]:
 
 
 def _frames(work: Path) -> Iterator[Step]:
-    pictures = tuple(sorted(str(path.relative_to(work)) for path in (work / "test").rglob("*.png")))
+    pictures = tuple(pytorch.probabilities(work))
 
     def same(folder: str) -> Callable[[str], None]:
         def check(out: str) -> None:
             [arm] = [arm for arm in manifest(work / folder)["arms"] if arm["name"] == "dense@fp32"]
-            said = [result["prediction"]["label"] for result in json.loads(out)["results"]]
-            assert len(said) == len(pictures) == 420
-            wrong = [
-                p for p, a, b in zip(pictures, said, _labels(work, pictures, arm["threshold"]), strict=True) if a != b
-            ]
-            assert not wrong, wrong
+            assert len(pictures) == 420
+            answers(pytorch.labels(work, arm["threshold"]))(out)
 
         return check
 
@@ -132,28 +125,6 @@ def _frames(work: Path) -> Iterator[Step]:
 def _takes_frames(bundle: Path) -> None:
     [port] = manifest(bundle)["inputs"]
     assert (port["dtype"], port["shape"]) == ("uint8", [1, 224, 224, 1]), port
-
-
-def _labels(work: Path, pictures: tuple[str, ...], threshold: float) -> list[str]:
-    """By PyTorch and torchvision's transforms, with nothing of ours."""
-    import torch
-    from PIL import Image
-    from safetensors.torch import load_file
-    from torchvision import models, transforms
-
-    net = models.resnet18(num_classes=2)
-    net.conv1 = torch.nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
-    net.load_state_dict({name: value.float() for name, value in load_file(work / WEIGHTS).items()})
-    recipe = transforms.Compose([
-        transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize([0.6], [0.16]),
-    ])  # fmt: skip
-    found = []
-    with torch.inference_mode():
-        for picture in pictures:
-            with Image.open(work / picture) as image:
-                logits = net.eval()(recipe(image.convert("L"))[None])
-            found.append("defective" if logits.softmax(1)[0, 1] >= threshold else "good")
-    return found
 
 
 def _boards(work: Path) -> Iterator[Step]:
@@ -176,12 +147,17 @@ def _boards(work: Path) -> Iterator[Step]:
 
     jetson = ("build", *MODEL, *SPLITS, "--target", "jetson-orin-nano", "--energy", "0.998", "--out", "jetson")
     yield Step("build for TensorRT", (*jetson, "--runtime", "tensorrt"), check=engine, needed=True)
-    yield Step("an engine elsewhere", ("verify", JETSON.format("tensorrt")), code=2, says=("python3-libnvinfer",))
+    # told to stand in for the Jetson, or both would be refused as bundles of another machine
+    engine_here, cuda_here = (("verify", JETSON.format(one), "--stand-in") for one in ("tensorrt", "onnxruntime"))
+    yield Step("an engine elsewhere", engine_here, code=2, says=("python3-libnvinfer",))
     yield Step("build for CUDA", (*jetson, "--runtime", "onnxruntime", "--precision", "fp16"), needed=True)
-    yield Step("no silent CPU run", ("verify", JETSON.format("onnxruntime")), code=2, says=("CUDAExecutionProvider",))
+    yield Step("no silent CPU run", cuda_here, code=2, says=("CUDAExecutionProvider",))
     yield Step("all targets", ("targets", "--json"), check=thirteen)
     yield Step("doctor", ("doctor",), says=("onnxruntime", "openvino", "tflite"))
-    yield Step("doctor for a board", ("doctor", "raspberry-pi-5"), says=("pip install",))
+    pi = "raspberry-pi-5"
+    yield Step("doctor for a board", ("doctor", pi), says=(f"building for {pi}", "on the board:", *installs(pi)))
+    ready = ("building for generic-x86, and running its bundles", "nothing in the way")
+    yield Step("doctor for this machine", ("doctor", "generic-x86"), says=ready)
     python = str(work / "board" / "bin" / "python")
     yield Step("a bare board: doctor", (PYZ, "doctor", OUT), python=python, says=("onnxruntime", "free memory"))
     other = (PYZ, "verify", _bundle("openvino"))

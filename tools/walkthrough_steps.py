@@ -11,12 +11,14 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import walkthrough_pytorch as pytorch
+from rowcol_edge import resources
 from walkthrough_data import RECIPE, WEIGHTS
 
 FACTORED = ("layer4.1.conv2.0", "layer4.1.conv2.1", "fc.0", "fc.1")
@@ -27,6 +29,11 @@ CALIB = ("--calib", "calib", "--preprocess", RECIPE)
 MODEL = ("net.py:build", "--weights", WEIGHTS)
 OUT = "out/generic-x86-onnxruntime"
 PYZ = f"{OUT}/rowcol-edge-device.pyz"
+PI = "free/raspberry-pi-4-onnxruntime"
+STANDS_IN = r"^(?!.*stands in.*stands in).*warning: x86_64 stands in for aarch64 \(raspberry-pi-4\)"
+"""Said once."""
+ANOTHER_MACHINE = ("machine of kind aarch64", "got:? x86_64", "--stand-in")
+"""What a bundle for a board is refused with."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,8 @@ def _looking(work: Path) -> Iterator[Step]:
 
     yield Step("help", ("--help",), says=("inspect", "factor", "build", "profile", "compare", "verify", "run", "demo"))
     yield Step("targets", ("targets",), says=("generic-x86", "raspberry-pi-4", "raspberry-pi-5", "elpv-resnet18"))
-    yield Step("one target", ("targets", "raspberry-pi-4"), says=("pip install", "asimd", "rank_multiple"))
+    pi = "raspberry-pi-4"
+    yield Step("one target", ("targets", pi), says=("asimd", "rank_multiple", *installs(pi)))
     saves = "factoring saves [0-9,]+ parameters"
     yield Step("inspect a sample", ("inspect", "sample:elpv-resnet18"), says=("layer4.1.conv2", saves))
     yield Step("inspect a model of one's own", ("inspect", *MODEL, *CALIB, "--json"), check=spectrum)
@@ -172,7 +180,7 @@ def _building(work: Path) -> Iterator[Step]:
         "build a .pt2, free batch, two boards",
         ("build", "net.pt2", *splits, "--energy", "0.998", "--target", "raspberry-pi-4", "--target", "raspberry-pi-5",
          "--dynamic-batch", "--out", "free"),
-        check=two_boards,
+        check=two_boards, needed=True,
     )  # fmt: skip
     yield Step(
         "build a model of two inputs",
@@ -199,13 +207,8 @@ def _building(work: Path) -> Iterator[Step]:
 
 
 def _on_the_board(work: Path) -> Iterator[Step]:
-    pictures = tuple(sorted(str(path.relative_to(work)) for path in (work / "test").rglob("*.png"))[:3])
+    pictures = pytorch.clear(work)
     board = work / "board"
-
-    def answers(out: str) -> None:
-        found = json.loads(out)
-        assert [result["source"] for result in found["results"]] == list(pictures)
-        assert all(result["prediction"]["label"] in ("good", "defective") for result in found["results"])
 
     def profiled(out: str) -> None:
         profile = json.loads(out)
@@ -221,8 +224,12 @@ def _on_the_board(work: Path) -> Iterator[Step]:
 
     yield Step("verify", ("verify", OUT), says=tuple(ARMS))
     yield Step("verify the .zip", ("verify", f"{OUT}.zip"), says=tuple(ARMS))
-    yield Step("run", ("run", OUT, *pictures, "--json"), check=answers)
+    yield Step("run", ("run", OUT, *pictures, "--json"), check=answers(pictures))
     yield Step("profile", ("profile", OUT, "--blocks", "6", "--seconds", "40", "--json"), check=profiled)
+    yield Step("a stand-in for the board: verify", ("verify", PI, "--stand-in"), says=(STANDS_IN, *ARMS))
+    # stdout is JSON and nothing else, so that the warning is on stderr
+    stood_in = ("run", PI, *pictures, "--stand-in", "--json")
+    yield Step("a stand-in for the board: run", stood_in, says=(STANDS_IN,), check=answers(pictures))
     pis = tuple(f"free/{board}-onnxruntime" for board in ("raspberry-pi-4", "raspberry-pi-5"))
     yield Step("compare", ("compare", OUT), says=("factored@int8", "target"))
     yield Step("compare per target", ("compare", *pis), says=("raspberry-pi-4", "raspberry-pi-5"))
@@ -235,7 +242,10 @@ def _on_the_board(work: Path) -> Iterator[Step]:
         "a bare board: verify", (PYZ, "verify", OUT),
         python=python, before=install, says=tuple(ARMS), needed=True,
     )  # fmt: skip
-    yield Step("a bare board: run", (PYZ, "run", OUT, pictures[0]), python=python, says=("good|defective",))
+    lines = tuple(rf"{re.escape(picture)}: {label} \(0\.\d" for picture, label in pictures.items())
+    yield Step("a bare board: run", (PYZ, "run", OUT, *pictures), python=python, says=lines)
+    refused = bad("a bare board: another machine", (PYZ, "verify", PI), *ANOTHER_MACHINE)
+    yield replace(refused, python=python)
     yield Step(
         "a bare board: profile",
         (PYZ, "profile", OUT, "--blocks", "6", "--seconds", "40", "--out", "board.json"),
@@ -248,6 +258,30 @@ def _ending(work: Path) -> Iterator[Step]:
     build = ("build", *MODEL, *CALIB, *NAMES, "--energy", "0.99", "--no-cache", "--out", "new")
     for name, number, code in (("Ctrl-C", signal.SIGINT, 130), ("a killed build", signal.SIGKILL, -signal.SIGKILL)):
         yield Step(name, build, code=code, signal=number, signal_after=12, check=lambda _: _no_bundle(work / "new"))
+
+
+def answers(labels: Mapping[str, str]) -> Callable[[str], None]:
+    """A check that `run --json` gives these pictures, in their order, these labels."""
+
+    def check(out: str) -> None:
+        found = [(result["source"], result["prediction"]["label"]) for result in json.loads(out)["results"]]
+        assert [picture for picture, _ in found] == list(labels)
+        wrong = [one for one in found if one not in labels.items()]
+        assert not wrong, wrong
+
+    return check
+
+
+def installs(board: str) -> tuple[str, ...]:
+    """Patterns for the lines that install each runtime of a board, by its target's file."""
+    text = (resources.targets_dir() / f"{board}.toml").read_text(encoding="utf-8")
+    venv = "python3 -m venv ~/rowcol-edge . ~/rowcol-edge/bin/activate python3 -m pip install"
+    found = []
+    for runtime in tomllib.loads(text)["runtimes"]:
+        # without quotes a shell would take > for a redirection
+        packages = (f'"{one}"' if ">" in one else one for one in runtime["requirements"])
+        found.append(re.escape(" ".join([venv, *packages])))
+    return tuple(found)
 
 
 def bad(name: str, argv: tuple[str, ...], *says: str, before: Callable[[], None] | None = None) -> Step:
@@ -311,6 +345,8 @@ def _bad(work: Path) -> Iterator[Step]:
     yield bad("a budget that is none", build(*CALIB, "--budget", "drop<0.5"), "drop")
     yield bad("a bundle that was changed", ("verify", "tampered"), "arms/", "sha256|digest", before=tampered)
     yield bad("running a changed bundle", ("run", "tampered", "net.py"), "arms/|picture")
+    yield bad("a bundle of another machine", ("verify", PI), *ANOTHER_MACHINE)
+    yield bad("running one of another machine", ("run", PI, *pytorch.clear(work)), *ANOTHER_MACHINE)
     yield bad("a manifest of another schema", ("verify", "bad/manifest"), "schema")
     yield bad("no bundle", ("profile", "calib"), r"manifest\.json")
     yield Step("nothing of a pickle has run", ("--help",), check=lambda _: _absent(work / "harmed"))

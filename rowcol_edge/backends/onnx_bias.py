@@ -49,6 +49,8 @@ def _shifts(
     """What quantization adds to each channel of a layer's output on average, by layer."""
     beside = Beside(original, quantized)
     layers = [layer for layer in beside.layers if layer.name in biased]
+    if not layers:
+        return {}
     dims = {tensor.name: len(tensor.dims) for tensor in original.graph.initializer}
     weights = {node.name: node.input[1] for node in original.graph.node if node.name in biased}
     for layer in layers:

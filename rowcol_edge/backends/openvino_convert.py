@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def main(job_file: str) -> int:
     import torch
 
     program, out = torch.export.load(job["program"]), Path(job["out"])
+    parted = _part_outputs(program)
     decoder = TorchFXPythonDecoder.from_exported_program(program, dynamic_shapes=False)
     graph = decoder.fx_gm.graph
     try:
@@ -39,12 +40,43 @@ def main(job_file: str) -> int:
     except Exception as e:  # noqa: BLE001 – boundary: the front end raises whatever its translators meet
         out.with_suffix(".json").write_text(json.dumps(_refusal(e, graph)), encoding="utf-8")
         return REFUSED
+    _pass_on(model, parted)
     for ports, names in ((model.inputs, job["inputs"]), (model.outputs, job["outputs"])):
         for port, name in zip(ports, names, strict=True):
             port.get_tensor().set_names({name})
     _name_layers(model, {node.name: _module(node) for node in graph.nodes})
     ov.save_model(model, out, compress_to_fp16=False)
     return 0
+
+
+def _part_outputs(program: Any) -> list[int]:
+    """Give each output a node of its own, as it has a name of its own; the places of those that were an input or
+    another output as well, which openvino's front end cannot name."""
+    import torch
+
+    graph, taken, parted = program.graph_module.graph, set(), []
+    end = graph.output_node()
+    [outputs] = end.args
+    own = list(outputs)
+    for place, node in enumerate(outputs):
+        if node in taken or node.op == "placeholder":
+            with graph.inserting_before(end):
+                own[place] = graph.call_function(torch.ops.aten.mul.Scalar, (node, 1))
+            own[place].meta = dict(node.meta)
+            parted.append(place)
+        taken.add(node)
+    end.args = (tuple(own),)
+    return parted
+
+
+def _pass_on(model: Any, places: Sequence[int]) -> None:
+    """Those outputs unchanged: what `_part_outputs` multiplies is not to be quantized."""
+    from openvino import opset13 as ops
+
+    for place in places:
+        result = model.get_results()[place]
+        given = result.input_value(0).get_node().input_value(0)
+        result.input(0).replace_source_output(ops.convert(given, given.get_element_type()).output(0))
 
 
 def _name_layers(model: Any, modules: Mapping[str, str]) -> None:

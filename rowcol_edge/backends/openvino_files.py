@@ -102,15 +102,19 @@ def _weights(layers: dict[str, _Layer], without: Collection[str]) -> Iterator[_L
 
 
 def _pairs(layers: dict[str, _Layer]) -> Iterator[tuple[_Layer, str]]:
-    """Each convolution and MatMul with the identifiers of the constants behind its operands."""
+    """Each convolution and MatMul with the identifiers of the constants that its operands are made of alone."""
+
+    def constant(name: str) -> bool:
+        layer = layers[name]
+        return layer.kind == "Const" or (layer.kind in _BETWEEN and all(map(constant, layer.inputs)))
+
     for layer in layers.values():
         if layer.kind not in _WEIGHTED:
             continue
-        for name in layer.inputs:
+        for name in filter(constant, layer.inputs):
             while layers[name].kind in _BETWEEN:
                 name = layers[name].inputs[0]
-            if layers[name].kind == "Const":
-                yield layer, name
+            yield layer, name
 
 
 def _text(values: Counter[str], quantized: bool) -> str:

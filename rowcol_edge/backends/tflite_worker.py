@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def convert(job: dict[str, Any]) -> dict[str, str] | None:
     model = tflite_files.unpacked(content)
     tflite_files.name_signature(model, job["inputs"], job["outputs"])
     tflite_files.widen_inputs(model, [port["dtype"] for port in job["ports"]])
-    _name_tensors(model)
+    _name_tensors(model, job["inputs"], job["outputs"])
     made = Path(job["float"])
     partial = made.with_suffix(f".{os.getpid()}.part")
     partial.write_bytes(tflite_files.packed(model))
@@ -112,17 +112,25 @@ def _refusal(error: BaseException) -> dict[str, str]:
     return {"operator": operator, "module": module, "error": f"{type(error).__name__}: {lines[0][:200]}"}
 
 
-def _name_tensors(model: Any) -> None:
-    """Names by the model's own modules, such as ``blocks.0.norm;3``: what recipes and people know a layer by."""
+def _name_tensors(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Names by the model's own modules, such as ``blocks.0.norm;3``, or ``0+1;2`` of those that became one operator,
+    and of its inputs and outputs: what recipes and people know a layer by."""
+    [graph] = model.subgraphs
+    ports = dict(zip([*graph.inputs, *graph.outputs], [*inputs, *outputs], strict=True))
     taken: set[str] = set()
-    for graph in model.subgraphs:
-        for tensor in graph.tensors:
-            parts = [_STAGING.sub("", part).strip("/") for part in tensor.name.decode().split(";")]
-            name = ";".join(part.removeprefix("model/").replace("/", ".") for part in parts)
-            while name in taken:
-                name += "'"
-            taken.add(name)
-            tensor.name = name.encode()
+    # what operators give comes before constants, which are called after them
+    order = sorted(enumerate(graph.tensors), key=lambda entry: model.buffers[entry[1].buffer].data is not None)
+    for index, tensor in order:
+        *parts, number = tensor.name.decode().split(";")
+        if not number.isdigit():
+            parts, number = [*parts, number], ""
+        places = {_STAGING.sub("", part).strip("/").replace("/", ".") for part in parts} - {"", "model"}
+        modules = "+".join(sorted(place.removeprefix("model.") for place in places)) or "model"
+        name = ports.get(index) or (f"{modules};{number}" if number else modules)
+        while name in taken:
+            name += "'"
+        taken.add(name)
+        tensor.name = name.encode()
 
 
 def _quantized(job: dict[str, Any]) -> bytes:

@@ -199,7 +199,7 @@ def _numpy_conflict(needs: Needs | None, version: str) -> str:
         return ""
     names = [needs.runtime.name] if needs else list(installed.PACKAGES)
     lite, ort = installed.version("tflite-runtime"), installed.version("onnxruntime")
-    if "tflite" in names and lite and not (installed.version("ai-edge-litert") or is_at_least(lite, WITH_NUMPY_2)):
+    if "tflite" in names and lite and not is_at_least(lite, WITH_NUMPY_2) and _lite() == "tflite-runtime":
         return f"which tflite-runtime {lite} does not work with"
     if "onnxruntime" in names and ort and not is_at_least(ort, "1.19"):
         return f"which onnxruntime {ort} does not work with"
@@ -213,7 +213,7 @@ def runtime(needs: Needs) -> list[Finding]:
     loaded = installed.load(entry.name) if entry.name in installed.PACKAGES else installed.Loaded()
     if not present and (loaded.failure or not loaded.devices):
         return [Finding(STOP, entry.name, "not installed", entry.install)]
-    package, version = present[0] if present else (entry.name, loaded.version)
+    package, version = _used(present, loaded, entry.name)
     findings = _several(entry.name, present)
     newer = package == "ai-edge-litert"  # numbers its versions anew: any of them is newer than every tflite-runtime
     if not newer and not is_at_least(version, entry.oldest):
@@ -223,6 +223,8 @@ def runtime(needs: Needs) -> list[Finding]:
     if loaded.failure:
         found = f"{package} {version} does not load: {loaded.failure}"
         do = f"the wheel may be for another processor, C library or numpy; install it again:\n{entry.install}"
+        if package == "ai-edge-litert":  # one that ends the process would do so before any other is tried
+            do += f"\nbefore another package: python3 -m pip uninstall -y {package}"
         return [*findings, Finding(STOP, entry.name, found, do)]
     lacking = [one for one in entry.providers if not _offered(entry.name, one, loaded.devices)]
     if lacking:
@@ -276,6 +278,19 @@ def _runtimes() -> list[Finding]:
 def _present(runtime: str) -> list[tuple[str, str]]:
     packages = installed.PACKAGES.get(runtime, (runtime,))
     return [(package, version) for package in packages if (version := installed.version(package))]
+
+
+def _used(present: Sequence[tuple[str, str]], loaded: installed.Loaded, runtime: str) -> tuple[str, str]:
+    """The package that a runtime is loaded from, and its version; the first one that is there where none loads."""
+    name = loaded.module.replace("_", "-")
+    return next(
+        (one for one in present if one[0] == name), present[0] if present else (name or runtime, loaded.version)
+    )
+
+
+def _lite() -> str:
+    """The package that opens TFLite files here."""
+    return _used(_present("tflite"), installed.load("tflite"), "tflite")[0]
 
 
 def _several(runtime: str, present: Sequence[tuple[str, str]]) -> list[Finding]:

@@ -18,15 +18,17 @@ PACKAGES = {
     "tflite": ("ai-edge-litert", "tflite-runtime"),
     "tensorrt": ("tensorrt",),
 }
-"""Packages that a runtime may come from; of several that are there, the first is used."""
+"""Packages that a runtime may come from; of several that are there, the first that loads is used."""
 
 _LOADING = {
     "onnxruntime": "import onnxruntime as r; v = r.__version__; d = r.get_available_providers()",
     "openvino": "import openvino as r; v = r.get_version(); d = r.Core().available_devices",
     "tflite": (
-        "try: import ai_edge_litert.interpreter as r\n"
-        "except ModuleNotFoundError: import tflite_runtime.interpreter as r\n"
-        "r.Interpreter; v = ''; d = ['CPU']"
+        "try:\n import ai_edge_litert as r; from ai_edge_litert import interpreter\n"
+        "except ImportError as e:\n"
+        " try: import tflite_runtime as r; from tflite_runtime import interpreter\n"
+        " except ModuleNotFoundError: raise e from None\n"
+        "interpreter.Interpreter; v = r.__version__; d = ['CPU']"
     ),
     # the builder is what needs a GPU that works
     "tensorrt": "import tensorrt as r; r.Builder(r.Logger(r.Logger.ERROR)); v = r.__version__; d = ['cuda:0']",
@@ -38,11 +40,12 @@ _TIMEOUT_S = 60
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """How an import went: the version and the devices or providers it offers, or why it failed."""
+    """How an import went: version and module, the devices or providers it offers, or why it failed."""
 
     version: str = ""
     devices: tuple[str, ...] = ()
     failure: str = ""
+    module: str = ""
 
 
 def version(package: str) -> str:
@@ -55,7 +58,7 @@ def version(package: str) -> str:
 
 def load(what: str) -> Loaded:
     """Import a runtime, ``numpy`` or ``pillow`` in a process of its own and ask what it offers."""
-    code = f"{_LOADING[what]}\nimport json; print(); print(json.dumps([str(v), list(d)]))"
+    code = f"{_LOADING[what]}\nimport json; print(); print(json.dumps([str(v), r.__name__, list(d)]))"
     try:
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -69,8 +72,8 @@ def load(what: str) -> Loaded:
     last = lines[-1] if lines else f"exit code {done.returncode}"
     if done.returncode:
         return Loaded(failure=last[:200])
-    found, devices = json.loads(last)
-    return Loaded(found, tuple(devices))
+    found, module, devices = json.loads(last)
+    return Loaded(found, tuple(devices), module=module)
 
 
 def _signal(number: int) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -78,14 +79,20 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("bundle", metavar="BUNDLE", help="bundle folder or .zip")
     common.add_argument("--json", action="store_true", help="print one JSON document")
+    anywhere = argparse.ArgumentParser(add_help=False)
+    anywhere.add_argument(
+        "--stand-in", action="store_true", help="also where this is another kind of machine than the bundle is for"
+    )
     common.add_argument(
         "--threads", type=_count, metavar="N", help="threads of the runtime (default: what the target asks for)"
     )
 
-    verify = commands.add_parser("verify", parents=[common], help="check every file and reproduce the golden outputs")
+    verify = commands.add_parser(
+        "verify", parents=[common, anywhere], help="check every file and reproduce the golden outputs"
+    )
     verify.set_defaults(command=_verify)
 
-    run = commands.add_parser("run", parents=[common], help="predict for pictures, .npy, .npz or raw frames")
+    run = commands.add_parser("run", parents=[common, anywhere], help="predict for pictures, .npy, .npz or raw frames")
     run.add_argument("images", metavar="IMAGE", nargs="+")
     run.add_argument("--arm", metavar="NAME", help="default: the bundle's default arm")
     run.set_defaults(command=_run)
@@ -146,7 +153,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     progress = on_stderr(True) if sys.stderr.isatty() else None  # too short to be worth lines in a log
     with Bundle.open(options.bundle, check=False) as bundle:  # verify checks it itself
-        warn_of_machine(bundle)
+        check_machine(bundle, stand_in=options.stand_in)
         report = verify(bundle, threads=options.threads, progress=progress)
     if options.json:
         _print_json(report.to_dict())
@@ -169,19 +176,22 @@ def verify_text(report: VerifyReport) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    answer(options.bundle, options.images, options.arm, options.threads, as_json=options.json)
+    answer(
+        options.bundle, options.images, options.arm, options.threads, as_json=options.json, stand_in=options.stand_in
+    )
     return 0
 
 
 def answer(
-    path: str | Path, images: Sequence[str | Path], arm: str | None, threads: int | None, *, as_json: bool
-) -> None:
+    path: str | Path, images: Sequence[str | Path], arm: str | None, threads: int | None, *, as_json: bool,
+    stand_in: bool,
+) -> None:  # fmt: skip
     """Print the answer for each file, as the command ``run`` does, and as the build side's command does too."""
     from .bundle import Bundle
     from .predictor import Predictor
 
     with Bundle.open(path) as bundle:
-        warn_of_machine(bundle)
+        check_machine(bundle, stand_in=stand_in)
         with Predictor(bundle, arm=arm, threads=threads) as predictor:
             if as_json:
                 _print_json(predictions(predictor, images))
@@ -190,12 +200,24 @@ def answer(
                 print(f"{image}: {prediction_text(predictor.predict(image))}", flush=True)
 
 
-def warn_of_machine(bundle: Bundle) -> None:
-    """A line on stderr where the bundle is for another kind of machine. What cannot run here fails by itself."""
-    from .system import machine_warning
+def check_machine(bundle: Bundle, *, stand_in: bool) -> None:
+    """BundleError for a bundle of another kind of machine than this; for a ``stand_in`` it is a line on stderr."""
+    from .system import another_machine
 
-    if warning := machine_warning(bundle.manifest.target):
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    target, machine = bundle.manifest.target, platform.machine()
+    wanted = another_machine(target, machine)
+    if wanted and not stand_in:
+        raise BundleError(
+            f"bundle for {target.get('name')}",
+            expected=f"a machine of kind {wanted}",
+            got=machine,
+            hint="do this on the board, or add --stand-in: the files run here too, but outputs may differ a little",
+        )
+    if wanted:
+        print(
+            f"warning: {machine} stands in for {wanted} ({target.get('name')}), whose outputs may differ a little",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
 
 
 def predictions(predictor: Predictor, images: Sequence[str | Path]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The machine a measurement is taken on, and what its figures are worth for a target.
 
-Everything is read from /proc and /sys where they are; what a system does not tell stays empty, never guessed.
+Everything is read from /proc and /sys where they are, and a Raspberry Pi's firmware is asked for what it has throttled;
+what a system does not tell stays empty, never guessed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +52,9 @@ _MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}
 _OWN_GOVERNORS = ("intel_pstate", "amd-pstate-epp")
 """Drivers whose "powersave" is their normal governor and follows the load (kernel.org, admin-guide/pm/intel_pstate)."""
 _CPUFREQ = "sys/devices/system/cpu/cpu[0-9]*/cpufreq"
-_THROTTLED = "sys/devices/platform/soc/soc:firmware/get_throttled"
+_THROTTLED = "sys/devices/platform/soc*/soc*:firmware/get_throttled"
+_VCGENCMD = "usr/bin/vcgencmd"
+"""Asks a Raspberry Pi's firmware what newer systems no longer show as a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +115,7 @@ def environment(root: Path = Path("/"), variables: Mapping[str, str] = os.enviro
         governor=" + ".join(dict.fromkeys(filter(None, map(_governor, cores)))),
         frequency_khz=max(filter(None, (_number(core / "scaling_cur_freq") for core in cores)), default=None),
         temperature_c=_temperature(root),
-        throttled=_text(root / _THROTTLED).strip() or _held(cores),
+        throttled=_firmware(root) or _held(cores),
         memory_bytes=_memory_bytes(root),
         load_1m=_load(root),
         virtual=_virtual(root, cpuinfo),
@@ -144,16 +148,10 @@ def evidence_for(target: Mapping[str, Any], host: Environment) -> Evidence:
     return Evidence(PROXY, f"{where} ({host.machine}){lack} stands in for {wanted}, {cap}{': ' + note if note else ''}")
 
 
-def machine_warning(target: Mapping[str, Any], machine: str = "") -> str:
-    """The sentence for a bundle that is for another kind of machine than this one; empty if it is for this kind."""
-    machine = machine or platform.machine()
-    wanted = (target.get("match") or {}).get("machine")
-    if wanted in (None, _MACHINES.get(machine.lower(), machine)):
-        return ""
-    return (
-        f"the bundle is for {wanted} ({target.get('name')}), this machine is {machine}: its files run here too, as a "
-        "stand-in whose outputs may differ a little; do the same on the board before you rely on it"
-    )
+def another_machine(target: Mapping[str, Any], machine: str) -> str:
+    """The kind of machine that a target is, where ``machine`` is of another kind; else empty."""
+    wanted = str((target.get("match") or {}).get("machine", ""))
+    return "" if wanted == _MACHINES.get(machine.lower(), machine) else wanted
 
 
 def weaker(level: str, than: str) -> bool:
@@ -227,6 +225,19 @@ def _number(path: Path) -> int | None:
 def _governor(core: Path) -> str:
     governor, driver = _text(core / "scaling_governor").strip(), _text(core / "scaling_driver").strip()
     return f"{governor} ({driver})" if governor and driver in _OWN_GOVERNORS else governor
+
+
+def _firmware(root: Path) -> str:
+    """What a Raspberry Pi's firmware says of throttling, in hexadecimal; empty elsewhere."""
+    told = [_text(path).strip() for path in root.glob(_THROTTLED)]
+    if not any(told) and (root / _VCGENCMD).is_file():
+        try:
+            command = [str(root / _VCGENCMD), "get_throttled"]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=2, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        told = re.findall(r"^throttled=0x([0-9a-f]+)$", done.stdout, re.MULTILINE)
+    return next(filter(None, told), "")
 
 
 def _held(cores: Sequence[Path]) -> str:

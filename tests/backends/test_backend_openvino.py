@@ -28,6 +28,8 @@ from .conftest import write_source
 
 Batches = Callable[[], Iterator[dict[str, np.ndarray]]]
 Make = Callable[..., Artifact]
+Lost = Callable[..., tuple[float, Artifact]]
+"""Percentage points that int8 loses against a float network which puts every sample in its place, and the artifact."""
 
 
 @pytest.fixture
@@ -107,6 +109,58 @@ class Attending(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.project(x)
         return self.gelu(nn.functional.scaled_dot_product_attention(x, x, x))
+
+
+class Shared(nn.Module):
+    """Gives one tensor under two names, and its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.layer(x)
+        return {"logits": logits, "given": x, "scores": logits, "other": self.other(x)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_every_output_has_its_name_though_two_are_one_tensor(
+    tmp_path: Path, runtime: RuntimeSpec, precision: str
+) -> None:
+    torch.manual_seed(0)
+    rng, model, out = np.random.default_rng(0), Shared().eval(), tmp_path / "shared.xml"
+    samples = [{"x": rng.normal(size=(1, 4)).astype(np.float32)} for _ in range(4)]
+    source = write_source(Source.EXPORTED_PROGRAM, model, samples[0], tmp_path)
+    load_backend("openvino").compile(source, runtime, QuantSpec(precision), lambda: iter(samples), out)
+    with load_runtime("openvino").open(out, RuntimeOptions(1)) as session:
+        assert [spec.name for spec in session.inputs] == ["x"]
+        got = session.run(samples[0])
+    assert list(got) == ["logits", "given", "scores", "other"]
+    np.testing.assert_array_equal(got["given"], samples[0]["x"])
+    np.testing.assert_array_equal(got["logits"], got["scores"])
+    for name, tensor in model(torch.from_numpy(samples[0]["x"])).items():
+        np.testing.assert_allclose(got[name], tensor.detach(), atol=0.02)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, 16))
+        self.layer = nn.Linear(16, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.layer(self.gain * torch.tanh(x))
+        return result
+
+
+def test_a_factor_of_an_activation_is_no_weight(make: Make, tmp_path: Path, runtime: RuntimeSpec) -> None:
+    example = {"x": np.linspace(-1, 1, 16, dtype=np.float32)[None]}
+    source = write_source(Source.EXPORTED_PROGRAM, Scaled(), example, tmp_path)
+    made = load_backend("openvino").compile(
+        source, runtime, QuantSpec("int8"), lambda: iter([example] * 2), tmp_path / "scaled.xml"
+    )
+    assert made.weight_types["int8"] == 32
+    assert openvino_files.float_layers(made.path) == ()
 
 
 def test_an_unsupported_operator_is_named_with_its_module(make: Make, tmp_path: Path) -> None:
@@ -254,34 +308,80 @@ def close_calls(tokens: Path) -> tuple[np.ndarray, np.ndarray]:
     return images[order][mixed], labels[mixed]
 
 
-@pytest.mark.parametrize("judged_by", ["auroc", "escape@overkill=10%"])
-def test_accuracy_control_obeys_the_drop_and_a_result_that_is_no_longer_int8_is_refused(
-    tokens_program: Path, tmp_path: Path, runtime: RuntimeSpec, batches: Batches,
-    close_calls: tuple[np.ndarray, np.ndarray], judged_by: str,
-) -> None:  # fmt: skip
-    images, labels = close_calls
-    judge = metric(judged_by)
+@pytest.fixture
+def lost(tmp_path: Path, runtime: RuntimeSpec) -> Lost:
+    def compiled(
+        program: Path, batches: Batches, samples: np.ndarray, labels: np.ndarray, judged_by: str,
+        max_drop_pp: float | None = None,
+    ) -> tuple[float, Artifact]:  # fmt: skip
+        def selection() -> Iterator[dict[str, np.ndarray]]:
+            for start in range(0, len(samples), 15):
+                yield {"x": samples[start : start + 15]}
 
-    def samples() -> Iterator[dict[str, np.ndarray]]:
-        for start in range(0, len(images), 15):
-            yield {"x": images[start : start + 15]}
-
-    def lost(accuracy: AccuracyControl | None) -> tuple[float, Artifact]:
-        """Percentage points against the float network, which puts every image in its place."""
-        spec = QuantSpec("int8", accuracy=accuracy)
-        made = load_backend("openvino").compile(tokens_program, runtime, spec, batches, tmp_path / "out.xml")
+        judge = metric(judged_by)
+        control = None if max_drop_pp is None else AccuracyControl(selection, labels, judged_by, 0, max_drop_pp)
+        spec = QuantSpec("int8", accuracy=control)
+        made = load_backend("openvino").compile(program, runtime, spec, batches, tmp_path / "out.xml")
         with load_runtime("openvino").open(made.path, RuntimeOptions(threads=1)) as session:
-            found = Predictions(session.run({"x": images})["output"], labels, 0)
+            found = Predictions(session.run({"x": samples})["output"], labels, 0)
         return judge.drop(float(judge.higher_is_better), judge.value(found, None)), made
 
-    free, plain = lost(None)
+    return compiled
+
+
+@pytest.mark.parametrize("judged_by", ["auroc", "escape@overkill=10%"])
+def test_accuracy_control_obeys_the_drop_and_a_result_that_is_no_longer_int8_is_refused(
+    lost: Lost, tokens_program: Path, batches: Batches, close_calls: tuple[np.ndarray, np.ndarray], judged_by: str
+) -> None:
+    given = (tokens_program, batches, *close_calls, judged_by)
+    free, plain = lost(*given)
     assert free > 5.0
     assert plain.notes == ()
-    held, made = lost(AccuracyControl(samples, labels, judged_by, 0, 100.0))
+    held, made = lost(*given, 100.0)
     assert held == pytest.approx(free)
     assert made.notes == ("nncf's accuracy control left every layer in int8",)
     with pytest.raises(StageError, match=r"expected 50% of the weights of .* in int8, got 0\.0%"):
-        lost(AccuracyControl(samples, labels, judged_by, 0, 0.0))
+        lost(*given, 0.0)
+
+
+class Uneven(nn.Module):
+    """`hurt` sees one feature a thousand times as large as those that decide, of which 8 bits then leave nothing.
+
+    `never` holds most of the weights and of the outputs' size, and decides nothing: a class that never wins.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.hurt, self.never = nn.Linear(16, 64), nn.Linear(64, 2), nn.Linear(16, 128)
+        with torch.no_grad():
+            self.wide.weight[0] *= 1000
+            self.hurt.weight[:, 0] = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        never = -100 * torch.relu(self.never(torch.relu(x))).sum(1, keepdim=True)
+        return torch.cat([self.hurt(torch.relu(self.wide(x))), never], 1)
+
+
+def test_accuracy_control_keeps_some_layers_in_float_names_them_and_holds_the_drop(lost: Lost, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Uneven().eval()
+    samples = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32)
+    with torch.inference_mode():
+        scores = net(torch.from_numpy(samples)).softmax(1)[:, 0].numpy()
+    labels = (scores < np.median(scores)).astype(np.int64)  # the float network puts every sample in its place
+    program = write_source(Source.EXPORTED_PROGRAM, net, {"x": samples[:1]}, tmp_path, dynamic_batch=True)
+    given = (program, lambda: iter([{"x": samples}]), samples, labels, "auroc")
+    free, _ = lost(*given)
+    held, made = lost(*given, 5.0)
+    assert held <= 5.0 < free
+    nodes = [node for node in ov.Core().read_model(made.path).get_ops() if node.get_type_name() == "MatMul"]
+    kept = {n.get_friendly_name() for n in nodes if n.input_value(1).get_node().get_type_name() == "Constant"}
+    [note] = made.notes
+    said, _, named = note.partition(": ")
+    assert said == f"nncf's accuracy control kept {len(kept)} layers in float32"
+    assert set(named.split(", ")) == kept
+    assert "hurt/MatMul" in kept
+    assert "never/MatMul" not in kept
 
 
 def test_accuracy_control_counts_the_samples_of_a_filled_up_batch_once(tmp_path: Path) -> None:

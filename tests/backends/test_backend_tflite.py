@@ -225,6 +225,24 @@ def test_a_converter_that_fails_is_one_error(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(16, 8), nn.Linear(8, 3)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.head(self.block(torch.relu(self.first(x))))}
+
+
+def test_layers_go_by_their_modules_or_by_the_output_they_give(make: Make, tmp_path: Path) -> None:
+    source = write_source(Source.EXPORTED_PROGRAM, Named(), {"x": np.zeros((1, 16), np.float32)}, tmp_path)
+    model = tflite_files.read(make(source, "fp32").path)
+    [graph] = model.subgraphs
+    layers = [op for op in graph.operators if tflite_files.kind(model, op) == "FULLY_CONNECTED"]
+    assert [graph.tensors[op.outputs[0]].name.partition(b";")[0] for op in layers] == [b"first", b"block.0", b"logits"]
+
+
 def test_the_layer_that_quantization_hurts_can_stay_in_float(
     make: Make, program: Path, tmp_path: Path, runtime: RuntimeSpec, batches: Batches
 ) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from torch import nn
 
 from rowcol_edge.backends import load_backend, onnx_bias, onnx_files, qdq
 from rowcol_edge.backends.base import QuantSpec
@@ -71,3 +72,17 @@ def test_the_float_biases_of_tensorrt_are_corrected_where_it_is_asked_for(
     assert np.linalg.norm(outputs(corrected, unseen) - wanted) < 0.8 * np.linalg.norm(
         outputs(quantized, unseen) - wanted
     )
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
+def test_without_a_bias_there_is_nothing_to_correct(tmp_path: Path, runtime: RuntimeSpec, backend: str) -> None:
+    rng, out = np.random.default_rng(0), tmp_path / "bare.onnx"
+    samples = [{"x": rng.normal(size=(1, 16)).astype(np.float32)} for _ in range(4)]
+    export(nn.Sequential(nn.Linear(16, 8, bias=False), nn.ReLU()), samples[0], out, opset=18, ir_version=9)
+    plain, repaired = (
+        load_backend(backend).compile(
+            out, runtime, QuantSpec("int8", correct_bias=correct), lambda: iter(samples), tmp_path / f"{correct}.onnx"
+        )
+        for correct in (False, True)
+    )
+    assert plain.sha256 == repaired.sha256

@@ -48,7 +48,7 @@ def pi(tmp_path: Path) -> Path:
             "proc/meminfo": "MemAvailable: 4194304 kB\nSwapTotal: 524272 kB\nSwapFree: 524272 kB\n",
             "proc/loadavg": "0.05 0.02 0.00 1/150 900\n",
             "sys/class/thermal/thermal_zone0/temp": "48312\n",
-            "sys/devices/platform/soc/soc:firmware/get_throttled": "0\n",
+            "sys/devices/platform/soc@107c000000/soc@107c000000:firmware/get_throttled": "0\n",
             "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "ondemand\n",
         },
     )
@@ -158,6 +158,26 @@ def test_any_ai_edge_litert_is_new_enough(pi: Path, packages: Packages) -> None:
     assert said == (NOTE, "1.4.0, not ai-edge-litert>=2", 'python3 -m pip install "ai-edge-litert>=2"')
 
 
+def test_the_package_that_loads_is_the_one_that_counts(pi: Path, packages: Packages) -> None:
+    both = {"ai_edge_litert": "2.3.0", "tflite_runtime": "2.14.0"}
+    packages(installed.Loaded("2.14.0", ("CPU",), module="tflite_runtime"), numpy="2.4.6", pillow="12.0.0", **both)
+    found = doctor.diagnose(TFLITE, pi, "aarch64")
+    assert only(found, "tflite") == (GOOD, "tflite-runtime 2.14.0", "")
+    assert only(found, "numpy")[:2] == (STOP, "2.4.6, which tflite-runtime 2.14.0 does not work with")
+    packages(
+        installed.Loaded(failure="importing it ends the process (SIGILL)"), numpy="1.26.4", pillow="12.0.0", **both
+    )
+    level, said, do = only(doctor.diagnose(TFLITE, pi, "aarch64"), "tflite")
+    assert (level, said) == (STOP, "ai-edge-litert 2.3.0 does not load: importing it ends the process (SIGILL)")
+    assert do.endswith("\nbefore another package: python3 -m pip uninstall -y ai-edge-litert")
+
+
+def test_a_vendors_package_without_metadata_has_the_version_of_its_module(pi: Path, packages: Packages) -> None:
+    packages(installed.Loaded("2.16.2", ("CPU",), module="tflite_runtime"), numpy="1.26.4", pillow="12.0.0")
+    found = only(doctor.diagnose(TFLITE, pi, "aarch64"), "tflite")
+    assert found == (GOOD, "tflite-runtime 2.16.2", "")
+
+
 def test_the_requirements_are_those_of_the_alternative_in_use(pi: Path, packages: Packages) -> None:
     packages(numpy="1.26.4", pillow="12.0.0", tflite_runtime="2.14.0")
     found = doctor.diagnose(TFLITE, pi, "aarch64")
@@ -200,7 +220,7 @@ def test_what_disturbs_a_measurement_is_told(pi: Path, packages: Packages) -> No
             "proc/meminfo": "MemAvailable: 524288 kB\nSwapTotal: 524288 kB\nSwapFree: 262144 kB\n",
             "proc/loadavg": "3.5 1 1 1/150 900\n",
             "sys/class/thermal/thermal_zone0/temp": "84100\n",
-            "sys/devices/platform/soc/soc:firmware/get_throttled": "50005\n",
+            "sys/devices/platform/soc@107c000000/soc@107c000000:firmware/get_throttled": "50005\n",
             "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave\n",
         },
     )

@@ -179,3 +179,27 @@ def test_only_the_tflite_runtime_of_pypi_is_refused_beside_numpy_2(
     )
     assert (done.returncode == 0) == loads, done.stderr
     assert loads or f"numpy before 2, which tflite-runtime {version} was built for" in done.stderr
+
+
+@pytest.mark.parametrize(("other", "package"), [(True, "tflite-runtime"), (False, "")])
+def test_tflite_runtime_is_used_where_ai_edge_litert_does_not_load(tmp_path: Path, other: bool, package: str) -> None:
+    broken = "raise ImportError('/lib/libstdc++.so.6: version GLIBCXX_3.4.32 not found')"
+    files = {
+        "ai_edge_litert/__init__.py": "__version__ = '2.3.0'",
+        "ai_edge_litert/interpreter.py": broken,
+        "tflite_runtime/__init__.py": "__version__ = '2.16.2'",
+        "tflite_runtime/interpreter.py": "class Interpreter: pass",
+    }
+    for name, text in files.items():
+        if other or name.startswith("ai_edge_litert"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+    code = (
+        "import rowcol_edge.device.installed as i; print(i.load('tflite').module.replace('_', '-'))\n"
+        "import rowcol_edge.device.runtimes.tflite as t; print(t.RUNTIME.package)"
+    )
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [package] * 2 if other else done.stdout.split() == [], done.stderr
+    assert other or "expected a version that loads on this machine, got /lib/libstdc++" in done.stderr

@@ -218,13 +218,33 @@ def test_a_generic_target_is_any_matching_machine_with_its_instructions(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("machine", "warned"), [("aarch64", False), ("arm64", False), ("x86_64", True), ("AMD64", True), ("riscv64", True)]
+    ("machine", "other"), [("aarch64", ""), ("arm64", ""), ("x86_64", "aarch64"), ("AMD64", "aarch64")]
 )
-def test_another_kind_of_machine_than_the_targets(machine: str, warned: bool) -> None:
-    said = system.machine_warning({"name": "raspberry-pi-5", "match": {"machine": "aarch64"}}, machine)
-    assert said.startswith(f"the bundle is for aarch64 (raspberry-pi-5), this machine is {machine}: ") == warned
-    assert bool(said) == warned
-    assert system.machine_warning({}, machine) == ""
+def test_another_kind_of_machine_than_the_targets(machine: str, other: str) -> None:
+    assert system.another_machine({"match": {"machine": "aarch64"}}, machine) == other
+    assert system.another_machine({}, machine) == ""
+
+
+def firmware(root: Path, answer: str) -> Path:
+    tool = root / "usr" / "bin" / "vcgencmd"
+    tool.parent.mkdir(parents=True)
+    tool.write_text(f"#!/bin/sh\n{answer}\n")
+    tool.chmod(0o755)
+    return root
+
+
+def test_a_raspberry_pis_firmware_is_asked_where_no_file_shows_throttling(tmp_path: Path) -> None:
+    root = firmware(tmp_path, 'test "$1" = get_throttled && echo throttled=0x50005')
+    assert system.environment(root).throttled == "50005"
+    file = root / "sys/devices/platform/soc@107c000000/soc@107c000000:firmware/get_throttled"
+    file.parent.mkdir(parents=True)
+    file.write_text("20002\n")
+    assert system.environment(root).throttled == "20002"
+
+
+@pytest.mark.parametrize("answer", ["echo VCHI initialization failed; exit 255", "kill -9 $$"])
+def test_a_firmware_that_does_not_answer_says_nothing(tmp_path: Path, answer: str) -> None:
+    assert system.environment(firmware(tmp_path, answer)).throttled == ""
 
 
 def test_weaker() -> None:

@@ -1,4 +1,4 @@
-"""TFLite: a ``.tflite`` file, opened by ai-edge-litert or, where only that exists, by tflite-runtime 2.14 or newer.
+"""TFLite: a ``.tflite`` file, opened by ai-edge-litert or, where only that loads, by tflite-runtime 2.14 or newer.
 
 Providers are delegates: ``CPU`` is the interpreter's own kernels with XNNPACK; any other is the name or path of an
 external delegate's library, such as ``libvx_delegate.so``, and the runtime's properties are its options. With a
@@ -29,12 +29,15 @@ try:
     try:
         import ai_edge_litert as _package
         from ai_edge_litert import interpreter as lite
-    except ModuleNotFoundError as e:
-        if e.name != "ai_edge_litert":
-            raise
-        import tflite_runtime as _package
-        from tflite_runtime import interpreter as lite
+    except ImportError as e:  # not installed, or for another C library
+        try:
+            import tflite_runtime as _package
+            from tflite_runtime import interpreter as lite
+        except ModuleNotFoundError:
+            raise e from None
 except ModuleNotFoundError as e:
+    if e.name != "ai_edge_litert":
+        raise
     raise MissingDependencyError("running this bundle", package="ai-edge-litert") from e
 except ImportError as e:  # installed, but for another numpy, C library or processor
     raise RowcolError(
