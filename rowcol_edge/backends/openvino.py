@@ -161,4 +161,4 @@ def _kept(layers: Sequence[str]) -> str:
     """What accuracy control did, for people."""
     if not layers:
         return "nncf's accuracy control left every layer in int8"
-    return f"nncf's accuracy control kept {len(layers)} layers in float32: {', '.join(layers)}"
+    return f"nncf's accuracy control kept in float32: {', '.join(layers)}"

@@ -53,6 +53,7 @@ def _quantized(model: Any, job: dict[str, Any]) -> tuple[Any, list[str]]:
     import nncf
     import numpy as np
     from nncf.quantization.advanced_parameters import (
+        AdvancedAccuracyRestorerParameters,
         AdvancedQuantizationParameters,
         AdvancedSmoothQuantParameters,
         OverflowFix,
@@ -93,6 +94,9 @@ def _quantized(model: Any, job: dict[str, Any]) -> tuple[Any, list[str]]:
             _judge(job["accuracy"], feed),
             max_drop=job["accuracy"]["max_drop"],
             advanced_quantization_parameters=advanced,
+            advanced_accuracy_restorer_parameters=AdvancedAccuracyRestorerParameters(
+                ranking_subset_size=len(selection)
+            ),
             **settings,
         )
 
@@ -143,34 +147,29 @@ def _left_float(model: Any, layers: Sequence[str]) -> list[str]:
 
 
 def _judge(accuracy: dict[str, Any], feed: Callable[[Path], dict[str, Any]]) -> Callable[[Any, Iterable[Path]], Any]:
-    """nncf's validation function: the metric, higher is better, and the outputs, from which nncf ranks the layers.
+    """nncf's validation function: the metric, higher is better, of a model on the whole split.
 
-    The first model that sees the whole split is the float one; its threshold decides for the others, as in a build.
+    It gives no outputs, by which nncf 3.4 would rank the layers: it then reverts first what leaves the largest error.
+    The first model is the float one; its threshold decides for the others, as in a build.
     """
     import numpy as np
 
     from .. import quality
 
     metric, labels = quality.metric(accuracy["metric"]), np.array(accuracy["labels"])
-    ends = np.cumsum(accuracy["counts"])
-    sign = 1.0 if metric.higher_is_better else -1.0
+    counts, sign = accuracy["counts"], 1.0 if metric.higher_is_better else -1.0
     original: list[tuple[quality.Predictions, float | None]] = []
 
-    def judge(compiled: Any, items: Iterable[Path]) -> tuple[float, list[list[Any]]]:
-        outputs, real, rows = [], [], []
-        for path in items:
-            place, output = int(path.stem), compiled(feed(path))[0]
-            outputs.append([np.array(output)])
-            count = accuracy["counts"][place]
-            real.append(outputs[-1][0][:count])
-            rows.append(np.arange(ends[place] - count, ends[place]))
-        predictions = quality.Predictions(np.concatenate(real), labels[np.concatenate(rows)], accuracy["positive"])
-        if not original and len(outputs) == len(ends):
+    def judge(compiled: Any, items: Iterable[Path]) -> tuple[float, None]:
+        paths = list(items)
+        if len(paths) < len(counts):  # nncf asks for each item too, of which there is no metric
+            return 0.0, None
+        real = [np.array(compiled(feed(path))[0])[:count] for path, count in zip(paths, counts, strict=True)]
+        predictions = quality.Predictions(np.concatenate(real), labels, accuracy["positive"])
+        if not original:
             original.append((predictions, metric.tune(predictions)))
-        if not original:  # nncf tries the function on one item first
-            return 0.0, outputs
         threshold = metric.transfer(*original[0], predictions)
-        return _ABOVE_ZERO + sign * metric.value(predictions, threshold), outputs
+        return _ABOVE_ZERO + sign * metric.value(predictions, threshold), None
 
     return judge
 

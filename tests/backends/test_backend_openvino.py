@@ -347,7 +347,8 @@ def test_accuracy_control_obeys_the_drop_and_a_result_that_is_no_longer_int8_is_
 class Uneven(nn.Module):
     """`hurt` sees one feature a thousand times as large as those that decide, of which 8 bits then leave nothing.
 
-    `never` holds most of the weights and of the outputs' size, and decides nothing: a class that never wins.
+    `never` holds most of the weights and of the outputs' size, and decides nothing: a class that never wins. To whom
+    ranks layers by the outputs alone, it is the first one to put right.
     """
 
     def __init__(self) -> None:
@@ -376,12 +377,8 @@ def test_accuracy_control_keeps_some_layers_in_float_names_them_and_holds_the_dr
     assert held <= 5.0 < free
     nodes = [node for node in ov.Core().read_model(made.path).get_ops() if node.get_type_name() == "MatMul"]
     kept = {n.get_friendly_name() for n in nodes if n.input_value(1).get_node().get_type_name() == "Constant"}
-    [note] = made.notes
-    said, _, named = note.partition(": ")
-    assert said == f"nncf's accuracy control kept {len(kept)} layers in float32"
-    assert set(named.split(", ")) == kept
-    assert "hurt/MatMul" in kept
-    assert "never/MatMul" not in kept
+    assert kept == {"hurt/MatMul"}
+    assert made.notes == ("nncf's accuracy control kept in float32: hurt/MatMul",)
 
 
 def test_accuracy_control_counts_the_samples_of_a_filled_up_batch_once(tmp_path: Path) -> None:
@@ -401,7 +398,7 @@ def test_accuracy_control_counts_the_samples_of_a_filled_up_batch_once(tmp_path:
 
     judge = openvino_worker._judge(job, feed)
     files = sorted((tmp_path / "selection").glob("*.npz"))
-    value, outputs = judge(model, files)
+    assert judge(model, files[:1]) == (0.0, None)
+    value, _ = judge(model, files)
     assert [len(array) for array in seen] == [4, 4, 4]
     assert value == pytest.approx(2.0 + 3 / 7)
-    assert len(outputs) == 3
