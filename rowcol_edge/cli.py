@@ -64,7 +64,7 @@ BudgetText = Annotated[
         help="limits: drop<=0.5pp,size<=4MB,params<=0.5x,macs<=0.5x (default: drop<=0.5pp with labelled data)",
     ),
 ]
-Energy = Annotated[float | None, typer.Option(help="keep this share of each layer's output variance: 0.999")]
+Energy = Annotated[float | None, typer.Option(help="keep this share of what each layer gives to the output: 0.999")]
 Plan = Annotated[str | None, typer.Option(help="apply this plan file instead of searching for one")]
 UseCache = Annotated[
     bool, typer.Option("--cache/--no-cache", help="keep what stages make in ROWCOL_CACHE or ~/.cache/rowcol-edge")

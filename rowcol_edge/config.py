@@ -63,7 +63,7 @@ class BuildOptions:
         calib_size: how many of the calibration samples the quantizer gets, a diverse subset; ``all`` for every one.
         metric: how quality is judged; None with unlabelled data.
         budget: ``drop<=0.5pp,size<=4MB,…``; the default holds where labels and a metric are there.
-        energy: keep this share of each layer's output variance instead of searching.
+        energy: keep this share of what each layer gives to the model's output instead of searching.
         plan: apply this plan file instead of searching.
         bake_preprocess: the graph takes camera frames, uint8 (N, height, width, channels), and normalises them itself.
         contract: what the outputs mean: classify, segment, anomaly_map, detect or embed.
@@ -108,7 +108,7 @@ class BuildOptions:
         if self.contract is not None and self.contract not in CONTRACTS:
             raise ConfigError("contract", expected=f"one of {', '.join(CONTRACTS)}", got=repr(self.contract))
         if self.energy is not None and not 0.0 < self.energy <= 1.0:
-            raise ConfigError("energy", expected="a share of variance in (0, 1]", got=str(self.energy))
+            raise ConfigError("energy", expected="a share in (0, 1]", got=str(self.energy))
         if len(set(self.labels)) != len(self.labels):
             raise ConfigError("labels", expected="names that differ", got=", ".join(self.labels))
         if self.positive is not None and self.labels and self.positive not in self.labels:

@@ -103,6 +103,12 @@ class Split:
                 break
         return {name: np.concatenate([p[name] for p in parts])[:count] for name in parts[0]}
 
+    def spread(self, count: int) -> Feeds:
+        """``count`` samples spread evenly over the split, or all, as one batch."""
+        places = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
+        parts = list(self.only(places.tolist()))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
     def example(self) -> Feeds:
         return self.take(1)
 

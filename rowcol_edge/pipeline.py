@@ -202,8 +202,9 @@ def _unchanged(path: Path, key: str) -> Built | None:
 
 
 def _study(job: Job, progress: Progress) -> Study:
-    keep = partial(job.cache.arrays, job.stage_key("spaces", job.calibration.key))
-    return study(job.model.module, job.calibration, keep=keep, progress=progress)
+    classify = job.contract == "classify"
+    keep = partial(job.cache.arrays, job.stage_key("spaces", job.calibration.key, classify))
+    return study(job.model.module, job.calibration, classify=classify, keep=keep, progress=progress)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from . import evaluation
@@ -18,6 +19,7 @@ from .budgets import Budget, Budgets
 from .errors import BudgetError
 from .evaluation import Judged
 from .factoring import apply, ranks
+from .factoring.costs import LayerInfo
 from .factoring.plan import FactorPlan, LayerPlan
 from .factoring.study import Study
 from .job import Job, Progress
@@ -25,6 +27,10 @@ from .job import Job, Progress
 #: an extra operator costs time too, so a layer must save more than the count says before it is worth factoring
 BREAK_EVEN = 0.75
 DEFAULT_ENERGY = 0.999
+DEFAULT_LOSS = 1e-4
+"""Predicted loss that is taken where nothing says how much may be lost: nats for a classifier, else half the squared
+relative error of the outputs. What really follows is several times as much, as layers add up."""
+_MOST_CAREFUL, _BOLDEST, _PLANS = 0.97, 0.03, 31
 BYTES_PER_WEIGHT = {
     "fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8-io": 1.0, "int8-dynamic": 1.0,
     "int8-weights": 1.0, "int4-weights": 0.5,
@@ -144,15 +150,22 @@ def check_costs(study: Study, plan: FactorPlan, budgets: Budgets) -> None:
 
 
 def ladder(study: Study, multiple: int, model: str) -> tuple[FactorPlan, ...]:
-    """Distinct plans from careful to bold; the first leaves every layer dense."""
-    plans = [
-        ranks.plan_by_energy(study.infos, study.spaces, 1.0, rank_multiple=multiple, break_even=BREAK_EVEN, model=model)
-    ]
-    for energy in ranks.energy_ladder():
-        plan = ranks.plan_by_energy(
-            study.infos, study.spaces, energy, rank_multiple=multiple, break_even=BREAK_EVEN, model=model
-        )
-        if plan.saved_parameters > plans[-1].saved_parameters:
+    """Distinct plans from careful to bold, each of the least predicted loss at its cost: the mean of its shares of the
+    model's parameters and MACs, as both bytes and time count. The first leaves every layer dense."""
+
+    def cost(info: LayerInfo, rank: int) -> float:
+        return (ranks.parameters(info, rank) / study.parameters + ranks.macs(info, rank) / max(1, study.macs)) / 2
+
+    plans: list[FactorPlan] = []
+    for share in (1.0, *np.geomspace(_MOST_CAREFUL, _BOLDEST, _PLANS)):
+        try:
+            plan = ranks.plan_by_cost(
+                study.infos, study.spaces, cost, total=1.0, limit=float(share), rank_multiple=multiple,
+                break_even=BREAK_EVEN, made_by=f"cost<={share:.3f}", model=model,
+            )  # fmt: skip
+        except ranks.OverBudgetError:
+            break
+        if not plans or plan.saved_parameters > plans[-1].saved_parameters:
             plans.append(plan)
     return tuple(plans)
 
@@ -195,15 +208,13 @@ def boldest(holds: Callable[[int], bool], count: int, progress: Callable[[int, i
 
 
 def _by_cost(study: Study, budgets: Budgets, multiple: int, precision: str, model: str) -> FactorPlan:
-    """The most careful plan within the cost limits; without limits, one that keeps nearly all variance."""
+    """The most careful plan within the cost limits; without limits, one whose loss hardly shows."""
     limits = {b: _parameter_limit(study, b, precision) for b in budgets.entries if b.kind in ("params", "size")}
     macs = budgets.get("macs")
     if macs is not None:
         return _by_macs(study, macs, list(limits.values()), multiple, model)
     if not limits:
-        return ranks.plan_by_energy(
-            study.infos, study.spaces, DEFAULT_ENERGY, rank_multiple=multiple, break_even=BREAK_EVEN, model=model
-        )
+        return _by_loss(study, multiple, model)
     tightest = min(limits, key=lambda budget: limits[budget])
     try:
         return ranks.plan_by_parameters(
@@ -218,6 +229,23 @@ def _by_cost(study: Study, budgets: Budgets, multiple: int, precision: str, mode
         raise BudgetError(f"budget {tightest.text}", expected=e.expected, got=e.got, hint=e.hint) from e
 
 
+def _by_loss(study: Study, multiple: int, model: str) -> FactorPlan:
+    """The boldest plan of a loss that hardly shows; by energy where no loss can be predicted."""
+    if any(study.spaces[name].losses is None for name in study.spaces):
+        return ranks.plan_by_energy(
+            study.infos, study.spaces, DEFAULT_ENERGY, rank_multiple=multiple, break_even=BREAK_EVEN, model=model
+        )
+    within = [plan for plan in ladder(study, multiple, model) if _predicted(study, plan) <= DEFAULT_LOSS]
+    return replace(within[-1], made_by=f"loss<={DEFAULT_LOSS:g}")
+
+
+def _predicted(study: Study, plan: FactorPlan) -> float:
+    """The losses of the layers, each by itself, added up."""
+    losses = [study.spaces[layer.name].losses for layer in plan.projected]
+    pairs = zip(losses, plan.projected, strict=True)
+    return sum(float(found[layer.rank or 0]) for found, layer in pairs if found is not None)
+
+
 def _parameter_limit(study: Study, budget: Budget, precision: str) -> int:
     if budget.kind == "params":
         return int(budget.absolute(study.parameters))
@@ -225,6 +253,7 @@ def _parameter_limit(study: Study, budget: Budget, precision: str) -> int:
 
 
 def _by_macs(study: Study, budget: Budget, counts: Sequence[int], multiple: int, model: str) -> FactorPlan:
+    """The most careful plan of the ladder within all limits."""
     plans = ladder(study, multiple, model)
     trials = [trial(study, plan, None, None) for plan in plans]
     limit = budget.absolute(study.macs)

@@ -329,7 +329,7 @@ def test_a_changed_weight_datum_or_option_is_noticed(
         other.get_parameter("head.bias")[0] += 1e-3
     build(other, options)
     assert stages.look() == ONCE
-    build(net, options, energy=0.9)
+    build(net, options, energy=1.0)
     assert stages.look() == {"search": 1, "export": 1, "compile": 1}
     with np.load(options["calib"]) as stored:
         arrays = dict(stored)

@@ -36,7 +36,7 @@ def test_preprocess_on_the_command_line() -> None:
         ('model = "m"\nprecision = "int7"', "fp32"),
         ('model = "m"\ndense = "no"', "true or false"),
         ('model = "m"\nenergy = "high"', "a number"),
-        ('model = "m"\nenergy = 1.5', "share of variance"),
+        ('model = "m"\nenergy = 1.5', "a share in"),
         ('model = "m"\nlabels = [1, 2]', "list of names"),
         ('model = "m"\nbudget = "drop<0.5"', "drop<=0.5pp"),
         ('model = "m"\ntarget = []', "at least one"),

@@ -59,7 +59,7 @@ def main() -> None:
 def ladder(reference: str, target: str, progress: job.Progress) -> list[dict[str, Any]]:
     """Every plan of the search's ladder on the selection split at fp32, from careful to bold."""
     work = job.prepare(config.make({"model": reference, "target": target}), progress=progress)
-    known = study(work.model.module, work.calibration, progress=progress)
+    known = study(work.model.module, work.calibration, classify=True, progress=progress)
     assert work.selection is not None
 
     selection = work.selection

@@ -97,7 +97,7 @@ def frontier() -> str:
         ]
         for row in result["frontier"]
     ]
-    heads = ["variance kept a layer", "parameters", "MACs", f"{result['manifest']['metric'].replace('_', ' ')}", "drop"]
+    heads = ["plan", "parameters", "MACs", f"{result['manifest']['metric'].replace('_', ' ')}", "drop"]
     held = [row for row in result["frontier"] if row["drop"] <= 0.5]
     least = min(held, key=lambda row: row["parameters"])
     share = least["parameters"] / result["frontier"][0]["parameters"]

@@ -23,14 +23,15 @@ _FLOOR = 1e-6  # latent scales are floored at this fraction of the largest eigen
 def apply(model: nn.Module, plan: FactorPlan, spaces: Mapping[str, LayerSpaces], *, alpha: float = 0.5) -> nn.Module:
     """A copy of ``model`` in which each ``project`` layer is ``nn.Sequential(reduce=…, expand=…)``.
 
-    With ``U`` the leading ``r`` output eigenvectors, ``D = diag(λ^(α/2))``::
+    With ``U`` the leading ``r`` directions of the spaces' basis, ``V`` those of its dual, ``D = diag(λ^(α/2))``::
 
-        reduce = D⁻¹ Uᵀ W      (no bias; a convolution keeps its kernel, stride, padding and dilation)
-        expand = U D           (1×1 for a convolution, transposed or not; bias  U Uᵀ b + (I − U Uᵀ) E[y])
+        reduce = D⁻¹ Vᵀ W      (no bias; a convolution keeps its kernel, stride, padding and dilation)
+        expand = U D           (1×1 for a convolution, transposed or not; bias  U Vᵀ b + (I − U Vᵀ) E[y])
 
-    the best rank-``r`` layer in mean square on the calibration inputs, centred. ``alpha`` only moves scale between the
-    two (the product is the same): 0 leaves the latent channels their own ranges, 1 makes them equal; 0.5 is a
-    compromise that suits int8. Computed in float64, stored in the layer's own type on its own device.
+    the best rank-``r`` layer on the calibration inputs, centred: in mean square, or where the spaces are weighed (see
+    `sensitivity`) at the model's output. ``alpha`` only moves scale between the two (the product is the same): 0 leaves
+    the latent channels their own ranges, 1 makes them equal; 0.5 is a compromise that suits int8. Computed in float64,
+    stored in the layer's own type on its own device.
 
     Args:
         model: the model ``spaces`` was collected from (batch norms folded), left as it is.
@@ -76,11 +77,12 @@ def _project(module: nn.Linear | _ConvNd, layer: LayerPlan, spaces: LayerSpaces,
             got=str(len(spaces.mean)),
         )
     basis = spaces.basis[:, :rank]
+    dual = basis if spaces.dual is None else spaces.dual[:, :rank]
     scale = _latent_scale(spaces.eigenvalues[:rank], alpha)
     bias = np.zeros(dense.shape[0]) if module.bias is None else module.bias.detach().double().cpu().numpy()
-    bias = spaces.mean + basis @ (basis.T @ (bias - spaces.mean))
+    bias = spaces.mean + basis @ (dual.T @ (bias - spaces.mean))
     reduce, expand = splits.column(module, rank)
-    splits.fill(reduce, (basis.T @ dense) / scale[:, None], weight)
+    splits.fill(reduce, (dual.T @ dense) / scale[:, None], weight)
     splits.fill(expand, basis * scale, weight)
     assert expand.bias is not None
     splits.put(expand.bias, bias, weight)

@@ -34,7 +34,7 @@ class LayerPlan:
     name: str
     form: str = "dense"
     rank: int | None = None  # of the project form, else None
-    energy: float = 1.0  # fraction of output variance kept on the calibration data
+    energy: float = 1.0  # share kept of what the output is worth at the model's own (of its variance if not known)
     parameters_before: int = 0
     parameters_after: int = 0
     macs_before: int = 0

@@ -1,9 +1,9 @@
-"""Ranks from spectra: by energy, or by a parameter budget. Pure numpy."""
+"""Ranks from spectra: by energy, or by a budget at the least predicted loss. Pure numpy."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -15,6 +15,9 @@ from rowcol_edge.factoring.costs import LayerInfo
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan, nearest
 
 Array = NDArray[np.float64]
+
+#: what a layer costs at a rank; 0 is the dense layer
+Cost = Callable[[LayerInfo, int], float]
 
 
 class Spectrum(Protocol):
@@ -28,13 +31,9 @@ class Spectrum(Protocol):
     def constant(self) -> bool:
         """The output does not vary."""
 
-
-def energy_ladder(steps: int = 24, *, least: float = 1e-4, most: float = 0.5) -> tuple[float, ...]:
-    """Energies to try, most careful first: the tails cut off are log-spaced from ``least`` to ``most``."""
-    if steps < 2 or not 0.0 < least < most < 1.0:
-        expected = "steps ≥ 2 and 0 < least < most < 1"
-        raise ConfigError("energy ladder", expected=expected, got=f"{steps}, {least}, {most}")
-    return tuple(float(1.0 - tail) for tail in np.geomspace(least, most, steps))
+    @property
+    def losses(self) -> Array | None:
+        """(out + 1,) predicted at the model's output, by rank; None: the share of the variance that is cut off."""
 
 
 def plan_by_energy(
@@ -83,14 +82,9 @@ def plan_by_parameters(
     count: int | None = None,
     rank_multiple: int = 1,
     break_even: float = 1.0,
-    weights: Mapping[str, float] | None = None,
     model: str = "",
 ) -> FactorPlan:
-    """Meets a parameter budget over the whole model at the least total loss.
-
-    A layer's loss is the fraction of its output variance that is cut off, times its weight (default 1: pass a measured
-    sensitivity to do better). Lagrangian allocation: each layer moves along the lower convex hull of its (parameters,
-    loss) options, always the cheapest step first; the last step is then taken back as far as the budget allows.
+    """Meets a parameter budget over the whole model at the least predicted loss (see `plan_by_cost`).
 
     Args:
         model_parameters: parameters of the whole model, those outside ``infos`` included.
@@ -101,14 +95,69 @@ def plan_by_parameters(
         ConfigError: options out of range.
         BudgetError: below the least that can be reached; says by how much.
     """
-    _check_options(rank_multiple, break_even)
     budget = _budget(model_parameters, ratio, count)
+    try:
+        return plan_by_cost(
+            infos, spaces, parameters, total=model_parameters, limit=budget, rank_multiple=rank_multiple,
+            break_even=break_even, made_by=f"parameters<={budget}", model=model,
+        )  # fmt: skip
+    except OverBudgetError as e:
+        least = round(e.least)
+        raise BudgetError(
+            "the parameter budget cannot be met by factoring",
+            expected=f"at most {budget:,} parameters",
+            got=f"{least:,} at the smallest ranks, {least - budget:,} too many",
+            hint=f"allow at least {least:,}, or a smaller rank multiple",
+        ) from e
+
+
+def parameters(info: LayerInfo, rank: int) -> float:
+    """Parameters as a cost."""
+    return info.factored_parameters(rank) if rank else info.parameters
+
+
+def macs(info: LayerInfo, rank: int) -> float:
+    """Multiply-accumulates of one sample as a cost."""
+    return info.factored_macs(rank) if rank else info.macs
+
+
+class OverBudgetError(BudgetError):
+    """Even the smallest ranks cost more; ``least`` is what they cost."""
+
+    def __init__(self, what: str, least: float) -> None:
+        super().__init__(what, expected="a cost that factoring can reach", got=f"at least {least:g}")
+        self.least = least
+
+
+def plan_by_cost(
+    infos: Mapping[str, LayerInfo],
+    spaces: Mapping[str, Spectrum],
+    cost: Cost,
+    *,
+    total: float,
+    limit: float,
+    rank_multiple: int = 1,
+    break_even: float = 1.0,
+    made_by: str = "",
+    model: str = "",
+) -> FactorPlan:
+    """Brings the whole model's cost from ``total`` down to ``limit`` at the least predicted loss.
+
+    Lagrangian allocation (Everett, Generalized Lagrange multiplier method, 1963): each layer moves along the lower
+    convex hull of its (cost, loss) options, always the step with the least loss for what it saves first; the last step
+    is then taken back as far as the budget allows.
+
+    Raises:
+        ConfigError: options out of range.
+        OverBudgetError: below the least that can be reached.
+    """
+    _check_options(rank_multiple, break_even)
     ladders = {
-        name: _ladder(info, _kept(spaces[name].eigenvalues), rank_multiple, break_even, (weights or {}).get(name, 1.0))
+        name: _ladder(info, spaces[name], cost, rank_multiple, break_even)
         for name, info in infos.items()
         if not _reason(info, spaces.get(name))
     }
-    chosen = _allocate(ladders, model_parameters, budget)
+    chosen = _allocate(ladders, total, limit)
     layers = []
     for name, info in infos.items():
         reason = _reason(info, spaces.get(name))
@@ -117,7 +166,7 @@ def plan_by_parameters(
             layers.append(_project(info, rank, _kept(spaces[name].eigenvalues)))
         else:
             layers.append(_dense(info, reason or "the budget does not need it"))
-    return FactorPlan(tuple(layers), rank_multiple, f"parameters<={budget}", model)
+    return FactorPlan(tuple(layers), rank_multiple, made_by, model)
 
 
 def refresh(plan: FactorPlan, infos: Mapping[str, LayerInfo], spaces: Mapping[str, Spectrum]) -> FactorPlan:
@@ -199,22 +248,24 @@ def _project(info: LayerInfo, rank: int, kept: Array) -> LayerPlan:
 @dataclass(frozen=True, slots=True)
 class _Option:
     rank: int  # 0 = dense
-    parameters: int
+    cost: float
     loss: float
 
 
-def _ladder(info: LayerInfo, kept: Array, multiple: int, break_even: float, weight: float) -> list[_Option]:
-    """Dense, then every allowed rank, from the largest to the smallest."""
-    if not np.isfinite(weight) or weight < 0.0:
-        raise ConfigError(f"weight of layer {info.name!r}", expected="a finite number ≥ 0", got=str(weight))
+def _ladder(info: LayerInfo, spectrum: Spectrum, cost: Cost, multiple: int, break_even: float) -> list[_Option]:
+    """Dense, then every allowed rank that costs less, from the largest to the smallest."""
+    losses = spectrum.losses
+    if losses is None:
+        losses = np.concatenate([[1.0], 1.0 - _kept(spectrum.eigenvalues)])
+    dense = _Option(0, cost(info, 0), 0.0)
     limit = int(info.break_even * break_even)
     ranks = range(limit // multiple * multiple, 0, -multiple)
-    options = [_Option(rank, info.factored_parameters(rank), weight * float(1.0 - kept[rank - 1])) for rank in ranks]
-    return [_Option(0, info.parameters, 0.0), *options]
+    options = [_Option(rank, cost(info, rank), float(losses[rank])) for rank in ranks]
+    return [dense, *(option for option in options if option.cost < dense.cost)]
 
 
 def _hull(options: list[_Option]) -> list[_Option]:
-    """Lower convex hull of (parameters, loss), parameters falling: slopes (loss per parameter saved) rise along it."""
+    """Lower convex hull of (cost, loss), cost falling: slopes (loss for what is saved) rise along it."""
     hull: list[_Option] = []
     for option in options:
         while len(hull) > 1 and _slope(hull[-1], option) <= _slope(hull[-2], hull[-1]):
@@ -224,19 +275,14 @@ def _hull(options: list[_Option]) -> list[_Option]:
 
 
 def _slope(dearer: _Option, cheaper: _Option) -> float:
-    return (cheaper.loss - dearer.loss) / (dearer.parameters - cheaper.parameters)
+    return (cheaper.loss - dearer.loss) / (dearer.cost - cheaper.cost)
 
 
-def _allocate(ladders: Mapping[str, list[_Option]], model_parameters: int, budget: int) -> dict[str, int]:
+def _allocate(ladders: Mapping[str, list[_Option]], total: float, limit: float) -> dict[str, int]:
     """Layer → rank, 0 = dense."""
-    least = model_parameters - sum(options[0].parameters - options[-1].parameters for options in ladders.values())
-    if least > budget:
-        raise BudgetError(
-            "the parameter budget cannot be met by factoring",
-            expected=f"at most {budget:,} parameters",
-            got=f"{least:,} at the smallest ranks, {least - budget:,} too many",
-            hint=f"allow at least {least:,}, or a smaller rank multiple",
-        )
+    least = total - sum(options[0].cost - options[-1].cost for options in ladders.values())
+    if least > limit:
+        raise OverBudgetError("the budget cannot be met by factoring", least)
     hulls = {name: _hull(options) for name, options in ladders.items()}
     steps = [
         (_slope(dearer, cheaper), name, dearer, cheaper)
@@ -246,18 +292,17 @@ def _allocate(ladders: Mapping[str, list[_Option]], model_parameters: int, budge
     # Slopes rise along each hull, so a stable sort keeps a layer's steps in order.
     steps.sort(key=lambda step: step[0])
     chosen = {name: options[0].rank for name, options in ladders.items()}
-    total = model_parameters
     for _, name, dearer, cheaper in steps:
-        if total <= budget:
+        if total <= limit:
             break
-        room = budget - (total - dearer.parameters)
+        room = limit - (total - dearer.cost)
         between = _between(ladders[name], dearer, cheaper)
-        fitting = next((option for option in between if option.parameters <= room), cheaper)
+        fitting = next((option for option in between if option.cost <= room), cheaper)
         chosen[name] = fitting.rank
-        total += fitting.parameters - dearer.parameters
+        total += fitting.cost - dearer.cost
     return chosen
 
 
 def _between(options: list[_Option], dearer: _Option, cheaper: _Option) -> list[_Option]:
     """The options from just below ``dearer`` down to ``cheaper``."""
-    return [option for option in options if cheaper.parameters <= option.parameters < dearer.parameters]
+    return [option for option in options if cheaper.cost <= option.cost < dearer.cost]

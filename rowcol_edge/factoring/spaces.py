@@ -29,29 +29,38 @@ _NOISE = 1e-12  # variance over squared size that float32 activations may have f
 class LayerSpaces:
     """Second moments of one layer's output over the calibration inputs; all arrays float64.
 
-    ``cov(y) = basis · diag(eigenvalues) · basisᵀ`` with ``y`` the layer's output (bias included) at one position.
+    ``cov(y) = basis · diag(eigenvalues) · basisᵀ`` with ``y`` the layer's output (bias included) at one position, and
+    ``eigenvalues`` the variances of ``dualᵀ (y − mean)``. `sensitivity` turns both to what the model's output makes of
+    them.
     """
 
     name: str
-    eigenvalues: Array  # (out,) descending, ≥ 0, units of output²
-    basis: Array  # (out, out), eigenvectors in columns, the largest entry of each positive
+    eigenvalues: Array  # (out,) descending, ≥ 0
+    basis: Array  # (out, out), directions in columns; without a dual orthonormal, the largest entry of each positive
     mean: Array  # (out,) E[y]
     samples: int  # rows counted (images × pixels or tokens); fewer than `out` of them cannot fill the space
     row_eigenvalues: Array | None = None  # (in,) of cov(x) over features or input channels; zeros if x is constant
+    dual: Array | None = None  # (out, out), dualᵀ · basis = I; None: the basis itself
+    losses: Array | None = None  # (out + 1,) predicted at the model's output, by rank, falling to 0; None: not known
 
     @property
     def variance(self) -> float:
-        """Total output variance, the sum of the eigenvalues."""
-        return float(self.eigenvalues.sum())
+        """Total output variance, the trace of its covariance."""
+        return float(np.square(self.basis).sum(axis=0) @ self.eigenvalues)
 
     @property
     def constant(self) -> bool:
         """The output does not vary: its variance is rounding noise beside its size."""
-        return _is_constant(self.eigenvalues, self.mean)
+        return _is_constant(self.variance, self.mean)
 
 
-def _is_constant(eigenvalues: Array, mean: Array) -> bool:
-    return float(eigenvalues.sum()) <= _NOISE * float(mean @ mean)
+def channel_axis(layer: nn.Module) -> int:
+    """Where features are in a layer's output: the last axis, or before the spatial ones, batched or not."""
+    return -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
+
+
+def _is_constant(variance: float, mean: Array) -> bool:
+    return variance <= _NOISE * float(mean @ mean)
 
 
 def utilised_rank(eigenvalues: Array, energy: float = 0.99) -> int:
@@ -216,8 +225,7 @@ def _hooks(
 
 
 def _observer(layer: nn.Module, output: _Moments, row: _Moments | None, limit: int) -> Callable[..., None]:
-    # A convolution has its channels before its spatial axes, batched or not.
-    channels = -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
+    channels = channel_axis(layer)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor) -> None:
         output.add(result, channels, limit)
@@ -247,7 +255,7 @@ def _decompose(name: str, output: _Moments, row: _Moments | None) -> LayerSpaces
     if row is not None:
         row_mean, row_covariance = row.covariance()
         row_values = torch.linalg.eigvalsh(row_covariance).flip(0).clamp_(min=0).cpu().numpy()
-        if _is_constant(row_values, row_mean.cpu().numpy()):
+        if _is_constant(float(row_values.sum()), row_mean.cpu().numpy()):
             row_values = np.zeros_like(row_values)
     return LayerSpaces(
         name=name,

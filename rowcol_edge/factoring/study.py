@@ -13,7 +13,7 @@ from torch import nn
 from rowcol_edge import calling
 from rowcol_edge.cache import Arrays
 from rowcol_edge.datasets import Split
-from rowcol_edge.factoring import fold, graph, layers, spaces
+from rowcol_edge.factoring import fold, graph, layers, sensitivity, spaces
 from rowcol_edge.factoring.costs import LayerInfo
 from rowcol_edge.factoring.graph import LayerGraph
 from rowcol_edge.factoring.spaces import LayerSpaces, Progress
@@ -47,11 +47,17 @@ def study(
     module: nn.Module,
     calibration: Split,
     *,
+    classify: bool | None = None,
     row_space: bool = False,
     keep: Keep | None = None,
     progress: Progress | None = None,
 ) -> Study:
     """Trace and fold. The first look at ``spaces`` streams the calibration split once through the folded model.
+
+    Args:
+        classify: weigh the spaces by what the model's output makes of them, which is a classifier's or another's; None:
+            leave them as they are measured.
+        row_space: measure that of the inputs too.
 
     Raises:
         ModelError, UnsupportedOpError: a model that cannot be traced.
@@ -64,6 +70,9 @@ def study(
 
     def measured() -> Arrays:
         found = spaces.collect(folded, _Batches(calibration), names, row_space=row_space, progress=progress)
+        if classify is not None and found:
+            samples = calibration.spread(sensitivity.SAMPLES)
+            found = sensitivity.weigh(folded, samples, found, classify=classify, progress=progress)
         return spaces.to_arrays(found)
 
     def known() -> dict[str, LayerSpaces]:

@@ -191,7 +191,7 @@ def factored(result: Factored) -> None:
             ("layer", "l"),
             ("form", "l"),
             ("rank", "r"),
-            ("variance kept", "r"),
+            ("kept", "r"),
             ("params", "r"),
             ("→", "r"),
             ("note", "l"),

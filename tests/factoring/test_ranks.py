@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from rowcol_edge.errors import BudgetError, ConfigError, PlanError
 from rowcol_edge.factoring.costs import LayerInfo
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan
-from rowcol_edge.factoring.ranks import energy_ladder, plan_by_energy, plan_by_parameters, refresh
+from rowcol_edge.factoring.ranks import OverBudgetError, macs, plan_by_cost, plan_by_energy, plan_by_parameters, refresh
 
 
 @dataclass
 class Spectrum:
     eigenvalues: np.ndarray
     constant: bool = False
+    losses: np.ndarray | None = None
 
 
 def _case(seed: int, sizes: tuple[tuple[int, int], ...]) -> tuple[dict[str, LayerInfo], dict[str, Spectrum]]:
@@ -86,14 +87,44 @@ def test_budget_is_near_the_exhaustive_optimum() -> None:
         assert best - 1e-12 <= loss <= best + 0.05
 
 
-def test_full_budget_changes_nothing_and_weights_protect() -> None:
+def _with_losses(spectrum: Spectrum, scale: float) -> Spectrum:
+    cut = np.concatenate([[spectrum.eigenvalues.sum()], spectrum.eigenvalues.sum() - np.cumsum(spectrum.eigenvalues)])
+    return replace(spectrum, losses=scale * np.maximum(cut, 0.0) / spectrum.eigenvalues.sum())
+
+
+def test_a_full_budget_changes_nothing_and_a_loss_protects() -> None:
     infos, spaces = _case(1, SIZES)
     total = sum(info.parameters for info in infos.values())
     assert plan_by_parameters(infos, spaces, model_parameters=total, ratio=1.0).projected == ()
     plain = plan_by_parameters(infos, spaces, model_parameters=total, ratio=0.6)
-    guarded = plan_by_parameters(infos, spaces, model_parameters=total, ratio=0.6, weights={"l0": 100.0})
+    dear = {name: _with_losses(spectrum, 100.0 if name == "l0" else 1.0) for name, spectrum in spaces.items()}
+    guarded = plan_by_parameters(infos, dear, model_parameters=total, ratio=0.6)
     energy = {plan: {layer.name: layer.energy for layer in plan.layers}["l0"] for plan in (plain, guarded)}
     assert energy[guarded] > energy[plain]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.3, 1.0), st.floats(0.3, 1.0))
+def test_any_cost_is_met_and_more_of_it_loses_no_more(seed: int, first: float, second: float) -> None:
+    infos, spaces = _case(seed, SIZES)
+    infos = {name: replace(info, positions=7 * i + 1) for i, (name, info) in enumerate(infos.items())}
+    spaces = {name: _with_losses(spectrum, 10.0**i) for i, (name, spectrum) in enumerate(spaces.items())}
+    total = float(sum(info.macs for info in infos.values()))
+    losses = []
+    for share in sorted((first, second)):
+        plan = plan_by_cost(infos, spaces, macs, total=total, limit=share * total, made_by="macs")
+        assert sum(layer.macs_after for layer in plan.layers) <= share * total
+        losses.append(sum(spaces[p.name].losses[p.rank] for p in plan.projected))  # type: ignore[index]
+    assert losses[1] <= losses[0] + 1e-12
+
+
+def test_a_cost_out_of_reach_says_what_can_be_reached() -> None:
+    infos, spaces = _case(1, SIZES)
+    total = float(sum(info.macs for info in infos.values()))
+    least = float(sum(info.factored_macs(1) for info in infos.values()))
+    with pytest.raises(OverBudgetError) as raised:
+        plan_by_cost(infos, spaces, macs, total=total, limit=least - 1)
+    assert raised.value.least == least
 
 
 def test_infeasible_budget_says_by_how_much() -> None:
@@ -152,15 +183,6 @@ def test_options_are_checked() -> None:
     ):
         with pytest.raises(ConfigError):
             plan_by_energy(infos, spaces, **options)
-    for options in ({}, {"ratio": 0.5, "count": 5}, {"ratio": 0.0}, {"ratio": 0.5, "weights": {"l0": -1.0}}):
+    for options in ({}, {"ratio": 0.5, "count": 5}, {"ratio": 0.0}):
         with pytest.raises(ConfigError):
             plan_by_parameters(infos, spaces, model_parameters=10**4, **options)
-
-
-def test_ladder() -> None:
-    ladder = energy_ladder(5, least=1e-4, most=0.5)
-    assert ladder == tuple(sorted(ladder, reverse=True))
-    assert ladder[0] == pytest.approx(0.9999)
-    assert ladder[-1] == pytest.approx(0.5)
-    with pytest.raises(ConfigError):
-        energy_ladder(1)
