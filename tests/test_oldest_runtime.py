@@ -97,7 +97,8 @@ def others(promise: tuple[str, str], tmp_path_factory: pytest.TempPathFactory, s
 
 
 def on_board(python: Path, bundle: Path, *arguments: str | Path) -> Any:
-    command = [python, bundle / "rowcol-edge-device.pyz", *arguments, "--json"]
+    # a promise may be that of a board whose files are the same on this machine
+    command = [python, bundle / "rowcol-edge-device.pyz", *arguments, "--stand-in", "--json"]
     done = subprocess.run(command, cwd=bundle.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
