@@ -57,10 +57,8 @@ def weigh(
         classify: the first output is logits or probabilities of classes, if it is (samples, classes).
     """
     count = min(len(array) for array in samples.values())
-    half = max(1, count // 2)
-    first, second = (
-        {name: array[part] for name, array in samples.items()} for part in (slice(half), slice(half, None))
-    )
+    # every other sample, as data often come sorted by class
+    first, second = ({name: array[start::2] for name, array in samples.items()} for start in (0, 1))
     parts = [_chunks(first), _chunks(second if count > 1 else first)]
     total = sum(map(len, parts))
     done = 0
@@ -80,7 +78,10 @@ def weigh(
         _stream(model, parts[1], losses, objective, advance)
     except (RuntimeError, NotImplementedError):  # no backward pass through some operator
         return dict(spaces)
-    return {name: replace(space, losses=losses[name].by_rank()) for name, space in weighed.items()}
+    return {
+        name: space if space.dual is None else replace(space, losses=losses[name].by_rank())
+        for name, space in weighed.items()
+    }
 
 
 def _chunks(samples: Feeds) -> list[Feeds]:

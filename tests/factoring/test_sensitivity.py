@@ -161,3 +161,44 @@ def test_one_sample_is_enough_to_have_an_order() -> None:
     _, weighed = both(Clipped(), {"x": normal(1, 16)}, ["head"])
     assert weighed["head"].losses is not None
     assert np.isfinite(weighed["head"].losses).all()
+
+
+def test_a_layer_that_no_gradient_reaches_is_not_given_away() -> None:
+    """Its output counts all the same: what it loses is not known, and not nothing."""
+
+    class Cut(Clipped):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.head(self.relu(self.wide(x)).detach())
+            return result
+
+    plain, weighed = both(Cut(), {"x": normal(60, 16)}, ["wide", "head"])
+    assert weighed["wide"] is plain["wide"]
+    assert weighed["head"].losses is not None
+
+
+class Gated(nn.Module):
+    """Each class has a feature of its own that gets through the ReLU; a third varies most and never does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.relu, self.head = nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)
+        with torch.no_grad():
+            self.wide.weight.copy_(torch.diag(torch.tensor([1.0, 1.0, 3.0])))
+            self.wide.bias.copy_(torch.tensor([0.0, 0.0, -50.0]))
+            self.head.weight.copy_(torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0]]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(self.relu(self.wide(x)))
+        return result
+
+
+def test_samples_sorted_by_class_are_in_both_halves() -> None:
+    rng = np.random.default_rng(0)
+    own, other, idle = rng.uniform(0.1, 1.0, 100), rng.uniform(-1.0, -0.1, 100), rng.normal(size=100)
+    first, second = np.stack([own, other, idle], 1), np.stack([other, own, idle], 1)
+    x = np.concatenate([first, second]).astype(np.float32)
+    model = Gated()
+    _, weighed = both(model, {"x": x}, ["wide"])
+    assert (
+        divergence(model, projected(model, "wide", 2, weighed), x) < 1e-3
+    )  # 0.04 if the first half of them is one class
