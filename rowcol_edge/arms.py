@@ -118,7 +118,7 @@ class Workbench:
         self._places = 0
         self._progress = progress
         self._sources: dict[tuple[object, ...], _Source] = {}
-        self._real: Feeds = job.calibration.take(_SAMPLES)
+        self._real: Feeds = job.calibration.spread(_SAMPLES)
         self._chosen = tuple(map(int, chosen))
         self._ranges, self._held = evaluation.held_out(job, chosen)
         self._dense: Outputs = [

@@ -74,7 +74,7 @@ def write(
         precision: how the precision was chosen, where it was not named.
         zip_too: write ``out.zip`` as well.
     """
-    inputs = job.calibration.take(_GOLDEN_SAMPLES)
+    inputs = job.calibration.spread(_GOLDEN_SAMPLES)
     golden: dict[str, dict[str, npt.NDArray[Any]]] = {}
     specs: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] | None = None
     host = load_backend(runtime.name).host_runtime

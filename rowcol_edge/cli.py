@@ -430,6 +430,9 @@ def run_command(arguments: list[str]) -> None:
         where = f"{e.filename}: " if e.filename else ""
         _print_error(InputError(f"{where}{e.strerror or e}", hint="check the path, its rights and the free space"))
         sys.exit(2)
+    except MemoryError as e:
+        _print_error(InputError(str(e) or "not enough memory", hint="fewer calibration data, or a larger machine"))
+        sys.exit(2)
     except ModuleNotFoundError as e:
         missing = (e.name or "").partition(".")[0]
         if missing not in _EXTRAS:

@@ -22,6 +22,7 @@ from torch import nn
 from . import calling, duplicates
 from .config import ALL
 from .duplicates import Pair, Thresholds
+from .evaluation import HELD
 from .factoring import fold, graph
 from .factoring.graph import LayerGraph
 from .features import Floats, Observed, Observer
@@ -156,7 +157,7 @@ def survey(job: Job, model: nn.Module, traced: LayerGraph, progress: Progress = 
     observed = [observer.split(split, progress) for split in job.splits]
     progress("compare samples", 0, 2)
     pool = observed[0]
-    chosen = choose(pool.features, job.options.calib_size)
+    chosen = choose(pool.features, _subset_size(job, len(pool)))
     likeness = Likeness.of(stack([split.sketches for split in observed]))
     centre = np.concatenate([split.features for split in observed]).mean(axis=0)
     limits = duplicates.thresholds(observer, job.calibration, pool, likeness, centre)
@@ -173,15 +174,22 @@ def survey(job: Job, model: nn.Module, traced: LayerGraph, progress: Progress = 
     )
 
 
-def choose(features: Floats, size: int | str) -> Ints:
-    """Places of ``size`` samples that cover the features, ascending; of all where there are no more, or for ``all``."""
+def _subset_size(job: Job, pool: int) -> int:
+    """As many as were asked for; without a selection split some must be left to judge the quantized outputs on."""
+    left = 0 if job.selection is not None else min(HELD, pool // 4)
+    wanted = pool if job.options.calib_size == ALL else int(job.options.calib_size)
+    return min(wanted, pool - left)
+
+
+def choose(features: Floats, size: int) -> Ints:
+    """Places of ``size`` samples that cover the features, ascending; of all where there are no more."""
     count = len(features)
-    if size == ALL or count <= int(size):
+    if count <= size:
         return np.arange(count)
     centred = features - features.mean(axis=0)
     taken = [int((centred**2).sum(axis=1).argmin())]
     distances = np.full(count, np.inf)
-    while len(taken) < int(size):
+    while len(taken) < size:
         distances = np.minimum(distances, ((centred - centred[taken[-1]]) ** 2).sum(axis=1))
         distances[taken] = -1.0  # once is enough where all that is left equals what was taken
         taken.append(int(distances.argmax()))

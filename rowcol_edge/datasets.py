@@ -103,14 +103,22 @@ class Split:
                 break
         return {name: np.concatenate([p[name] for p in parts])[:count] for name in parts[0]}
 
-    def spread(self, count: int) -> Feeds:
-        """``count`` samples spread evenly over the split, or all, as one batch."""
-        places = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
-        parts = list(self.only(places.tolist()))
+    def spread(self, count: int, among: Sequence[int] | None = None) -> Feeds:
+        """``count`` samples spread evenly over the split, or over the places ``among`` it, or all, as one batch.
+
+        Data often come sorted by class: the first samples would be of one.
+        """
+        pool = np.arange(len(self)) if among is None else np.asarray(among)
+        parts = list(self.only(pool[evenly(len(pool), count)].tolist()))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def example(self) -> Feeds:
         return self.take(1)
+
+
+def evenly(size: int, count: int) -> npt.NDArray[np.intp]:
+    """``count`` of the places below ``size``, first and last among them, or all; ascending."""
+    return np.unique(np.linspace(0, size - 1, min(count, size)).round().astype(np.intp))
 
 
 def load(

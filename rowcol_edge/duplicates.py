@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .datasets import Feeds, Split
+from .datasets import Feeds, Split, evenly
 from .features import Observed, Observer
 from .sketches import Likeness, Sketches, is_picture, sketch, stack
 
@@ -65,15 +65,14 @@ class Pair:
 
 
 def thresholds(observer: Observer, split: Split, known: Observed, likeness: Likeness, centre: Floats) -> Thresholds:
-    """From copies of the split's first samples."""
-    feeds = split.take(_COPIED)
-    count = len(next(iter(feeds.values())))
-    rows = np.arange(count)
-    originals, cosines, likes = _directions(known.features[:count], centre), [], []
+    """From copies of some of the split's samples."""
+    rows = evenly(len(split), _COPIED)
+    feeds = split.spread(_COPIED)
+    originals, cosines, likes = _directions(known.features[rows], centre), [], []
     for copy in _copies(feeds):
         features = observer.batch(copy)[0]
         cosines.append((_directions(features, centre) * originals).sum(axis=1))
-        likes.append(likeness.pairs(sketch(copy), known.sketches, rows, rows))
+        likes.append(likeness.pairs(sketch(copy), known.sketches, np.arange(len(rows)), rows))
     # rounding must not keep a copy from equalling its original
     return Thresholds(*(float(min(np.quantile(np.concatenate(v), _MISSED), 1.0)) - 1e-4 for v in (cosines, likes)))
 

@@ -22,7 +22,8 @@ from .errors import BundleError, ConfigError, DataError
 from .job import Job, Progress, silent
 from .quality import Metric, Predictions, paired_drop
 
-_HELD = 32
+HELD = 32
+"""Inputs that quantized outputs are held against the float ones on; none of them set a range."""
 
 #: takes a batch of inputs, returns the named outputs
 Run = Callable[[Feeds], dict[str, npt.NDArray[Any]]]
@@ -140,21 +141,18 @@ def quality_record(job: Job, judged: Judged, reference: Judged | None) -> dict[s
 def held_out(job: Job, chosen: Sequence[int]) -> tuple[Calibration, Feeds]:
     """Batches that ranges are calibrated on, and up to 32 inputs that are not among them.
 
-    They are from the selection split, or else the end of the calibration data, at most a quarter of it. Fewer than four
-    calibration samples have to do for both.
+    They are from the selection split, or else what `coverage` has left of the calibration data; of so few samples that
+    it has left none, they are the same.
 
     Args:
-        chosen: places of the calibration samples that ranges may be calibrated on.
+        chosen: places of the calibration samples that ranges are calibrated on.
     """
     pool = job.calibration
+    ranges = functools.partial(pool.only, chosen)
     if job.selection is not None:
-        return functools.partial(pool.only, chosen), job.selection.take(_HELD)
-    kept = len(pool) - min(_HELD, len(pool) // 4)
-    held = list(pool.only(range(kept, len(pool)) or range(len(pool))))
-    ranges = tuple(place for place in chosen if place < kept) or chosen
-    return functools.partial(pool.only, ranges), {
-        name: np.concatenate([part[name] for part in held]) for name in held[0]
-    }
+        return ranges, job.selection.spread(HELD)
+    others = sorted(set(range(len(pool))).difference(chosen))
+    return ranges, pool.spread(HELD, others or chosen)
 
 
 def source(artifact: Artifact, runtime: str, options: RuntimeOptions) -> str:

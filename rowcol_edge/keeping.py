@@ -27,29 +27,36 @@ def better(arm: Arm, repaired: Arm | None) -> Arm:
 
 
 def fewest(
-    errors: Sequence[LayerError], make: Callable[[Sequence[LayerError]], Arm], holds: Callable[[Arm], bool]
-) -> Arm | None:
+    errors: Sequence[LayerError], make: Callable[[Sequence[LayerError]], Arm], holds: Callable[[Arm], bool],
+    said: list[str],
+) -> Arm | None:  # fmt: skip
     """The arm with the fewest of the worst layers in float that holds; None if an eighth of them is not enough.
 
     The most is tried first and then halved: where it does not help, that is one compilation and not several. What
-    cannot be made does not hold (a model of one layer has nothing left in int8).
+    cannot be made does not hold (a model of one layer has nothing left in int8); ``said`` gets why.
     """
     found = None
     count = max(1, len(errors) // _SHARE) if errors else 0
     while count:
-        arm = made(lambda: make(errors[:count]))  # noqa: B023 – called at once
+        arm = made(lambda: make(errors[:count]), f"with {count} layers in float", said)  # noqa: B023 – called at once
         if arm is None or not holds(arm):
             break
         found, count = arm, count // 2
     return found
 
 
-def made(make: Callable[[], Arm]) -> Arm | None:
-    """A variant that is worth a try; None where it does not hold what its precision claims."""
+def made(make: Callable[[], Arm], what: str, said: list[str]) -> Arm | None:
+    """A variant that is worth a try; None where it cannot be made, and ``said`` gets why."""
     try:
         return make()
-    except StageError:
+    except StageError as e:
+        said.append(failed(what, e))
         return None
+
+
+def failed(what: str, error: StageError) -> str:
+    """A note about something that was tried and can be done without."""
+    return f"{what}: not made: {error.what}" + (f", got {error.got}" if error.got else "")
 
 
 def notes(arm: Arm) -> list[str]:

@@ -27,7 +27,7 @@ from .config import BuildOptions
 from .coverage import DataReport
 from .device.bundle import Bundle
 from .device.manifest import MANIFEST_NAME, Manifest
-from .errors import BudgetError, BundleError, ConfigError, ModelError
+from .errors import BudgetError, BundleError, ConfigError, ModelError, StageError
 from .evaluation import Judged
 from .export.onnx import check_size, program
 from .export.parity import torch_run
@@ -377,8 +377,14 @@ class _Line:
 
         The need is a missed drop, or outputs that are off by more than `keeping.TOLERANCE` where that can be changed.
         A repair (equalised layers, corrected biases) costs nothing on the board, so it comes first. The number of
-        layers in float is found by halving: it is less than twice the fewest that would do.
+        layers in float is found by halving: it is less than twice the fewest that would do. What fails on the way is
+        noted.
         """
+        said: list[str] = []
+        found = self._mended(arm, target, runtime, said)
+        return found and replace(found, notes=(*found.notes, *(f"{arm.name}: {note}" for note in said)))
+
+    def _mended(self, arm: Arm, target: Target, runtime: RuntimeSpec, said: list[str]) -> Arm | None:
         within = self._within(arm)
         if (within and arm.loss <= keeping.TOLERANCE) or arm.precision not in keeping.PRECISIONS:
             return arm if within else None
@@ -389,14 +395,20 @@ class _Line:
         def holds(other: Arm) -> bool:
             return self._within(other) and (not within or other.loss <= keeping.TOLERANCE)
 
-        base = keeping.better(arm, keeping.made(lambda: made(repaired=True)))
+        base = keeping.better(arm, keeping.made(lambda: made(repaired=True), "repair", said))
         if holds(base):
             return base
-        static = base if base.precision == "int8" else made(repaired=base.repaired, precision="int8")
-        errors = self.bench.layer_errors(static, runtime)
+        try:
+            static = base if base.precision == "int8" else made(repaired=base.repaired, precision="int8")
+            errors = self.bench.layer_errors(static, runtime)
+        except StageError as e:
+            if not within:
+                raise
+            said.append(keeping.failed("layers in float", e))
+            return arm
         if arm.precision == "int8-io":  # what gives an output has its name, and gives it in int8
             errors = tuple(layer for layer in errors if layer.name not in self.bench.outputs)
-        found = keeping.fewest(errors, lambda layers: made(layers, repaired=base.repaired), holds)
+        found = keeping.fewest(errors, lambda layers: made(layers, repaired=base.repaired), holds, said)
         return found or (arm if within else None)
 
     def _within(self, arm: Arm) -> bool:

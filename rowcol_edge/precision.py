@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from .device import measure
 from .device.bundle import Bundle
 from .device.profile import NULL, Comparison, Profile
 from .device.stats import FASTER
-from .device.verdicts import judge
+from .device.verdicts import Judgement, judge
 from .errors import BudgetError, ConfigError, RowcolError, StageError
 from .evaluation import Judged
 from .job import Job, Progress
@@ -48,7 +48,8 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What ``auto`` chose and on which evidence; ``caps`` held this host to the target's instruction set."""
+    """What ``auto`` chose and on which evidence; ``caps`` held this host to the target's instruction set, ``warnings``
+    say what to know before believing the measurement."""
 
     chosen: str
     smallest: str
@@ -56,6 +57,7 @@ class Selection:
     evidence_note: str
     caps: dict[str, str]
     candidates: tuple[Candidate, ...]
+    warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,10 +94,11 @@ def fastest(
         raise next(iter(missed.values()))
     by_size = sorted((arm for arm, _ in made.values()), key=lambda arm: arm.artifact.size_bytes)
     measured = _measured(by_size, job, target, runtime, made[by_size[0].precision][1], reference, progress)
-    ratios = _ratios(measured, [arm.name for arm in by_size])
+    found = _judged(measured, [arm.name for arm in by_size])
+    ratios = {(c.arm, c.baseline): c for c in found.comparisons}
     best = by_size[0]
     for arm in by_size[1:]:  # a larger file has to be faster than the best of the smaller ones
-        if (found := ratios.get((arm.name, best.name))) is not None and found.verdict == FASTER:
+        if ratios[arm.name, best.name].verdict == FASTER:
             best = arm
     candidates = {precision: Candidate(precision, left_out=_reason(error)) for precision, error in missed.items()}
     for arm in by_size:
@@ -107,6 +110,7 @@ def fastest(
         evidence_note=measured.evidence_note,
         caps=measured.caps,
         candidates=tuple(candidates[precision] for precision in runtime.precisions),
+        warnings=tuple(dict.fromkeys((*measured.warnings, *found.warnings))),
     )
     return best, made[best.precision][1], selection
 
@@ -139,12 +143,11 @@ def _measured(
             return measure.profile(bundle, baseline=arms[0].name, blocks=_BLOCKS, progress=progress)
 
 
-def _ratios(measured: Profile, names: Sequence[str]) -> Mapping[tuple[str, str], Comparison]:
+def _judged(measured: Profile, names: Sequence[str]) -> Judgement:
     """Each arm against each smaller one, from the blocks of one session."""
     blocks = {name: arm.blocks for name, arm in measured.arms.items()} | {NULL: measured.null_arm.blocks}
     pairs = [(arm, smaller) for i, arm in enumerate(names) for smaller in names[:i]]
-    found = judge(blocks, pairs, measured.null.baseline, measured.evidence)
-    return {(c.arm, c.baseline): c for c in found.comparisons}
+    return judge(blocks, pairs, measured.null.baseline, measured.evidence)
 
 
 def _candidate(arm: Arm, job: Job, reference: Judged | None, measured: Profile, found: Comparison | None) -> Candidate:

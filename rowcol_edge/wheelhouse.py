@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from .device.digests import sha256_file
-from .errors import BundleError, StageError
+from .errors import BundleError
 from .swap import clean, flush, locked, publish, temporary
 from .targets import RuntimeSpec, Target, activate
-from .wheels import Interpreter, Wheel, download
+from .wheels import Interpreter, NoWheelError, Wheel, download
 
 SCHEMA = 1
 """Of ``wheelhouse.json``. History: 1 – first version."""
@@ -102,7 +102,7 @@ def put(folder: Path, out: Path) -> None:
 def _wheels(target: Target, runtime: RuntimeSpec, python: str, folder: Path) -> tuple[tuple[str, ...], list[Wheel]]:
     """The first of the runtime's choices of packages that has wheels for a Python, moved into ``folder``."""
     choices = [runtime.requirements, *(a.requirements for a in runtime.alternatives if python in a.pythons)]
-    failed: StageError | None = None
+    failed: NoWheelError | None = None
     for packages in choices:
         downloads = folder / "downloads"
         try:
@@ -111,7 +111,7 @@ def _wheels(target: Target, runtime: RuntimeSpec, python: str, folder: Path) -> 
                 index_url=runtime.index_url, find_links=runtime.find_links,
             )  # fmt: skip
             return packages, [_moved(wheel, folder) for wheel in found]
-        except StageError as e:
+        except NoWheelError as e:  # not a network that fails: that would hand out another package
             failed = failed or e  # about the first choice
         finally:
             shutil.rmtree(downloads, ignore_errors=True)

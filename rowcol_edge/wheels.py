@@ -28,6 +28,10 @@ _NO_NETWORK = re.compile(
 )
 
 
+class NoWheelError(StageError):
+    """The index has answered: there is no such wheel."""
+
+
 @dataclass(frozen=True, slots=True)
 class Interpreter:
     """A CPython on a machine: ``python`` such as ``3.11``, ``platform`` such as ``manylinux_2_36_aarch64``."""
@@ -80,7 +84,8 @@ def download(
 
     Raises:
         MissingDependencyError: this Python has no pip.
-        StageError: there is no such wheel (with the nearest Python that has one), or no index can be reached.
+        NoWheelError: there is no such wheel; names the nearest Python that has one.
+        StageError: no index can be reached.
     """
     sources = ["--extra-index-url", index_url] if index_url else []
     sources += ["--find-links", find_links] if find_links else []
@@ -99,7 +104,7 @@ def download(
                     wheel.path.unlink()  # pip follows the markers of this machine's Python
             return needed
         wanted += missing
-    raise StageError(
+    raise NoWheelError(
         f"wheels for Python {there.python}", expected="a set of packages that fit each other",
         got=f"{', '.join(missing)} beside {', '.join(requirements)}",
     )  # fmt: skip
@@ -168,7 +173,7 @@ def _refused(output: str, there: Interpreter, sources: list[str]) -> StageError:
         if nearest
         else "no Python has one for this platform: the board's vendor may, see index_url and find_links of a target"
     )
-    return StageError(what, expected=f"a wheel of {requirement}", got="none", hint=hint)
+    return NoWheelError(what, expected=f"a wheel of {requirement}", got="none", hint=hint)
 
 
 def _nearest(requirement: str, there: Interpreter, sources: list[str]) -> str:

@@ -34,6 +34,7 @@ def cell(name: str, drop: float, median_ms: float, *, peer: str = "") -> dict[st
         "quality": {"metric": "accuracy", "value": 0.9, "n": 400, "flips": 1, "drop_pp": drop, "ci_low_pp": drop - 1,
                     "ci_high_pp": drop + 1},
         "fidelity": {"cosine": 0.99, "relative_error": 0.1, "n": 16}, "median_ns": median_ms * 1e6, "p90_ns": None,
+        "block_medians_ns": [median_ms * 1e6] * 6,
         "peak_bytes": 2**26, "to_dense": None, "to_peer": None if peer else against("faster"),
         "to_ours": against(peer) if peer else None,
     }  # fmt: skip
@@ -78,9 +79,10 @@ def test_another_makers_precision_that_we_do_not_make_is_held_to_all_of_ours(ben
 
 
 def test_models_that_were_not_asked_for_stay(benchmark: ModuleType, tmp_path: Path) -> None:
-    def result(name: str, tools: str, build: dict[str, int] | None) -> dict[str, Any]:
+    def result(name: str, source: str, build: dict[str, int] | None) -> dict[str, Any]:
         found = {**session(cell("dense@int8", 0.0, 4.0)), "model": name}
-        return {"machine": {}, "tools": tools, "models": {name: {"title": name}}, "build": build, "sessions": [found]}
+        said = {"machine": {}, "tools": {}, "source": source, "models": {name: {"title": name}}}
+        return {**said, "build": build, "sessions": [found]}
 
     path = tmp_path / "backends.json"
     benchmark._keep(first := result("a", "1", {"seconds": 1}), path)
@@ -93,6 +95,11 @@ def test_models_that_were_not_asked_for_stay(benchmark: ModuleType, tmp_path: Pa
     assert len(again["sessions"]) == 1
     benchmark._keep(other := result("b", "2", None), path)
     assert list(other["models"]) == ["b"]
+    path.write_text(json.dumps(again))
+    elsewhere = result("a", "1", None)
+    elsewhere["sessions"][0]["setting"] = "tflite"
+    benchmark._keep(elsewhere, path)
+    assert [s["setting"] for s in elsewhere["sessions"]] == ["tflite", "openvino AVX2"]
 
 
 def test_the_tables_show_every_file_and_every_reason(benchmark: ModuleType) -> None:
@@ -114,6 +121,12 @@ def test_the_tables_show_every_file_and_every_reason(benchmark: ModuleType) -> N
     assert "*nncf* 2.00 ms" in short
     assert "it fuses more" in short
     assert "proxy" in short
+    assert "6 rounds" in short
+    assert "†" not in short
+    cells[2]["block_medians_ns"] = [2e6, 2e6, 2e6, 2e6, 3e6, 3e6]
+    short = benchmark_backends_table.short_table(result)
+    assert "† | proxy" in short
+    assert "† Processes of the same file differ" in short
 
 
 def test_no_text_of_minilm_stands_in_two_splits(tools: None) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import rowcol_edge
-from rowcol_edge import config, coverage, datasets, models
+from rowcol_edge import config, coverage, datasets, evaluation, job, models
 from rowcol_edge.cli import app
 from rowcol_edge.coverage import DataReport
 from rowcol_edge.datasets import Split
@@ -116,8 +116,8 @@ def test_the_subset_takes_the_samples_farthest_apart() -> None:
     assert sorted(chosen // 25) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("size", [5, 100, "all"])
-def test_a_small_pool_is_used_whole(size: int | str) -> None:
+@pytest.mark.parametrize("size", [5, 100])
+def test_a_small_pool_is_used_whole(size: int) -> None:
     assert coverage.choose(np.zeros((5, 3), np.float32), size).tolist() == [0, 1, 2, 3, 4]
 
 
@@ -143,8 +143,41 @@ def test_classes_ranges_and_the_record(tmp_path: Path) -> None:
     name, share = report.narrowest or ("", 0.0)
     assert 0 < share == min(report.ranges.values()) < 1
     assert name in report.ranges
-    whole = rowcol_edge.data(small_net(), calib=str(tmp_path / "calib.npz"), calib_size="all")
+    np.savez(tmp_path / "select.npz", x=frames(4, 1)[0])
+    whole = rowcol_edge.data(
+        small_net(), calib=str(tmp_path / "calib.npz"), select=str(tmp_path / "select.npz"), calib_size="all"
+    )
     assert set(whole.ranges.values()) == {1.0}
+
+
+@pytest.mark.parametrize("size", [128, "all"])
+def test_without_a_selection_split_what_judges_is_of_every_class_and_no_range_is_from_it(
+    tmp_path: Path, size: int | str
+) -> None:
+    pictures, labels = frames(160, 0)
+    order = np.argsort(labels, kind="stable")  # as folders are read
+    np.savez(tmp_path / "calib.npz", x=pictures[order], labels=labels[order])
+    asked = config.make({"model": "tests.nets:small_net", "calib": str(tmp_path / "calib.npz"), "calib_size": size})
+    prepared = job.prepare(asked)
+    report = coverage.of_job(prepared)
+    assert len(report.chosen) == 128
+    assert min(report.subset.classes.values()) > 40
+    ranges, held = evaluation.held_out(prepared, report.chosen)
+    calibrated = np.concatenate([batch["x"] for batch in ranges()])
+    assert len(calibrated) == report.subset.samples == 128
+    assert len(held["x"]) == 32
+    known = {picture.tobytes(): label for picture, label in zip(pictures, labels, strict=True)}
+    counts = np.bincount([known[picture.tobytes()] for picture in held["x"]], minlength=2)
+    assert counts.min() >= 4
+    assert not {p.tobytes() for p in held["x"]} & {p.tobytes() for p in calibrated}
+
+
+def test_three_samples_have_to_do_for_both(tmp_path: Path) -> None:
+    np.savez(tmp_path / "calib.npz", x=frames(3, 0)[0])
+    asked = config.make({"model": "tests.nets:small_net", "calib": str(tmp_path / "calib.npz")})
+    prepared = job.prepare(asked)
+    ranges, held = evaluation.held_out(prepared, coverage.of_job(prepared).chosen)
+    assert sum(len(batch["x"]) for batch in ranges()) == len(held["x"]) == 3
 
 
 def test_without_labels_the_models_own_answers_count(tmp_path: Path) -> None:
@@ -200,7 +233,7 @@ class Deaf(nn.Module):
 def test_odd_models_and_tiny_pools(model: type[nn.Module], count: int, tmp_path: Path) -> None:
     report = rowcol_edge.data(model(), **save(tmp_path, calib=textures(count, 0)))
     assert isinstance(report, DataReport)
-    assert report.chosen == tuple(range(count))
+    assert len(report.chosen) == count - count // 4  # the others judge what is quantized
     assert report.pairs == ()
 
 

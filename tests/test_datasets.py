@@ -40,6 +40,9 @@ def test_a_folder_has_a_class_per_subfolder(tmp_path: Path) -> None:
     shapes = [b["x"].shape for b in split.batches()]
     assert shapes == [(32, 1, 8, 8), (11, 1, 8, 8)]
     assert split.take(35)["x"].shape == (35, 1, 8, 8)
+    everything = split.take(len(split))["x"]
+    np.testing.assert_array_equal(split.spread(3)["x"], everything[[0, round((len(split) - 1) / 2), len(split) - 1]])
+    np.testing.assert_array_equal(split.spread(2, [4, 5, 9])["x"], everything[[4, 9]])
 
 
 def test_label_order_given_by_the_user_wins(tmp_path: Path) -> None:

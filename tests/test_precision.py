@@ -9,15 +9,17 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from rich.console import Console
 
 import rowcol_edge
-from rowcol_edge import keeping, precision
+from rowcol_edge import arms, keeping, precision
 from rowcol_edge.arms import Arm
 from rowcol_edge.backends.base import Artifact, LayerError
 from rowcol_edge.board_readme import board_readme
 from rowcol_edge.budgets import Budgets
 from rowcol_edge.device.profile import NULL, Profile
 from rowcol_edge.errors import BudgetError, ConfigError, StageError
+from rowcol_edge.report import terminal
 from rowcol_edge.report.compare import compare
 from rowcol_edge.targets import load
 
@@ -40,14 +42,15 @@ def test_as_few_layers_stay_in_float_as_the_quality_needs() -> None:
         tried.append(len(layers))
         return arm("int8", kept=tuple(layers))
 
-    found = keeping.fewest(ERRORS, make, lambda other: len(other.kept_float) >= 2)
+    found = keeping.fewest(ERRORS, make, lambda other: len(other.kept_float) >= 2, said := [])
     assert found is not None
     assert [layer.name for layer in found.kept_float] == ["layer0", "layer1"]
     assert tried == [5, 2, 1]
     tried.clear()
-    assert keeping.fewest(ERRORS, make, lambda other: False) is None
+    assert keeping.fewest(ERRORS, make, lambda other: False, said) is None
     assert tried == [5]
-    assert keeping.fewest((), make, lambda other: True) is None
+    assert keeping.fewest((), make, lambda other: True, said) is None
+    assert said == []
 
 
 def test_what_cannot_be_made_does_not_hold() -> None:
@@ -56,12 +59,14 @@ def test_what_cannot_be_made_does_not_hold() -> None:
             raise StageError("compile", expected="int8", got="none left")
         return arm("int8", kept=tuple(layers))
 
-    found = keeping.fewest(ERRORS, make, lambda other: True)
+    found = keeping.fewest(ERRORS, make, lambda other: True, said := [])
     assert found is not None
     assert len(found.kept_float) == 5
-    assert keeping.fewest(ERRORS[:8], make, lambda other: True) is None
+    assert said == ["with 2 layers in float: not made: compile, got none left"]
+    assert keeping.fewest(ERRORS[:8], make, lambda other: True, said) is None
     plain = arm("int8", loss=0.10)
-    assert keeping.better(plain, keeping.made(lambda: make(()))) is plain
+    assert keeping.better(plain, keeping.made(lambda: make(()), "repair", said)) is plain
+    assert said[1:] == [f"{what}: not made: compile, got none left" for what in ("with 1 layers in float", "repair")]
 
 
 def test_a_repair_is_kept_only_where_it_is_clearly_better() -> None:
@@ -106,6 +111,42 @@ def test_auto_takes_the_fastest_and_records_what_it_tried(monkeypatch: pytest.Mo
     assert candidates["int8"]["ratio"] is None
     assert candidates["int8-dynamic"]["left_out"] == "no: convolutions"
     assert (record["smallest"], record["evidence"]) == ("int8", "target")
+    assert record["warnings"] == ()
+
+
+def test_what_the_profiler_warns_of_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measured({"int8": 4.0, "fp32": 2.0})
+    monkeypatch.setattr(precision, "_measured", lambda *given: replace(found, warnings=("the clock fell",)))
+    runtime = replace(load("generic-x86").runtime("onnxruntime"), precisions=("fp32", "int8"))
+    sizes = {"int8": 100, "fp32": 400}
+    job = cast(Any, SimpleNamespace(budgets=Budgets.parse("drop<=0.5pp")))
+    *_, selection = precision.fastest(
+        lambda name: (arm(name, sizes[name]), cast(Any, None)), job, load("generic-x86"), runtime, None,
+        lambda *given: None,
+    )  # fmt: skip
+    assert selection.to_dict()["warnings"] == ("the clock fell",)
+
+
+def test_the_warnings_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = {"chosen": "int8", "smallest": "int8", "evidence": "target", "evidence_note": "this machine", "caps": {},
+              "candidates": [], "warnings": ["the clock fell"]}  # fmt: skip
+    terminal._candidates(Console(width=120), chosen)
+    assert "the profiler says: the clock fell" in capsys.readouterr().out
+
+
+def test_a_ranking_that_fails_is_noted_where_the_arm_is_within_its_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: object) -> None:
+        raise StageError("layer errors", got="a crash")
+
+    monkeypatch.setattr(arms.Workbench, "layer_errors", fail)
+    splits = write_splits(tmp_path)
+    options: dict[str, Any] = {"calib": splits["calib"], "energy": 1.0, "precision": "int8", "dense": False}
+    one = rowcol_edge.build(outlier_net(), out=tmp_path / "o", target="raspberry-pi-5", **options)[0]
+    assert one.manifest.arms[0].kept_float == ()
+    notes = one.manifest.build["notes"]
+    assert "factored@int8: layers in float: not made: layer errors, got a crash" in notes
 
 
 def test_a_tie_goes_to_the_smaller_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -158,6 +158,24 @@ def test_an_alternative_stands_in_where_the_first_choice_has_no_wheel(board: Pat
     made = wheelhouse.collect(target, target.runtimes[0], tmp_path / "second", silent)
     assert (made / "onnxruntime-1.17.0-py3-none-any.whl").is_file()
     assert not (made / "downloads").exists()
+
+
+def test_no_alternative_stands_in_for_a_network_that_fails(
+    board: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = f'[[runtimes.alternatives]]\npythons = ["{HERE}"]\nrequirements = ["other"]\nwhy = "elsewhere"\n'
+    board.write_text(f"{board.read_text()}\n{other}")
+    asked: list[Sequence[str]] = []
+
+    def fail(packages: Sequence[str], *_: object, **__: object) -> None:
+        asked.append(packages)
+        raise StageError("wheels", expected="a package index that answers", got="no connection to one")
+
+    monkeypatch.setattr(wheelhouse, "download", fail)
+    target = targets.load(str(board))
+    with pytest.raises(StageError, match="no connection"):
+        wheelhouse.collect(target, target.runtimes[0], tmp_path / "out", silent)
+    assert len(asked) == 1
 
 
 def test_a_build_puts_it_beside_the_bundle_and_keeps_it(

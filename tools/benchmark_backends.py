@@ -6,8 +6,10 @@
 Everything is built first (what a build has cost for ResNet-50 is a result too), then measured: one session for each
 model and setting (a runtime, or OpenVINO held to an older instruction set), in which all its files take turns, ours and
 the others', with a null arm. A session that is finished is not measured again as long as its files are the same, so the
-command can be stopped and run again; models that --models leaves out stay in the results as they were measured before.
-Under a cap only fp32 and int8 are measured; those figures have evidence `proxy`.
+command can be stopped and run again; what --models and --runtimes leave out stays in the results as it was measured
+before, if by the same package. With --precisions the results go to the work folder: such a session is not a whole one.
+Under a cap only fp32 and int8 are measured; those figures have evidence `proxy`, and their quality is that of the same
+files without a cap.
 
 A file of another maker counts as faster where it is significantly faster than the fastest of ours at its precision, and
 as better where its drop is more than 0.5 pp smaller than the smallest of ours. Where we make none at its precision (our
@@ -42,7 +44,7 @@ from rowcol_edge.device.processes import Processes
 from rowcol_edge.device.profile import NULL, Block, Comparison
 from rowcol_edge.device.runtimes import load_runtime
 from rowcol_edge.device.session import Session, run_session
-from rowcol_edge.device.verdicts import compare
+from rowcol_edge.device.verdicts import judge
 from rowcol_edge.device.worker import TIME, Request
 from rowcol_edge.errors import MissingDependencyError
 from rowcol_edge.report.progress import reporter
@@ -105,6 +107,7 @@ def main() -> None:
         "command": shlex.join(["python", *sys.argv]),
         "machine": machine(),
         "tools": job.tool_versions(),
+        "source": job.own_source(),
         "models": {
             m.name: {"title": m.title, "source": m.source, "labelled": "test" in m.options or _sample(m)}
             for m in chosen
@@ -138,6 +141,7 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.models, options.no_cost, options.seconds = ["fmnist-vit"], True, 1.0
+    if options.quick or options.precisions:
         options.out = options.work / "quick"
     return options
 
@@ -194,11 +198,15 @@ def _any_built(model: Model, setting: Setting, wanted: Sequence[File]) -> bool:
 
 
 def _keep(result: dict[str, Any], path: Path) -> None:
-    """Add an earlier result's other models, and its cost of a build, where machine and tools were the same."""
+    """Add an earlier result's other sessions and its cost of a build, where machine, tools and package are the same."""
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if any(earlier.get(key) != result[key] for key in ("machine", "tools")):
+    differ = [key for key in ("machine", "tools", "source") if earlier.get(key) != result[key]]
+    if differ:
+        if earlier:
+            print(f"left out: what {path} held before, of other {' and '.join(differ)}", file=sys.stderr)
         return
-    others = [s for s in earlier["sessions"] if s["model"] not in result["models"]]
+    measured = {(s["model"], s["setting"]) for s in result["sessions"]}
+    others = [s for s in earlier["sessions"] if (s["model"], s["setting"]) not in measured]
     names = {s["model"] for s in others}
     result["models"] |= {name: said for name, said in earlier["models"].items() if name in names}
     result["sessions"] = [*result["sessions"], *others]
@@ -236,7 +244,10 @@ def _session(
     found = run_session(
         requests, Processes(setting.variables, _TIMEOUT_SECONDS), options.rounds, options.seconds, job.silent
     )
+    judged_pairs = [(arm, other) for arm in there for other in there if arm != other]
     level = system.PROXY if setting.cap else system.evidence_for(target.to_dict(), host).level
+    judged = judge(found.blocks, judged_pairs, null_of, level)
+    ratios = {(c.arm, c.baseline): _ratio(c) for c in judged.comparisons}
     return {
         "model": model.name,
         "setting": setting.name,
@@ -248,9 +259,9 @@ def _session(
         "started": started,
         "seconds": round(found.elapsed_seconds, 1),
         "evidence": level,
-        "null": _ratio(compare(found.blocks, NULL, null_of, level)),
-        "warnings": list(found.warnings),
-        "cells": [_cell(file, there, found, level) for file in wanted],
+        "null": _ratio(judged.null),
+        "warnings": [*found.warnings, *judged.warnings],
+        "cells": [_cell(file, there, found, ratios) for file in wanted],
     }
 
 
@@ -270,7 +281,9 @@ def _request(file: File, setting: Setting, threads: int) -> Request:
     )
 
 
-def _cell(file: File, there: Mapping[str, File], found: Session, level: str) -> dict[str, Any]:
+def _cell(
+    file: File, there: Mapping[str, File], found: Session, ratios: Mapping[tuple[str, str], dict[str, Any]]
+) -> dict[str, Any]:
     """One row: what the file is, how good it is, how long it takes, and beside which others."""
     said = {key: value for key, value in file.to_dict().items() if key not in ("path", "inputs", "batch")}
     if file.error:
@@ -279,7 +292,7 @@ def _cell(file: File, there: Mapping[str, File], found: Session, level: str) -> 
 
     def against(names: Sequence[str]) -> dict[str, Any] | None:
         fastest = min((n for n in names if n != file.name), key=lambda n: _median(blocks[n]), default=None)
-        return None if fastest is None else _ratio(compare(blocks, file.name, fastest, level))
+        return None if fastest is None else ratios[file.name, fastest]
 
     samples = [ns for block in blocks[file.name] for ns in block.samples_ns]
     return {

@@ -93,7 +93,7 @@ class Judge:
         # without labels nothing is chosen, and a split of its own is read just for this
         unseen = self.job.test or load(_beside(self.options.calib), "test", self.job.model.inputs)
         assert unseen is not None
-        self.samples: Feeds = unseen.take(_FIDELITY_SAMPLES)
+        self.samples: Feeds = unseen.spread(_FIDELITY_SAMPLES)
         self.expected = original(self.samples)
         self.reference: Judged | None = None
         self.test: Judged | None = None

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rowcol_edge.device import stats
+from rowcol_edge.device.verdicts import WIDE_SPREAD
+
 _EXPLAINED = """\
 Latency is that of one inference at batch 1. A ratio below 1 is faster, with its 95 % interval. Quality: the value on
 the test split and its drop to the dense PyTorch model; fidelity: the mean cosine of the outputs with those of the
@@ -53,7 +56,7 @@ def short_table(result: Mapping[str, Any]) -> str:
                 _short(cells.get("dense@fp32")),
                 _short(ours, named=True) + ("" if held else ", over the budget"),
                 _short(peer, named=True),
-                ratio(ours["to_peer"]),
+                ratio(ours["to_peer"]) + ("" if peer is None or not (_wide(ours) or _wide(peer)) else " †"),
                 session["evidence"],
             ]
         )
@@ -65,7 +68,12 @@ def short_table(result: Mapping[str, Any]) -> str:
         "</details>",
     ]
     every = "Every cell: [tools/results/backends.md](tools/results/backends.md)."
-    return "\n\n".join([_table(heads, rows), *(details if notes else []), f"{_foot(result)} {every}"])
+    dagger = (
+        [f"† Processes of the same file differ by more than {WIDE_SPREAD:.0%}: the ratio is that of a typical round."]
+        if any("†" in row[4] for row in rows)
+        else []
+    )
+    return "\n\n".join([_table(heads, rows), *dagger, *(details if notes else []), f"{_foot(result)} {every}"])
 
 
 def ratio(found: Mapping[str, Any] | None) -> str:
@@ -110,6 +118,10 @@ def _settings(session: Mapping[str, Any]) -> str:
     return "".join(f", {name}={value}" for name, value in session["properties"].items())
 
 
+def _wide(cell: Mapping[str, Any]) -> bool:
+    return stats.spread(cell["block_medians_ns"]) > WIDE_SPREAD
+
+
 def _held(cells: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """Those whose drop on the selection split is within half a point or was not judged."""
     return [c for c in cells if c["selection_drop_pp"] is None or c["selection_drop_pp"] <= 0.5]
@@ -136,7 +148,11 @@ def _ms(ns: float | None) -> str:
 
 def _foot(result: Mapping[str, Any]) -> str:
     machine, cost = result["machine"], result["build"]
-    text = f"{machine['cpu_model']}, {machine['cores_usable']} cores. Command: `{result['command']}`."
+    rounds = {len(c["block_medians_ns"]) for s in result["sessions"] for c in s["cells"] if not c["error"]}
+    text = (
+        f"{machine['cpu_model']}, {machine['cores_usable']} cores, {' or '.join(map(str, sorted(rounds)))} rounds of "
+        f"every file. Command: `{result['command']}`."
+    )
     if cost:
         first, second = cost["first"], cost["second"]
         text += (

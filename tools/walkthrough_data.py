@@ -83,9 +83,10 @@ def _broken(work: Path, weights: dict[str, torch.Tensor]) -> None:
         (bad / copy).chmod(0)
     board = (resources.targets_dir() / "raspberry-pi-4.toml").read_text(encoding="utf-8")
     for file, old, new in (
-        ("board", "rank_multiple", "rank_multipel"), ("opset", "opset = 18", "opset = 25"),
+        ("board", "rank_multiple", "rank_multipel"), ("opset", "opset = 20", "opset = 26"),
         ("ir", "ir_version = 9", "ir_version = 13"),
     ):  # fmt: skip
+        assert old in board
         (bad / f"{file}.toml").write_text(board.replace(old, new), encoding="utf-8")
     (bad / "rowcol.toml").write_text('modell = "net.py:build"\n', encoding="utf-8")
     (bad / "manifest").mkdir()

@@ -42,14 +42,28 @@ def spool(feeds: Iterable[Batch], names: Sequence[str], folder: Path) -> None:
         np.savez(folder / f"{number:06d}.npz", *(feed[name] for name in names))
 
 
-def first_samples(feeds: Iterable[Batch], count: int) -> Iterator[Batch]:
-    """Feeds until ``count`` samples have been seen; the rest is not read."""
-    seen = 0
-    for feed in feeds:
-        yield feed
-        seen += max((len(array) for array in feed.values() if array.ndim), default=1)
-        if seen >= count:
-            return
+def spread(calibration: Calibration | None, inputs: tuple[Port, ...], count: int) -> Iterator[Batch]:
+    """`feeds` of ``count`` samples, or all, spread evenly over the calibration data: these often come sorted by class.
+
+    The data are read twice.
+    """
+    if calibration is None:
+        return feeds(None, inputs)
+    sizes = [_samples(batch) for batch in calibration()]
+    ends = np.cumsum(sizes)
+    places = np.unique(np.linspace(0, sum(sizes) - 1, min(count, sum(sizes))).round())
+
+    def few() -> Iterator[Batch]:
+        for batch, size, end in zip(calibration(), sizes, ends, strict=True):
+            here = (places[(places >= end - size) & (places < end)] - (end - size)).astype(np.intp)
+            if len(here):
+                yield {name: array[here] if array.ndim else array for name, array in batch.items()}
+
+    return feeds(few, inputs)
+
+
+def _samples(batch: Batch) -> int:
+    return max((len(array) for array in batch.values() if array.ndim), default=1)
 
 
 def _check(batch: Mapping[str, npt.NDArray[Any]], inputs: tuple[Port, ...], number: int) -> None:

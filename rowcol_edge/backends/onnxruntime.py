@@ -84,7 +84,7 @@ class OnnxRuntimeBackend:
         from . import qdq
 
         inputs = onnx_files.inputs(onnx_files.load(model))
-        feeds = calibrating.first_samples(calibrating.feeds(calibration, inputs), ERROR_SAMPLES)
+        feeds = calibrating.spread(calibration, inputs, ERROR_SAMPLES)
         return onnx_errors.layer_errors(qdq.prepare(model), onnx_files.load(artifact), feeds)
 
 
@@ -99,7 +99,7 @@ def _convert(path: Path, source: onnx.ModelProto, quant: QuantSpec, calibration:
         inputs = onnx_files.inputs(source)
         quantized = qdq.quantize(path, quant, calibrating.feeds(calibration, inputs))
         if quant.correct_bias:
-            few = calibrating.first_samples(calibrating.feeds(calibration, inputs), BIAS_SAMPLES)
+            few = calibrating.spread(calibration, inputs, BIAS_SAMPLES)
             quantized = qdq.corrected(path, quantized, few)
         return quantized
     if quant.precision == "int8-dynamic":

@@ -113,7 +113,7 @@ class OpenVinoBackend:
             "artifact": str(artifact.resolve()),
             "inputs": [port.name for port in single],
         }
-        feeds = calibrating.first_samples(calibrating.feeds(calibration, single), ERROR_SAMPLES)
+        feeds = calibrating.spread(calibration, single, ERROR_SAMPLES)
         with tempfile.TemporaryDirectory(prefix="rowcol-openvino-") as work:
             return workers.layer_errors("openvino_errors", job, feeds, Path(work), tool="openvino")
 

@@ -67,7 +67,7 @@ class TensorRtBackend:
             feeds = calibrating.feeds(calibration, onnx_files.inputs(source))
             result = tensorrt_qdq.quantize(model, quant, feeds)
             if quant.correct_bias:
-                few = calibrating.first_samples(calibrating.feeds(calibration, onnx_files.inputs(source)), BIAS_SAMPLES)
+                few = calibrating.spread(calibration, onnx_files.inputs(source), BIAS_SAMPLES)
                 result = onnx_bias.correct(tensorrt_qdq.prepare(model), result, few)
         else:
             result = onnx.ModelProto()
@@ -82,7 +82,7 @@ class TensorRtBackend:
     def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
         """See `Backend.layer_errors`; layers are named after the module that holds their weight or bias."""
         inputs = onnx_files.inputs(onnx_files.load(model))
-        feeds = calibrating.first_samples(calibrating.feeds(calibration, inputs), ERROR_SAMPLES)
+        feeds = calibrating.spread(calibration, inputs, ERROR_SAMPLES)
         return onnx_errors.layer_errors(tensorrt_qdq.prepare(model), onnx_files.load(artifact), feeds)
 
 

@@ -16,7 +16,6 @@ import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +112,7 @@ class TfliteBackend:
             "linear_per_channel": tflite_files.linear_per_channel(compiled),
             "keep_float": [],
         }
-        feeds = islice(calibrating.feeds(calibration, signature.inputs), _ERROR_SAMPLES)
+        feeds = calibrating.spread(calibration, signature.inputs, _ERROR_SAMPLES)
         with tempfile.TemporaryDirectory(prefix="rowcol-tflite-") as work:
             return workers.layer_errors("tflite_errors", job, feeds, Path(work), tool="litert")
 

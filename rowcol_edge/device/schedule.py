@@ -3,7 +3,8 @@
 Rounds follow a Williams design (Williams, "Experimental designs balanced for the estimation of residual effects of
 treatments", 1949): over one cycle every arm stands at every position equally often and follows every other arm
 equally often, so that neither drift inside a round nor what the previous process left behind (heat, clock, caches)
-favours an arm.
+favours an arm. Where there is no time for a cycle, as with many arms, every six rounds are three rows and the same
+three backwards, so that the places of an arm have the same mean as those of every other.
 """
 
 from __future__ import annotations
@@ -63,10 +64,15 @@ def balanced_rounds(arms: int, wanted: int) -> int:
 def order(arms: Sequence[str], rounds: int) -> tuple[tuple[str, ...], ...]:
     """The arms of each round in the order they run; the rows of each cycle are shuffled, always the same way."""
     rows = _williams(len(arms))
+    halves = [row for row in rows if row <= row[::-1]]  # of each row and its reverse, which is a row too
     random = np.random.default_rng(SEED)
     indices: list[list[int]] = []
     while len(indices) < rounds:
-        indices.extend(rows[i] for i in random.permutation(len(rows)))
+        shuffled = random.permutation(len(halves))
+        for start in range(0, len(halves), MIN_ROUNDS // 2):
+            few = [halves[i] for i in shuffled[start : start + MIN_ROUNDS // 2]]
+            turned = [row[::-1] if random.integers(2) else row for row in few]
+            indices += turned if len(arms) == 1 else [*turned, *(row[::-1] for row in turned)]
     return tuple(tuple(arms[i] for i in row) for row in indices[:rounds])
 
 

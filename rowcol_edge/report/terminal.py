@@ -285,6 +285,8 @@ def _candidates(console: Console, chosen: Mapping[str, Any]) -> None:
         )
     console.print(table)
     console.print(f"  evidence {chosen['evidence']}: {chosen['evidence_note']}")
+    for warning in chosen.get("warnings", ()):
+        console.print(f"  the profiler says: {warning}", markup=False)
 
 
 def _drop(record: dict[str, Any] | None) -> str:

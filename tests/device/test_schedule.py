@@ -25,6 +25,18 @@ def test_every_arm_stands_everywhere_and_follows_every_other_equally_often(arms:
     assert len(set(followers.values())) == 1
 
 
+@pytest.mark.parametrize("arms", [2, 3, 7, 8, 15, 16])
+def test_in_every_six_rounds_the_places_of_all_arms_have_the_same_mean(arms: int) -> None:
+    names = [chr(ord("a") + i) for i in range(arms)]
+    rounds = 6 * (schedule.cycle(arms) // 6 or 1)
+    order = schedule.order(names, rounds)
+    for start in range(0, rounds, 6):
+        few = order[start : start + 6]
+        means = {sum(row.index(name) for row in few) / 6 for name in names}
+        assert means == {(arms - 1) / 2}
+        assert len({*few}) == min(6, schedule.cycle(arms))
+
+
 def test_the_order_repeats_itself_exactly() -> None:
     assert schedule.order("abcd", 12) == schedule.order("abcd", 12)
     assert schedule.order("a", 6) == (("a",),) * 6
