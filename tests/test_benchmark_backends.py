@@ -102,6 +102,34 @@ def test_models_that_were_not_asked_for_stay(benchmark: ModuleType, tmp_path: Pa
     assert [s["setting"] for s in elsewhere["sessions"]] == ["tflite", "openvino AVX2"]
 
 
+def test_files_are_found_again_as_long_as_nothing_has_changed(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def files(model: Any, target: Any, spec: Any, work: Path, progress: Any) -> list[Any]:
+        made.append(model.name)
+        (tmp_path / "a.onnx").write_text("x")
+        return [
+            benchmark.File("dense@int8", peer=False, precision="int8", path=str(tmp_path / "a.onnx"), batch={"x": 1}),
+            benchmark.File("peer", peer=True, precision="int8", error="it crashed"),
+        ]
+
+    monkeypatch.setattr(benchmark, "files", files)
+    model, target = benchmark.models(tmp_path)["fmnist-vit"], benchmark.targets.load("generic-x86")
+
+    def built() -> list[Any]:
+        return benchmark._built(model, target, target.runtimes[0], tmp_path, None)
+
+    assert built() == built()
+    assert made == ["fmnist-vit"]
+    (tmp_path / "a.onnx").unlink()
+    built()
+    monkeypatch.setattr(benchmark.job, "own_source", lambda: "another")
+    built()
+    assert len(made) == 3
+
+
 def test_the_tables_show_every_file_and_every_reason(benchmark: ModuleType) -> None:
     broken = {"name": "dense@fp16", "peer": False, "precision": "fp16", "error": "it crashed"}
     cells = [cell("dense@int8", 0.0, 4.0), cell("factored@int8", 0.9, 3.0), cell("nncf", 0.0, 2.0, peer="faster")]
@@ -122,6 +150,7 @@ def test_the_tables_show_every_file_and_every_reason(benchmark: ModuleType) -> N
     assert "it fuses more" in short
     assert "proxy" in short
     assert "6 rounds" in short
+    assert benchmark_backends_table._held([cell("factored@int8", 0.5000000000000004, 1.0)])  # as a build judges
     assert "†" not in short
     cells[2]["block_medians_ns"] = [2e6, 2e6, 2e6, 2e6, 3e6, 3e6]
     short = benchmark_backends_table.short_table(result)

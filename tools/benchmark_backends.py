@@ -28,7 +28,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def main() -> None:
             progress("prepare MiniLM", 0, 1)
             minilm.prepare(options.work / "minilm")
         built = {
-            (model.name, spec.name): files(model, target, spec, options.work, progress)
+            (model.name, spec.name): _built(model, target, spec, options.work, progress)
             for model in chosen
             for spec in runtimes
         }
@@ -175,19 +175,42 @@ def _measured(
     for done, (model, setting, wanted) in enumerate(todo):
         key = _key(wanted, setting, options)
         path = options.work / "sessions" / f"{model.name}-{setting.name.replace(' ', '-')}.json"
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if found.get("key") != key:
+        found = _kept(path, key)
+        if not found:
             each = (time.monotonic() - began) / measured if measured else options.seconds
             left = each * (len(todo) - done) / 60
             where = f"session {done + 1} of {len(todo)}: {model.name}, {setting.name}"
             print(f"{where}; about {left:.0f} min left", file=sys.stderr)
-            found = {"key": key, **_session(model, setting, wanted, target, options)}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".part").write_text(json.dumps(found), encoding="utf-8")
-            path.with_suffix(".part").replace(path)
+            found = _put(path, {"key": key, **_session(model, setting, wanted, target, options)})
             measured += 1
         sessions.append(found)
     return sessions
+
+
+def _built(model: Model, target: Target, spec: RuntimeSpec, work: Path, progress: job.Progress) -> list[File]:
+    """`files`, or what an earlier command found: what cannot be built would be tried again each time, for minutes."""
+    tools = {path.name: path.read_text(encoding="utf-8") for path in (*HERE.glob("benchmark_*.py"), HERE / "minilm.py")}
+    key = _digest([asdict(model), target.to_dict(), spec.name, job.tool_versions(), job.own_source(), tools])
+    path = work / "files" / f"{model.name}-{spec.name}.json"
+    found = [File(**entry) for entry in _kept(path, key).get("files", [])]
+    if found and all(Path(file.path).exists() for file in found if file.path):
+        return found
+    made = files(model, target, spec, work, progress)
+    _put(path, {"key": key, "files": [file.to_dict() for file in made]})
+    return made
+
+
+def _kept(path: Path, key: str) -> dict[str, Any]:
+    """What lies there of the same key, or nothing."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if found.get("key") == key else {}
+
+
+def _put(path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_text(json.dumps(found), encoding="utf-8")
+    path.with_suffix(".part").replace(path)
+    return found
 
 
 def _any_built(model: Model, setting: Setting, wanted: Sequence[File]) -> bool:
@@ -227,6 +250,10 @@ def _key(wanted: Sequence[File], setting: Setting, options: argparse.Namespace) 
         job.tool_versions(),
         machine(),
     ]
+    return _digest(parts)
+
+
+def _digest(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

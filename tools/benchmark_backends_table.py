@@ -124,7 +124,7 @@ def _wide(cell: Mapping[str, Any]) -> bool:
 
 def _held(cells: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """Those whose drop on the selection split is within half a point or was not judged."""
-    return [c for c in cells if c["selection_drop_pp"] is None or c["selection_drop_pp"] <= 0.5]
+    return [c for c in cells if c["selection_drop_pp"] is None or c["selection_drop_pp"] <= 0.5 + 1e-9]
 
 
 def _short(cell: Mapping[str, Any] | None, *, named: bool = False) -> str:

@@ -98,7 +98,7 @@ def frontier() -> str:
         for row in result["frontier"]
     ]
     heads = ["plan", "parameters", "MACs", f"{result['manifest']['metric'].replace('_', ' ')}", "drop"]
-    held = [row for row in result["frontier"] if row["drop"] <= 0.5]
+    held = [row for row in result["frontier"] if row["drop"] <= 0.5 + 1e-9]
     least = min(held, key=lambda row: row["parameters"])
     share = least["parameters"] / result["frontier"][0]["parameters"]
     head = (
@@ -156,16 +156,22 @@ def samples() -> str:
 
 
 def profiler() -> str:
-    """What the simulation says of the profiler's intervals."""
-    found = _result("profiler-simulation.json")
-    scenarios = found["scenarios"]
+    """What the simulation says of the profiler's intervals, with its own number of rounds and with the fewest."""
+    usual, fewest = (_result(f"profiler-simulation{few}.json") for few in ("", "-6"))
+    scenarios = usual["scenarios"]
+    return (
+        f"Profiler, simulated in {len(scenarios)} scenarios of {scenarios[0]['repetitions']:,} sessions with "
+        f"{usual['rounds']} rounds each: {_held(scenarios)}. With {fewest['rounds']} rounds, as the runtimes' table "
+        f"has them: {_held(fewest['scenarios'])}."
+    )
+
+
+def _held(scenarios: Sequence[dict[str, Any]]) -> str:
     coverage = min(scenarios, key=lambda s: s["coverage"])
     alarms = max(scenarios, key=lambda s: s["null_false_alarms"])
     return (
-        f"Profiler, simulated in {len(scenarios)} scenarios of {scenarios[0]['repetitions']:,} sessions with "
-        f"{found['rounds']} rounds each: the nominal 95 % interval covers at least {coverage['coverage']:.1%} "
-        f"({coverage['scenario']}), the null arm alarms falsely in at most {alarms['null_false_alarms']:.1%} "
-        f"({alarms['scenario']})."
+        f"the nominal 95 % interval covers at least {coverage['coverage']:.1%} ({coverage['scenario']}), the null arm "
+        f"alarms falsely in at most {alarms['null_false_alarms']:.1%} ({alarms['scenario']})"
     )
 
 
@@ -219,6 +225,43 @@ def backends() -> str:
     return short_table(_result("backends.json"))
 
 
+def factoring() -> str:
+    """Ours beside other ways to factor, at shares of the parameters; where ours is not the nearest to the original."""
+    found = _result("factoring.json")
+    rows, behind, cells = [], [], 0
+    for model in found["models"].values():
+        shown = next(name for name in ("auroc", "accuracy", "agreement") if name in model["dense"])
+        dense = f"{model['title']} ({shown}; dense {model['dense'][shown] * 100:.1f} %)"
+        ways = list(dict.fromkeys(row["way"] for row in model["rows"]))
+        for axis, share in dict.fromkeys((row["axis"], row["share"]) for row in model["rows"]):
+            at = {row["way"]: row for row in model["rows"] if (row["axis"], row["share"]) == (axis, share)}
+            if axis == "parameters" and share in _SHARES:
+                rows.append([dense, f"{share:.0%}", *(_factored(at[way], shown) for way in ways)])
+                dense = ""
+            made = {way: row["kl"] for way, row in at.items() if "kl" in row}
+            cells += "ours" in made
+            nearest = min(made, key=lambda way: made[way], default="ours")
+            if nearest != "ours":
+                ours = f"{made['ours']:.4f}" if "ours" in made else "not reached"
+                what = f"{model['title']} at {share:.0%} of the {'MACs' if axis == 'macs' else axis}"
+                behind.append(f"{what}: {nearest} {made[nearest]:.4f}, ours {ours}")
+    heads = ["model", "share", *ways]
+    lead = f"Of {cells} comparisons (six shares of the parameters and of the MACs of each model) "
+    lead += f"ours has the least divergence in {cells - len(behind)}"
+    lead += f"; not in: {'; '.join(behind)}." if behind else "."
+    foot = (
+        "Each cell: the quality on the test split and, behind it, the Kullback–Leibler divergence from the dense "
+        f"model's answers in nats. {lead} {found['machine']['cpu_model']}. Command: `{found['command']}`."
+    )
+    return "\n\n".join([_table(heads, rows), foot])
+
+
+def _factored(row: dict[str, Any], shown: str) -> str:
+    return f"{row[shown] * 100:.1f} %, {row['kl']:.2g}" if "kl" in row else "not reached"
+
+
+_SHARES = (0.5, 0.3, 0.15)
+
 TABLES: dict[str, Callable[[], str]] = {
     "elpv": elpv,
     "frontier": frontier,
@@ -227,6 +270,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "profiler": profiler,
     "device": device,
     "calibration": calibration,
+    "factoring": factoring,
 }
 if (RESULTS / "backends.json").is_file():  # half an hour on a quiet machine; until it was run there is nothing to show
     TABLES["backends"] = backends
