@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rowcol_edge.datasets import Split, scan
-from rowcol_edge.factoring import apply
+from rowcol_edge.factoring import apply, sensitivity
 from rowcol_edge.factoring.ranks import OverBudgetError
 from rowcol_edge.factoring.study import Study, study
 
@@ -41,7 +41,7 @@ def studied(inputs: np.ndarray) -> Study:
 def ways(rivals: ModuleType, studied: Study, inputs: np.ndarray) -> dict[str, tuple[Any, Any]]:
     """(way, spaces) by name."""
     plain = dict(studied.spaces)
-    weighed = rivals.weighed(studied, plain, {"input": inputs}, classify=True)
+    weighed = sensitivity.weigh(studied.folded, {"input": inputs}, plain, classify=True)
     return {way.name: (way, way.spaces(studied, plain, weighed)) for way in rivals.WAYS}
 
 

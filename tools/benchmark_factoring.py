@@ -26,7 +26,7 @@ import numpy as np
 
 import factoring_rivals as rivals
 from benchmark_machine import machine
-from rowcol_edge import config, job
+from rowcol_edge import config, job, search
 from rowcol_edge.datasets import Feeds
 from rowcol_edge.export.parity import torch_run
 from rowcol_edge.factoring import apply, sensitivity
@@ -46,7 +46,7 @@ _SIDE = 224
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model with what it is scored on; ``quality`` is accuracy, of two classes the area under the ROC curve."""
+    """A model, and the inputs and labels it is scored on."""
 
     title: str
     work: job.Job
@@ -170,7 +170,7 @@ def measure(name: str, subject: Subject, shares: Sequence[float], progress: job.
     studied = study(subject.work.model.module, calibration, progress=progress)
     plain = dict(studied.spaces)
     samples = calibration.spread(sensitivity.SAMPLES)
-    weighed = rivals.weighed(studied, plain, samples, classify=True)
+    weighed = sensitivity.weigh(studied.folded, samples, plain, classify=True)
     reference = _logits(torch_run(studied.folded), subject.test)
     rows = []
     cells = [(way, axis, share) for way in rivals.WAYS for axis in rivals.COSTS for share in shares]
@@ -187,28 +187,27 @@ def measure(name: str, subject: Subject, shares: Sequence[float], progress: job.
             continue
         factored = apply.apply(studied.folded, plan, spaces[way.name])
         got = _logits(torch_run(factored), subject.test)
-        rows.append(row | _costs(studied, plan) | scores(got, reference, subject.labels))
+        cost = search.trial(studied, plan, None, None)
+        costs = {"parameters": cost.parameters, "macs": cost.macs}
+        rows.append(row | costs | scores(got, reference, subject.labels))
     progress(f"factor {name}", len(cells), len(cells))
     infos = [studied.infos[layer] for layer in plain]
+    dense = scores(reference, reference, subject.labels)
     return {
         "title": subject.title,
         "calibration": len(calibration),
         "test": len(reference),
-        "labelled": subject.labels is not None,
+        # what a user of this model looks at
+        "shown": next(name for name in ("auroc", "accuracy", "agreement") if name in dense),
         "dense": {
             "parameters": studied.parameters,
             "macs": studied.macs,
             "factorable_parameters": sum(info.parameters for info in infos),
             "factorable_macs": sum(info.macs for info in infos),
-            **scores(reference, reference, subject.labels),
+            **dense,
         },
         "rows": rows,
     }
-
-
-def _costs(studied: Any, plan: Any) -> dict[str, int]:
-    saved = sum(layer.macs_before - layer.macs_after for layer in plan.layers)
-    return {"parameters": studied.parameters - plan.saved_parameters, "macs": studied.macs - saved}
 
 
 def _logits(run: Callable[[Feeds], dict[str, np.ndarray]], batches: Sequence[Feeds]) -> np.ndarray:
@@ -251,7 +250,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     found = result["models"]
     figure, axes = plt.subplots(2, len(found), figsize=(3.4 * len(found), 6), squeeze=False, layout="constrained")
     for column, model in enumerate(found.values()):
-        shown = quality(model)
+        shown = model["shown"]
         for row, axis in enumerate(rivals.COSTS):
             plot = axes[row][column]
             for way in rivals.WAYS:
@@ -266,11 +265,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes[0][0].legend(fontsize=7)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
-
-
-def quality(model: dict[str, Any]) -> str:
-    """The measure that a user of this model looks at."""
-    return next(name for name in ("auroc", "accuracy", "agreement") if name in model["dense"])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rowcol_edge.factoring import ranks, sensitivity, splits
+from rowcol_edge.factoring import ranks, splits
 from rowcol_edge.factoring.costs import LayerInfo
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan
 from rowcol_edge.factoring.spaces import LayerSpaces
@@ -72,11 +72,6 @@ WAYS = (
     Way("covariance, by energy", lambda study, plain, weighed: plain, uniform=False),
     Way("ours", lambda study, plain, weighed: weighed, uniform=False),
 )
-
-
-def weighed(study: Study, plain: Spaces, samples: Mapping[str, np.ndarray], *, classify: bool) -> Spaces:
-    """What ours starts from."""
-    return sensitivity.weigh(study.folded, samples, plain, classify=classify)
 
 
 def plan(way: Way, study: Study, spaces: Spaces, axis: str, share: float) -> FactorPlan:

@@ -230,7 +230,7 @@ def factoring() -> str:
     found = _result("factoring.json")
     rows, behind, cells = [], [], 0
     for model in found["models"].values():
-        shown = next(name for name in ("auroc", "accuracy", "agreement") if name in model["dense"])
+        shown = model["shown"]
         dense = f"{model['title']} ({shown}; dense {model['dense'][shown] * 100:.1f} %)"
         ways = list(dict.fromkeys(row["way"] for row in model["rows"]))
         for axis, share in dict.fromkeys((row["axis"], row["share"]) for row in model["rows"]):
