@@ -71,17 +71,29 @@ def test_another_makers_lead_is_said_with_its_reason(
     assert "beats_ours" not in found["cells"][0]
 
 
+def test_a_lead_in_bytes_or_in_the_outputs_is_one_too(benchmark: ModuleType) -> None:
+    peer = cell("nncf.quantize", 0.0, 2.0, peer="slower")
+    found = session(cell("dense@int8", 0.0, 4.0), {**peer, "size_bytes": 940_000})
+    benchmark._explain([found], {})
+    assert found["cells"][1]["beats_ours"] == "smaller"
+    every = {**peer, "size_bytes": 940_000, "fidelity": {**peer["fidelity"], "relative_error": 0.07}}
+    found = session(cell("dense@int8", 0.0, 4.0), {**every, "to_ours": against("faster")})
+    benchmark._explain([found], {})
+    assert found["cells"][1]["beats_ours"] == "faster, smaller and closer to the original"
+
+
 def test_another_makers_precision_that_we_do_not_make_is_held_to_all_of_ours(benchmark: ModuleType) -> None:
     other = {**cell("quantize_dynamic", -0.7, 2.0, peer="faster"), "precision": "int8-dynamic"}
-    found = session(cell("dense@int8", 0.0, 4.0), other)
+    exact = {**cell("dense@fp32", -0.9, 1.0), "precision": "fp32"}  # not quantized: no rival of a quantized file
+    found = session(exact, cell("dense@int8", 0.0, 4.0), other)
     benchmark._explain([found], {})
-    assert found["cells"][1]["beats_ours"] == "faster and better"
+    assert found["cells"][2]["beats_ours"] == "faster and better"
 
 
 def test_models_that_were_not_asked_for_stay(benchmark: ModuleType, tmp_path: Path) -> None:
     def result(name: str, source: str, build: dict[str, int] | None) -> dict[str, Any]:
         found = {**session(cell("dense@int8", 0.0, 4.0)), "model": name}
-        said = {"machine": {}, "tools": {}, "source": source, "models": {name: {"title": name}}}
+        said = {"machine": {"isa": ("avx2",)}, "tools": {}, "source": source, "models": {name: {"title": name}}}
         return {**said, "build": build, "sessions": [found]}
 
     path = tmp_path / "backends.json"

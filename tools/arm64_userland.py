@@ -3,11 +3,14 @@
     python tools/arm64_userland.py make                         # userlands of trixie and bookworm, in .cache/arm64
     python tools/arm64_userland.py prove                        # writes tools/results/arm64.json
     python tools/arm64_userland.py prove BUNDLE... --cpu cortex-a53
+    python tools/arm64_userland.py prove-wheelhouse             # writes tools/results/arm64-wheelhouses.json
     python tools/arm64_userland.py prove-wheelhouse WHEELHOUSE BUNDLE
 
 `prove` builds the samples for each target and runtime, then runs `verify` and `run` of each bundle as on the board:
 every arm must give its golden outputs within its tolerance. It proves outputs; times under emulation mean nothing, and
-none is kept. Needs debootstrap and qemu-user. A userland is made once and kept. Exit code 1: something is not proven.
+none is kept. `prove-wheelhouse` installs what `build --wheelhouse` has put beside a bundle, for each runtime of a
+Raspberry Pi 4, in a new environment without network, and verifies the bundle with it. Needs debootstrap and qemu-user.
+A userland is made once and kept. Exit code 1: something is not proven.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from rowcol_edge import targets
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.table import columns
 
-RESULT = Path(__file__).parent / "results" / "arm64.json"
+RESULTS = Path(__file__).parent / "results"
 CPUS = {
     "beagley-ai": "cortex-a53",
     "generic-arm64": "cortex-a53",
@@ -67,16 +70,18 @@ def _options() -> argparse.Namespace:
     proof.add_argument("--precisions", type=_names, default=(), help="default: all that the target lists")
     proof.add_argument("--cpu", help="a QEMU_CPU, for targets that this tool does not know")
     proof.add_argument("--oldest", action="store_true", help="also with the oldest versions that targets promise")
-    proof.add_argument("--out", type=Path, default=RESULT)
+    proof.add_argument("--out", type=Path, default=RESULTS / "arm64.json")
     proof.set_defaults(command=prove)
 
     house = commands.add_parser("prove-wheelhouse", parents=[common], help="install without network, then verify")
-    house.add_argument("wheelhouse", type=Path, metavar="WHEELHOUSE")
-    house.add_argument("bundle", type=Path, metavar="BUNDLE")
+    house.add_argument("pair", nargs="*", type=Path, metavar="WHEELHOUSE BUNDLE", help="none: build them")
     house.add_argument("--cpu", help="a QEMU_CPU, for targets that this tool does not know")
-    house.add_argument("--out", type=Path)
+    house.add_argument("--out", type=Path, help="default: tools/results/arm64-wheelhouses.json for those built here")
     house.set_defaults(command=prove_wheelhouse)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.command is prove_wheelhouse and len(options.pair) not in (0, 2):
+        house.error(f"expected a wheelhouse and a bundle, or nothing, got {len(options.pair)} paths")
+    return options
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -115,18 +120,38 @@ def prove(options: argparse.Namespace) -> int:
 
 
 def prove_wheelhouse(options: argparse.Namespace) -> int:
+    pairs = [tuple(path.resolve() for path in options.pair)] if options.pair else list(_housed())
     proofs = []
-    for userland in map(arm64_root.ensure, options.suites):
-        print(f"{options.wheelhouse}: {userland.suite.name}, venv, pip --no-index, verify", flush=True)
-        try:
-            wheelhouse, bundle = options.wheelhouse.resolve(), options.bundle.resolve()
-            found = arm64_proof.wheelhouse_proof(wheelhouse, bundle, userland, _cpu(bundle, options))
-        except arm64_proof.NotProvenError as e:
-            found = {"suite": userland.suite.name, "failed": str(e)}
-        proofs.append(found)
-        print(f"  {found.get('failed') or 'installed and verified: ' + found['runtime'] + ' ' + found['version']}")
+    for wheelhouse, bundle in pairs:
+        for userland in map(arm64_root.ensure, options.suites):
+            print(f"{wheelhouse}: {userland.suite.name}, venv, pip --no-index, verify", flush=True)
+            try:
+                found = arm64_proof.wheelhouse_proof(wheelhouse, bundle, userland, _cpu(bundle, options))
+            except arm64_proof.NotProvenError as e:
+                found = {"bundle": bundle.name, "suite": userland.suite.name, "failed": str(e)}
+            proofs.append(found)
+            print(f"  {found.get('failed') or 'installed and verified: ' + found['runtime'] + ' ' + found['version']}")
     failed = sum("failed" in found for found in proofs)
-    return _end({"command": shlex.join(["python", *sys.argv]), "proofs": proofs}, failed, len(proofs), options.out)
+    result = {
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": machine(),
+        "evidence": "emulated",
+        "failed": failed,
+        "proofs": proofs,
+    }
+    out = options.out or (None if options.pair else RESULTS / "arm64-wheelhouses.json")
+    return _end(result, failed, len(proofs), out)
+
+
+def _housed() -> Iterator[tuple[Path, Path]]:
+    """What `build --wheelhouse` makes of the small sample for each runtime of a board: the wheels, and their bundle."""
+    for runtime in targets.load("raspberry-pi-4").runtimes:
+        print(f"building fmnist-vit with a wheelhouse for raspberry-pi-4, {runtime.name}", flush=True)
+        [built] = rowcol_edge.build(
+            "sample:fmnist-vit", target="raspberry-pi-4", runtime=runtime.name, precision="int8", energy=0.98,
+            zip=False, wheelhouse=True, out=str(arm64_root.CACHE / "housed"), force=True,
+        )  # fmt: skip
+        yield Path(str(built.wheelhouse)).resolve(), Path(built.path).resolve()
 
 
 def _built(options: argparse.Namespace) -> Iterator[Path]:

@@ -11,10 +11,11 @@ before, if by the same package. With --precisions the results go to the work fol
 Under a cap only fp32 and int8 are measured; those figures have evidence `proxy`, and their quality is that of the same
 files without a cap.
 
-A file of another maker counts as faster where it is significantly faster than the fastest of ours at its precision, and
-as better where its drop is more than 0.5 pp smaller than the smallest of ours. Where we make none at its precision (our
-int8-dynamic refuses convolutions, which it slows down), all of ours are its rivals. The reason is looked up in
-`tools/backends_remarks.toml`; without one the cell is marked `unexplained`.
+A file of another maker counts as faster where it is significantly faster than the fastest of ours at its precision; as
+better where its drop is more than 0.5 pp smaller than the smallest of ours; as smaller where it has less than 95 % of
+the bytes of our smallest; as closer to the original where its outputs' error is less than 75 % of our smallest. Where
+we make none at its precision (our int8-dynamic refuses convolutions, which it slows down), all of our quantized files
+are its rivals. The reason is looked up in `tools/backends_remarks.toml`; without one the cell is marked `unexplained`.
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ TARGET = "generic-x86"
 CAPS = {"openvino": ("AVX2_VNNI", "AVX2")}
 _CAPPED = ("fp32", "int8")
 _BETTER_PP = 0.5
+_SMALLER = 0.95
+_CLOSER = 0.75
+_MAKERS = ("benchmark_backends_files.py", "benchmark_models.py", "benchmark_peers.py", "minilm.py")
 _TIMEOUT_SECONDS = 300.0
 
 
@@ -94,8 +98,6 @@ def main() -> None:
         }
         if options.build_only:
             return
-        if not options.quick:
-            settle()
     todo = [
         (model, setting, _wanted(built[model.name, spec.name], setting, options.precisions))
         for model in chosen
@@ -177,6 +179,9 @@ def _measured(
         path = options.work / "sessions" / f"{model.name}-{setting.name.replace(' ', '-')}.json"
         found = _kept(path, key)
         if not found:
+            if not measured and not options.quick:
+                settle()
+                began = time.monotonic()
             each = (time.monotonic() - began) / measured if measured else options.seconds
             left = each * (len(todo) - done) / 60
             where = f"session {done + 1} of {len(todo)}: {model.name}, {setting.name}"
@@ -189,7 +194,7 @@ def _measured(
 
 def _built(model: Model, target: Target, spec: RuntimeSpec, work: Path, progress: job.Progress) -> list[File]:
     """`files`, or what an earlier command found: what cannot be built would be tried again each time, for minutes."""
-    tools = {path.name: path.read_text(encoding="utf-8") for path in (*HERE.glob("benchmark_*.py"), HERE / "minilm.py")}
+    tools = {name: (HERE / name).read_text(encoding="utf-8") for name in _MAKERS}
     key = _digest([asdict(model), target.to_dict(), spec.name, job.tool_versions(), job.own_source(), tools])
     path = work / "files" / f"{model.name}-{spec.name}.json"
     found = [File(**entry) for entry in _kept(path, key).get("files", [])]
@@ -223,7 +228,8 @@ def _any_built(model: Model, setting: Setting, wanted: Sequence[File]) -> bool:
 def _keep(result: dict[str, Any], path: Path) -> None:
     """Add an earlier result's other sessions and its cost of a build, where machine, tools and package are the same."""
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    differ = [key for key in ("machine", "tools", "source") if earlier.get(key) != result[key]]
+    now = json.loads(json.dumps(result))  # as it was read: tuples have become lists
+    differ = [key for key in ("machine", "tools", "source") if earlier.get(key) != now[key]]
     if differ:
         if earlier:
             print(f"left out: what {path} held before, of other {' and '.join(differ)}", file=sys.stderr)
@@ -340,9 +346,10 @@ def _cell(
 
 
 def _rivals(cell: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """What a file of another maker is held to: ours at its precision, or all of ours."""
+    """What a file of another maker is held to: ours at its precision, or all of ours that are quantized, or all."""
     ours = [c for c in cells if not c["peer"] and not c["error"]]
-    return [c for c in ours if c["precision"] == cell["precision"]] or ours
+    same = [c for c in ours if c["precision"] == cell["precision"]]
+    return same or [c for c in ours if c["precision"] not in ("fp32", "fp16")] or ours
 
 
 def _median(blocks: Sequence[Block]) -> float:
@@ -368,14 +375,19 @@ def _explain(sessions: Sequence[dict[str, Any]], remarks: Mapping[str, str]) -> 
 
 
 def _beaten(cell: Mapping[str, Any], ours: Sequence[Mapping[str, Any]]) -> str:
-    """What another maker's file is ahead in: ``faster``, ``better``, both, or nothing."""
+    """What another maker's file is ahead in: ``faster``, ``better``, ``smaller``, ``closer``, several, or nothing."""
     ahead = []
     if cell["to_ours"] and cell["to_ours"]["verdict"] == stats.FASTER:
         ahead.append("faster")
     drops = [c["quality"]["drop_pp"] for c in ours if c.get("quality")]
     if cell.get("quality") and drops and min(drops) - cell["quality"]["drop_pp"] > _BETTER_PP:
         ahead.append("better")
-    return " and ".join(ahead)
+    if ours and cell["size_bytes"] < _SMALLER * min(c["size_bytes"] for c in ours):
+        ahead.append("smaller")
+    errors = [c["fidelity"]["relative_error"] for c in ours if c.get("fidelity")]
+    if cell.get("fidelity") and errors and cell["fidelity"]["relative_error"] < _CLOSER * min(errors):
+        ahead.append("closer to the original")
+    return " and ".join(filter(None, [", ".join(ahead[:-1]), *ahead[-1:]]))
 
 
 if __name__ == "__main__":

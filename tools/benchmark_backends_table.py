@@ -155,10 +155,12 @@ def _foot(result: Mapping[str, Any]) -> str:
     )
     if cost:
         first, second = cost["first"], cost["second"]
+        again = sorted(second["by_command"].values())
         text += (
-            f" A full build of ResNet-50 for {', '.join(cost['runtimes'])} (fp32 and int8, all arms) takes "
-            f"{first['seconds']:.0f} s and {first['peak_bytes'] / 2**30:.1f} GiB at its peak; the second time "
-            f"{second['seconds']:.0f} s."
+            f" A full build of ResNet-50 for {', '.join(cost['runtimes'])} (fp32 and int8, all arms, within "
+            f"`params<=0.5x`, no labelled data to judge on) takes {first['seconds']:.0f} s in "
+            f"{len(first['by_command'])} commands, and {first['peak_bytes'] / 2**30:.1f} GiB at its peak; the second "
+            f"time {second['seconds']:.0f} s, {again[0]:.0f} to {again[-1]:.0f} s a command."
         )
     return text
 

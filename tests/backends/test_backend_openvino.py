@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from rowcol_edge import native
-from rowcol_edge.backends import load_backend, openvino_files, openvino_info, openvino_worker
+from rowcol_edge.backends import load_backend, openvino_files, openvino_info, openvino_worker, workers
 from rowcol_edge.backends import openvino as openvino_backend
 from rowcol_edge.backends.base import AccuracyControl, Artifact, QuantSpec, Source
 from rowcol_edge.backends.onnx_files import Port
@@ -92,6 +92,16 @@ def test_a_converter_that_fails_is_one_error(
 
     monkeypatch.setattr(native, "_command", command)
     with pytest.raises(error, match=says):
+        make(convolutions_program, "fp32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_converter_that_hangs_is_one_error(
+    make: Make, convolutions_program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(workers, "_TIMEOUT_S", 0.5)
+    with pytest.raises(StageError, match=r"openvino took longer than 0\.5 s"):
         make(convolutions_program, "fp32")
     assert list(tmp_path.iterdir()) == []
 

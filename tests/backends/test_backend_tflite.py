@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from rowcol_edge import native
-from rowcol_edge.backends import load_backend, program_files, tflite_files, tflite_metadata
+from rowcol_edge.backends import load_backend, program_files, tflite_files, tflite_metadata, workers
 from rowcol_edge.backends.base import Artifact, QuantSpec, Source
 from rowcol_edge.backends.tflite_worker import _outside
 from rowcol_edge.device.preprocess import Preprocess
@@ -221,6 +221,16 @@ def test_a_converter_that_fails_is_one_error(
 
     monkeypatch.setattr(native, "_command", command)
     with pytest.raises(error, match=says):
+        make(program, "fp32")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_converter_that_hangs_is_one_error(
+    make: Make, program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(workers, "_TIMEOUT_S", 0.5)
+    with pytest.raises(StageError, match=r"litert took longer than 0\.5 s"):
         make(program, "fp32")
     assert list((tmp_path / "out").iterdir()) == []
 
