@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,6 +112,24 @@ def test_a_wheelhouse_is_all_that_a_board_needs(root: Path, tmp_path: Path, smal
     done = tool(root, "prove-wheelhouse", made, small_bundle, "--suites", "trixie")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "installed and verified: onnxruntime" in done.stdout
+
+
+def test_proofs_that_were_not_asked_for_stay(tools: SimpleNamespace, tmp_path: Path) -> None:
+    import arm64_userland
+
+    def result(source: str, *proofs: tuple[str, str, str]) -> dict[str, Any]:
+        found = [{"target": target, "runtime": runtime, "version": version} for target, runtime, version in proofs]
+        return {"source": source, "tools": {}, "seconds": 10, "proofs": found}
+
+    path = tmp_path / "arm64.json"
+    arm64_userland._keep(first := result("1", ("pi-5", "tflite", "a"), ("pi-4", "tflite", "a")), path)
+    assert len(first["proofs"]) == 2
+    path.write_text(json.dumps(first))
+    arm64_userland._keep(second := result("1", ("pi-4", "tflite", "b")), path)
+    assert [(found["target"], found["version"]) for found in second["proofs"]] == [("pi-4", "b"), ("pi-5", "a")]
+    assert second["seconds"] == 20
+    arm64_userland._keep(other := result("2", ("pi-4", "tflite", "c")), path)
+    assert len(other["proofs"]) == 1
 
 
 def test_a_board_that_is_not_emulated_arm_proves_nothing(tools: SimpleNamespace, small_bundle: Path) -> None:

@@ -150,6 +150,18 @@ def test_only_the_target_without_wide_products_saturates() -> None:
     assert [name for name in SHIPPED if targets.load(name).int8_saturates] == ["generic-x86"]
 
 
+def test_full_integer_files_are_for_accelerators_and_arm_processors_with_dot_products() -> None:
+    """Without them ai-edge-litert 2.3 overflows where it multiplies two int8 activations."""
+    offered = {
+        target.name: ("asimddp" in target.isa, runtime.providers)
+        for target in map(targets.load, SHIPPED)
+        for runtime in target.runtimes
+        if "int8-io" in runtime.precisions and "asimd" in target.isa
+    }
+    assert "raspberry-pi-5" in offered
+    assert all(dot_products or providers != ("CPU",) for dot_products, providers in offered.values())
+
+
 def test_recipes_may_be_named_and_are_known(values: dict[str, Any]) -> None:
     assert targets.parse(values, name="my-board", source="my-board.toml").recipes == ()
     values["recipes"] = ["gstreamer"]

@@ -9,7 +9,8 @@
 `prove` builds the samples for each target and runtime, then runs `verify` and `run` of each bundle as on the board:
 every arm must give its golden outputs within its tolerance. It proves outputs; times under emulation mean nothing, and
 none is kept. `prove-wheelhouse` installs what `build --wheelhouse` has put beside a bundle, for each runtime of a
-Raspberry Pi 4, in a new environment without network, and verifies the bundle with it. Needs debootstrap and qemu-user.
+Raspberry Pi 4, in a new environment without network, and verifies the bundle with it. What --targets and --runtimes
+leave out stays in the result as it was proven before, if by the same package. Needs debootstrap and qemu-user.
 A userland is made once and kept. Exit code 1: something is not proven.
 """
 
@@ -29,7 +30,7 @@ import arm64_proof
 import arm64_root
 import rowcol_edge
 from benchmark_machine import machine
-from rowcol_edge import targets
+from rowcol_edge import job, targets
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.table import columns
 
@@ -107,16 +108,30 @@ def prove(options: argparse.Namespace) -> int:
                 found = arm64_proof.proof(bundle, userland, _cpu(bundle, options), choice)
                 proofs.append(found)
     print_table(proofs)
-    failed = sum("failed" in found for found in proofs)
     result = {
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": machine(),
-        "evidence": "emulated",
+        **_header(),
+        "source": job.own_source(),
+        "tools": job.tool_versions(),
         "seconds": round(time.monotonic() - started),
-        "failed": failed,
         "proofs": proofs,
     }
-    return _end(result, failed, len(proofs), options.out)
+    _keep(result, options.out)
+    return _end(result, options.out)
+
+
+def _header() -> dict[str, Any]:
+    return {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "evidence": "emulated"}
+
+
+def _keep(result: dict[str, Any], path: Path) -> None:
+    """Add an earlier result's proofs for other targets and runtimes, where package and tools are the same."""
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if any(earlier.get(key) != result[key] for key in ("source", "tools")):
+        return
+    done = {(found["target"], found["runtime"]) for found in result["proofs"]}
+    others = [found for found in earlier["proofs"] if (found["target"], found["runtime"]) not in done]
+    result["proofs"] = sorted([*others, *result["proofs"]], key=lambda found: str(found["target"]))
+    result["seconds"] += earlier["seconds"] if others else 0
 
 
 def prove_wheelhouse(options: argparse.Namespace) -> int:
@@ -131,16 +146,8 @@ def prove_wheelhouse(options: argparse.Namespace) -> int:
                 found = {"bundle": bundle.name, "suite": userland.suite.name, "failed": str(e)}
             proofs.append(found)
             print(f"  {found.get('failed') or 'installed and verified: ' + found['runtime'] + ' ' + found['version']}")
-    failed = sum("failed" in found for found in proofs)
-    result = {
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": machine(),
-        "evidence": "emulated",
-        "failed": failed,
-        "proofs": proofs,
-    }
     out = options.out or (None if options.pair else RESULTS / "arm64-wheelhouses.json")
-    return _end(result, failed, len(proofs), out)
+    return _end({**_header(), "proofs": proofs}, out)
 
 
 def _housed() -> Iterator[tuple[Path, Path]]:
@@ -210,11 +217,14 @@ def print_table(proofs: list[dict[str, Any]]) -> None:
             print(f"not proven: {found['bundle']}, {found['cpu']}, {found['suite']}: {found['failed']}")
 
 
-def _end(result: dict[str, Any], failed: int, count: int, out: Path | None) -> int:
+def _end(result: dict[str, Any], out: Path | None) -> int:
+    proofs = result["proofs"]
+    failed = sum("failed" in found for found in proofs)
     if out is not None:
-        out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        whole = json.dumps({**result, "failed": failed}, indent=1, ensure_ascii=False)
+        out.write_text(whole + "\n", encoding="utf-8")
         print(f"written to {out}")
-    print(f"{count - failed} of {count} proven")
+    print(f"{len(proofs) - failed} of {len(proofs)} proven")
     return 1 if failed else 0
 
 
