@@ -114,6 +114,13 @@ def test_a_wheelhouse_is_all_that_a_board_needs(root: Path, tmp_path: Path, smal
     assert "installed and verified: onnxruntime" in done.stdout
 
 
+def test_an_answer_that_arrives_twice_is_one(tools: SimpleNamespace) -> None:
+    said = '{"machine": "aarch64"}\n'
+    assert tools.proof._once(said * 2) == tools.proof._once(said) == said
+    assert tools.proof._once(said + "{}") == said + "{}"
+    assert tools.proof._once("") == ""
+
+
 def test_proofs_that_were_not_asked_for_stay(tools: SimpleNamespace, tmp_path: Path) -> None:
     import arm64_userland
 

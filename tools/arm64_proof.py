@@ -60,9 +60,15 @@ class Guest:
         except subprocess.TimeoutExpired as e:
             raise NotProvenError(f"no answer within {e.timeout:.0f} s of emulation") from e
         try:
-            return json.loads(done.stdout)
+            return json.loads(_once(done.stdout))
         except ValueError as e:
             raise NotProvenError(last_words(done)) from e
+
+
+def _once(text: str) -> str:
+    """Under emulation a guest's output was seen to arrive twice, in one piece after the other."""
+    half = len(text) // 2
+    return text[:half] if text[:half] == text[half:] else text
 
 
 def last_words(done: subprocess.CompletedProcess[str]) -> str:
