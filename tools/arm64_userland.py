@@ -20,7 +20,6 @@ import argparse
 import json
 import shlex
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,6 @@ def make(options: argparse.Namespace) -> int:
 
 
 def prove(options: argparse.Namespace) -> int:
-    started = time.monotonic()
     userlands = [arm64_root.ensure(name) for name in options.suites]
     bundles = options.bundles or list(_built(options))
     proofs = []
@@ -112,7 +110,6 @@ def prove(options: argparse.Namespace) -> int:
         **_header(),
         "source": job.own_source(),
         "tools": job.tool_versions(),
-        "seconds": round(time.monotonic() - started),
         "proofs": proofs,
     }
     _keep(result, options.out)
@@ -131,7 +128,6 @@ def _keep(result: dict[str, Any], path: Path) -> None:
     done = {(found["target"], found["runtime"]) for found in result["proofs"]}
     others = [found for found in earlier["proofs"] if (found["target"], found["runtime"]) not in done]
     result["proofs"] = sorted([*others, *result["proofs"]], key=lambda found: str(found["target"]))
-    result["seconds"] += earlier["seconds"] if others else 0
 
 
 def prove_wheelhouse(options: argparse.Namespace) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from rowcol_edge.backends import BACKENDS, load_backend
+from rowcol_edge import native
+from rowcol_edge.backends import BACKENDS, load_backend, workers
 from rowcol_edge.backends.base import Backend, QuantSpec, Source
 from rowcol_edge.device.bundle import split_feeds
 from rowcol_edge.device.runtimes import ENGINE_BUILDERS, RuntimeOptions, load_runtime
-from rowcol_edge.errors import ConfigError, DataError, StageError, TargetError
+from rowcol_edge.errors import ConfigError, DataError, MissingDependencyError, StageError, TargetError
 from rowcol_edge.targets import PRECISIONS, RuntimeSpec, load
 
 from .. import stored
@@ -122,6 +124,34 @@ def test_a_source_that_is_none_is_refused_and_nothing_is_overwritten(
     with pytest.raises(StageError, match=r"reading in\.onnx"):
         backend.compile(tmp_path / "in.onnx", runtime, QuantSpec("int8"), batches, out)
     assert out.read_bytes() == b"earlier"
+
+
+@pytest.mark.parametrize(("name", "tool"), [("openvino", "openvino"), ("tflite", "litert")])
+@pytest.mark.parametrize(
+    ("code", "error", "says"),
+    [
+        ("import os; os.abort()", StageError, r"{tool} crashed \(SIGABRT\)"),
+        ("sys.exit('the last words')", StageError, "{tool} failed: the last words"),
+        ("pass", StageError, "got no file"),
+        ("sys.exit(40)", MissingDependencyError, r"rowcol-edge\[{name}\]"),
+        ("import time; time.sleep(60)", StageError, r"{tool} took longer than 5 s"),
+    ],
+)
+def test_a_converter_that_fails_or_hangs_is_one_error(
+    name: str, tool: str, code: str, error: type[Exception], says: str,
+    sources: Sources, tmp_path: Path, runtime: RuntimeSpec, batches: Batches, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def command(_: str, arguments: Sequence[object]) -> list[str]:
+        return [sys.executable, "-c", f"import sys; {code}", *map(str, arguments)]
+
+    backend = load_backend(name)
+    out = tmp_path / f"out{backend.suffix}"
+    out.write_bytes(b"earlier")
+    monkeypatch.setattr(native, "_command", command)
+    monkeypatch.setattr(workers, "_TIMEOUT_S", 5)
+    with pytest.raises(error, match=says.format(name=name, tool=tool)):
+        backend.compile(sources(backend.consumes, "convolutions"), runtime, QuantSpec("fp32"), batches, out)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {out.name: b"earlier"}
 
 
 def test_int8_without_calibration_data_is_bad_input(

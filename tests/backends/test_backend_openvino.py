@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from rowcol_edge import native
-from rowcol_edge.backends import load_backend, openvino_files, openvino_info, openvino_worker, workers
+from rowcol_edge.backends import load_backend, openvino_files, openvino_info, openvino_worker
 from rowcol_edge.backends import openvino as openvino_backend
 from rowcol_edge.backends.base import AccuracyControl, Artifact, QuantSpec, Source
 from rowcol_edge.backends.onnx_files import Port
 from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
-from rowcol_edge.errors import BundleError, MissingDependencyError, StageError, UnsupportedOpError
+from rowcol_edge.errors import BundleError, StageError, UnsupportedOpError
 from rowcol_edge.quality import Predictions, metric
 from rowcol_edge.targets import RuntimeSpec
 
@@ -72,38 +70,6 @@ def test_a_file_that_claims_another_precision_is_refused(make: Make, tokens_prog
             else:
                 with pytest.raises(StageError, match=f"does not hold what {claimed} claims"):
                     openvino_files.check_types(path, claimed)
-
-
-@pytest.mark.parametrize(
-    ("code", "error", "says"),
-    [
-        ("import os; os.abort()", StageError, r"openvino crashed \(SIGABRT\)"),
-        ("sys.exit('the last words')", StageError, "openvino failed: the last words"),
-        ("pass", StageError, "got no file"),
-        ("sys.exit(40)", MissingDependencyError, r"rowcol-edge\[openvino\]"),
-    ],
-)
-def test_a_converter_that_fails_is_one_error(
-    make: Make, convolutions_program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    code: str, error: type[Exception], says: str,
-) -> None:  # fmt: skip
-    def command(_: str, arguments: Sequence[object]) -> list[str]:
-        return [sys.executable, "-c", f"import sys; {code}", *map(str, arguments)]
-
-    monkeypatch.setattr(native, "_command", command)
-    with pytest.raises(error, match=says):
-        make(convolutions_program, "fp32")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_converter_that_hangs_is_one_error(
-    make: Make, convolutions_program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(native, "_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
-    monkeypatch.setattr(workers, "_TIMEOUT_S", 0.5)
-    with pytest.raises(StageError, match=r"openvino took longer than 0\.5 s"):
-        make(convolutions_program, "fp32")
-    assert list(tmp_path.iterdir()) == []
 
 
 class Bessel(nn.Module):
