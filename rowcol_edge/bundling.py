@@ -217,6 +217,6 @@ def _plan_notes(plan: FactorPlan | None) -> list[str]:
         return []
     found = [layer.name for layer in plan.layers if layer.reason.startswith(ALREADY_FACTORED)]
     notes = [f"{ALREADY_FACTORED}, left as they are: {', '.join(found)}"] if found else []
-    if not plan.projected:
+    if not plan.changes:
         notes.append("no layer was factored: the factored arm equals the dense one")
     return notes

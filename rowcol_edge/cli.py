@@ -42,6 +42,10 @@ StandIn = Annotated[
 ]
 Weights = Annotated[str | None, typer.Option(help="a .safetensors file, or a checkpoint of plain tensors")]
 Calib = Annotated[str | None, typer.Option(help="calibration data: image folder, .npz or module:callable")]
+Refit = Annotated[
+    bool | None,
+    typer.Option("--refit/--no-refit", help="fit the weights to inputs that are already compressed (default: yes)"),
+]
 CalibSize = Annotated[
     str | None,
     typer.Option(help="how many calibration samples the quantizer gets, a diverse subset, or all (default: 128)"),
@@ -196,6 +200,7 @@ def factor(
     budget: BudgetText = None,
     energy: Energy = None,
     plan: Plan = None,
+    refit: Refit = None,
     target: Annotated[str, typer.Option(help="the board whose rank multiple is used")] = "generic-x86",
     out: Out = None,
     cache: UseCache = True,
@@ -211,8 +216,8 @@ def factor(
         result = api.factor(
             model,
             weights=weights, calib=calib, select=select, metric=metric, labels=labels, positive=positive,
-            preprocess=preprocess, budget=budget, energy=energy, plan=plan, target=target, out=out or "factored",
-            cache=cache, progress=progress,
+            preprocess=preprocess, budget=budget, energy=energy, plan=plan, refit=refit, target=target,
+            out=out or "factored", cache=cache, progress=progress,
         )  # fmt: skip
     if json:
         _print_json(result.to_dict())
@@ -246,6 +251,7 @@ def build(
     budget: BudgetText = None,
     energy: Energy = None,
     plan: Plan = None,
+    refit: Refit = None,
     contract: Annotated[str | None, typer.Option(help="classify, segment, anomaly_map, detect or embed")] = None,
     labels: Labels = None,
     positive: Positive = None,
@@ -284,7 +290,7 @@ def build(
     said = {
         "model": model, "target": target, "out": out, "weights": weights, "runtime": runtime, "precision": precision,
         "calib": calib, "calib_size": calib_size, "select": select, "test": test, "metric": metric, "budget": budget,
-        "energy": energy, "plan": plan, "contract": contract, "labels": labels, "positive": positive,
+        "energy": energy, "plan": plan, "refit": refit, "contract": contract, "labels": labels, "positive": positive,
         "preprocess": preprocess, "bake_preprocess": bake_preprocess, "dynamic_batch": dynamic_batch, "dense": dense,
         "zip": zip, "wheelhouse": wheelhouse, "accuracy_control": accuracy_control,
     }  # fmt: skip

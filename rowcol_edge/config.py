@@ -47,6 +47,7 @@ class Options(TypedDict, total=False):
     dynamic_batch: bool | None
     dense: bool | None
     accuracy_control: bool | None
+    refit: bool | None
     zip: bool | None
     wheelhouse: bool | None
 
@@ -65,6 +66,7 @@ class BuildOptions:
         budget: ``drop<=0.5pp,size<=4MB,…``; the default holds where labels and a metric are there.
         energy: keep this share of what each layer gives to the model's output instead of searching.
         plan: apply this plan file instead of searching.
+        refit: fit the weights once more, to inputs that are already compressed (a plan file says so itself).
         bake_preprocess: the graph takes camera frames, uint8 (N, height, width, channels), and normalises them itself.
         contract: what the outputs mean: classify, segment, anomaly_map, detect or embed.
         accuracy_control: have the quantizer itself keep layers in float until the budget's drop holds (openvino, int8).
@@ -86,6 +88,7 @@ class BuildOptions:
     budget: str | None = None
     energy: float | None = None
     plan: str | None = None
+    refit: bool = True
     contract: str | None = None
     labels: tuple[str, ...] = ()
     positive: str | None = None
@@ -203,7 +206,7 @@ def parse_preprocess(text: str) -> Preprocess:
 
 
 _TUPLES = ("target", "labels")
-_FLAGS = ("accuracy_control", "bake_preprocess", "dynamic_batch", "dense", "zip", "wheelhouse")
+_FLAGS = ("accuracy_control", "refit", "bake_preprocess", "dynamic_batch", "dense", "zip", "wheelhouse")
 
 
 def _checked(key: str, value: Any, where: str) -> Any:

@@ -65,6 +65,18 @@ class LayerUse:
 
 
 @dataclass(frozen=True, slots=True)
+class ChannelUse:
+    """A set of channels that can only get fewer together: how many (of each of ``groups``), in which layers, and why
+    they must stay, ``""`` if they need not."""
+
+    name: str
+    size: int
+    groups: int
+    layers: tuple[str, ...]
+    fixed: str
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection:
     """A model's layers and what they use."""
 
@@ -75,6 +87,7 @@ class Inspection:
     saves_parameters: int
     batchnorms_folded: int
     layers: tuple[LayerUse, ...]
+    channels: tuple[ChannelUse, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,6 +108,7 @@ def inspect(model: LoadedModel, calibration: Split, progress: Progress = silent)
         saves_parameters=plan.saved_parameters,
         batchnorms_folded=len(known.graph.batchnorms),
         layers=layers,
+        channels=tuple(ChannelUse(c.name, c.size, c.groups, c.layers, c.fixed) for c in known.channels),
     )
 
 

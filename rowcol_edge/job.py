@@ -94,7 +94,7 @@ class Job:
     def search_key(self) -> list[object]:
         """What decides a search besides the model and the target, for `stage_key`."""
         selection = self.selection.key if self.selection else None
-        return [self.calibration.key, selection, self.options.energy, self._judgement]
+        return [self.calibration.key, selection, self.options.energy, self.options.refit, self._judgement]
 
     @property
     def _judgement(self) -> list[object]:

@@ -31,7 +31,7 @@ from .errors import BudgetError, BundleError, ConfigError, ModelError, StageErro
 from .evaluation import Judged
 from .export.onnx import check_size, program
 from .export.parity import torch_run
-from .factoring.apply import apply
+from .factoring.apply import factored
 from .factoring.equalize import equalize
 from .factoring.graph import trace
 from .factoring.plan import FactorPlan
@@ -164,7 +164,7 @@ def factor(
     choice = chooser.choice(job.targets[0].rank_multiple, "fp32")
     plan = choice.plans[-1]
     search.check_costs(known, plan, job.budgets)
-    module = apply(known.folded, plan, known.spaces) if plan.projected else known.folded
+    module = factored(known, plan)
     if out is not None:
         _write_factored(out, module, plan, job)
     return Factored(
@@ -330,7 +330,7 @@ class _Line:
         parameters = self.study.parameters - (0 if plan is None else plan.saved_parameters)
 
         def module() -> nn.Module:
-            made = apply(self.study.folded, plan, self.study.spaces) if plan and plan.projected else self.study.folded
+            made = factored(self.study, plan) if plan is not None else self.study.folded
             return equalize(made, trace(made, feed(made, self.job.calibration.example()))) if repaired else made
 
         return self.bench.arm(variant, module, plan, parameters, target, runtime, precision, keep_float, repaired)

@@ -18,9 +18,10 @@ from . import evaluation
 from .budgets import Budget, Budgets
 from .errors import BudgetError
 from .evaluation import Judged
-from .factoring import apply, ranks
+from .factoring import ranks
+from .factoring.apply import factored
 from .factoring.costs import LayerInfo
-from .factoring.plan import FactorPlan, LayerPlan
+from .factoring.plan import ChannelPlan, FactorPlan, LayerPlan
 from .factoring.study import Study
 from .job import Job, Progress
 
@@ -69,7 +70,14 @@ class Choice:
         """What `to_json` wrote, every digit of it."""
         values = json.loads(text)
         plans = (
-            FactorPlan(**{**p, "layers": tuple(LayerPlan(**layer) for layer in p["layers"])}) for p in values["plans"]
+            FactorPlan(
+                **{
+                    **p,
+                    "layers": tuple(LayerPlan(**layer) for layer in p["layers"]),
+                    "channels": tuple(ChannelPlan(**each) for each in p["channels"]),
+                }
+            )
+            for p in values["plans"]
         )
         return cls(tuple(plans), tuple(Trial(**t) for t in values["trials"]))
 
@@ -92,12 +100,14 @@ def choose(
     options, name = job.options, job.model.name
     fixed: FactorPlan | None = None
     if options.plan is not None:
-        fixed = ranks.refresh(FactorPlan.read(options.plan), study.infos, study.spaces)
+        plan = FactorPlan.read(options.plan)
+        fixed = ranks.refresh(plan, study.infos, study.spaces, study.channels if plan.channels else ())
     elif options.energy is not None:
         fixed = ranks.plan_by_energy(study.infos, study.spaces, options.energy, rank_multiple=multiple, model=name)
     elif job.budgets.get("drop") is None:
         fixed = _by_cost(study, job.budgets, multiple, precision, name)
     if fixed is not None:
+        fixed = fixed if options.plan is not None else replace(fixed, refit=options.refit)
         return Choice((fixed,), (_judged(study, job, fixed, reference, judge),))
     if reference is None:
         raise BudgetError("budget drop", expected="labelled selection data", got="none")
@@ -108,7 +118,7 @@ def _judged(study: Study, job: Job, plan: FactorPlan, reference: Judged | None, 
     """A plan that was not searched, judged where quality can be; BudgetError if it misses the drop."""
     if reference is None:
         return trial(study, plan, None, None)
-    judged = judge(apply.apply(study.folded, plan, study.spaces), "judge the plan")
+    judged = judge(factored(study, plan), "judge the plan")
     lost = evaluation.drop(job, reference, judged)
     budget = job.budgets.get("drop")
     if budget is not None and lost > budget.limit + 1e-9:
@@ -124,14 +134,16 @@ def _judged(study: Study, job: Job, plan: FactorPlan, reference: Judged | None, 
 def smaller(study: Study, plan: FactorPlan, excess_bytes: float, precision: str) -> FactorPlan:
     """A plan whose compiled file is smaller by ``excess_bytes``; BudgetError where ranks cannot go that low."""
     count = study.parameters - plan.saved_parameters - int(1.05 * excess_bytes / BYTES_PER_WEIGHT[precision]) - 1
-    return ranks.plan_by_parameters(
+    smaller_plan = ranks.plan_by_parameters(
         study.infos,
         study.spaces,
         model_parameters=study.parameters,
         count=max(1, count),
         rank_multiple=plan.rank_multiple,
         model=plan.model,
+        allocator=study.allocator(plan.rank_multiple, 1.0),
     )
+    return replace(smaller_plan, refit=plan.refit)
 
 
 def check_costs(study: Study, plan: FactorPlan, budgets: Budgets) -> None:
@@ -156,12 +168,13 @@ def ladder(study: Study, multiple: int, model: str) -> tuple[FactorPlan, ...]:
     def cost(info: LayerInfo, rank: int) -> float:
         return (ranks.parameters(info, rank) / study.parameters + ranks.macs(info, rank) / max(1, study.macs)) / 2
 
+    allocator = study.allocator(multiple, BREAK_EVEN)
     plans: list[FactorPlan] = []
     for share in (1.0, *np.geomspace(_MOST_CAREFUL, _BOLDEST, _PLANS)):
         try:
             plan = ranks.plan_by_cost(
                 study.infos, study.spaces, cost, total=1.0, limit=float(share), rank_multiple=multiple,
-                break_even=BREAK_EVEN, made_by=f"cost<={share:.3f}", model=model,
+                break_even=BREAK_EVEN, made_by=f"cost<={share:.3f}", model=model, allocator=allocator,
             )  # fmt: skip
         except ranks.OverBudgetError:
             break
@@ -175,11 +188,11 @@ def _by_quality(
 ) -> Choice:
     budget = job.budgets.get("drop")
     assert budget is not None  # choose() comes here for no other reason
-    plans = ladder(study, multiple, job.model.name)
+    plans = tuple(replace(plan, refit=job.options.refit) for plan in ladder(study, multiple, job.model.name))
     trials: dict[int, Trial] = {}
 
     def holds(index: int) -> bool:
-        module = apply.apply(study.folded, plans[index], study.spaces)
+        module = factored(study, plans[index])
         judged = judge(module, f"try {plans[index].made_by}")
         lost = evaluation.drop(job, reference, judged)
         trials[index] = trial(study, plans[index], judged.value, lost)
@@ -224,6 +237,7 @@ def _by_cost(study: Study, budgets: Budgets, multiple: int, precision: str, mode
             count=limits[tightest],
             rank_multiple=multiple,
             model=model,
+            allocator=study.allocator(multiple, 1.0),
         )
     except BudgetError as e:
         raise BudgetError(f"budget {tightest.text}", expected=e.expected, got=e.got, hint=e.hint) from e
@@ -240,10 +254,11 @@ def _by_loss(study: Study, multiple: int, model: str) -> FactorPlan:
 
 
 def _predicted(study: Study, plan: FactorPlan) -> float:
-    """The losses of the layers, each by itself, added up."""
+    """The losses of layers and channels, each by itself, added up."""
     losses = [study.spaces[layer.name].losses for layer in plan.projected]
     pairs = zip(losses, plan.projected, strict=True)
-    return sum(float(found[layer.rank or 0]) for found, layer in pairs if found is not None)
+    channels = sum(float(study.channel_spaces[each.name].losses[each.width]) for each in plan.channels)
+    return channels + sum(float(found[layer.rank or 0]) for found, layer in pairs if found is not None)
 
 
 def _parameter_limit(study: Study, budget: Budget, precision: str) -> int:

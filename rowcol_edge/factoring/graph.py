@@ -116,6 +116,21 @@ def trace(model: nn.Module, example: Mapping[str, torch.Tensor]) -> LayerGraph:
     return _Reader(model, program, calls, _batch_size(example)).read()
 
 
+def exported(model: nn.Module, example: Mapping[str, torch.Tensor]) -> torch.export.ExportedProgram:
+    """The model's graph in eval mode, with the example's sizes; UnsupportedOpError as `trace`."""
+    args, kwargs = bind(model, example)
+    with evaluating(model), torch.no_grad():
+        return _export(model, args, kwargs)
+
+
+def weight_owners(model: nn.Module, program: torch.export.ExportedProgram) -> dict[str, str]:
+    """Placeholder → the layer or norm whose weight or running statistic it is."""
+    kinds = nn.Linear | _ConvNd | _BatchNorm | nn.LayerNorm
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    owner = {id(tensor): name for name, module in reversed(modules.items()) for tensor in _tensors(module)}
+    return _owners(model, program.graph_signature, owner)
+
+
 def _export(
     model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
 ) -> torch.export.ExportedProgram:

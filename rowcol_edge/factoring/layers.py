@@ -97,9 +97,7 @@ def describe(
 
 def skip_reasons(model: nn.Module) -> dict[str, str]:
     """What can be told without running the model: layer name → reason to leave it, ``""`` if there is none."""
-    holders: Counter[int] = Counter()
-    for module in model.modules():
-        holders.update({id(parameter) for parameter in module._parameters.values() if parameter is not None})
+    holders = _holders(model)
     return {
         name: _module_reason(module) or _tied_reason(module, holders)
         for name, module in model.named_modules()
@@ -107,7 +105,34 @@ def skip_reasons(model: nn.Module) -> dict[str, str]:
     }
 
 
+def held(model: nn.Module, graph: LayerGraph) -> dict[str, str]:
+    """Layer → why its weights cannot be replaced by narrower ones, ``""`` if they can."""
+    holders = _holders(model)
+    found = {}
+    for layer in graph.layers:
+        module = model.get_submodule(layer.name)
+        if isinstance(module, nn.Linear | _ConvNd):
+            found[layer.name] = _held(module) or _tied_reason(module, holders) or _use_reason(layer)
+    return found
+
+
+def _holders(model: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter."""
+    holders: Counter[int] = Counter()
+    for module in model.modules():
+        holders.update({id(parameter) for parameter in module._parameters.values() if parameter is not None})
+    return holders
+
+
 def _module_reason(module: nn.Module) -> str:
+    reason = _held(module)
+    if not reason and isinstance(module, _ConvNd) and module.groups != 1:
+        depthwise = module.groups == module.in_channels
+        return "depthwise convolution" if depthwise else f"grouped convolution ({module.groups} groups)"
+    return reason
+
+
+def _held(module: nn.Module) -> str:
     kind = base(module)
     if kind is None:
         return f"{type(module).__name__} is not factored"
@@ -119,9 +144,6 @@ def _module_reason(module: nn.Module) -> str:
     # A replacement would lose them silently.
     if module._forward_hooks or module._forward_pre_hooks:
         return "hooks are attached to it"
-    if isinstance(module, _ConvNd) and module.groups != 1:
-        depthwise = module.groups == module.in_channels
-        return "depthwise convolution" if depthwise else f"grouped convolution ({module.groups} groups)"
     weight = module._parameters["weight"]
     if weight is None or not weight.is_floating_point() or not bool(torch.isfinite(weight).all()):
         return "its weight is not finite floating point"

@@ -1,9 +1,9 @@
-"""Ranks from spectra: by energy, or by a budget at the least predicted loss. Pure numpy."""
+"""Ranks and widths from spectra: by energy, or by a budget at the least predicted loss. Pure numpy."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -11,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rowcol_edge.errors import BudgetError, ConfigError, PlanError
+from rowcol_edge.factoring.allocation import Allocator, Cost, Widths
+from rowcol_edge.factoring.channels import ChannelSet
 from rowcol_edge.factoring.costs import LayerInfo
-from rowcol_edge.factoring.plan import FactorPlan, LayerPlan, nearest
+from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan, LayerPlan, nearest
 
 Array = NDArray[np.float64]
-
-#: what a layer costs at a rank; 0 is the dense layer
-Cost = Callable[[LayerInfo, int], float]
 
 
 class Spectrum(Protocol):
@@ -83,6 +82,7 @@ def plan_by_parameters(
     rank_multiple: int = 1,
     break_even: float = 1.0,
     model: str = "",
+    allocator: Allocator | None = None,
 ) -> FactorPlan:
     """Meets a parameter budget over the whole model at the least predicted loss (see `plan_by_cost`).
 
@@ -99,7 +99,7 @@ def plan_by_parameters(
     try:
         return plan_by_cost(
             infos, spaces, parameters, total=model_parameters, limit=budget, rank_multiple=rank_multiple,
-            break_even=break_even, made_by=f"parameters<={budget}", model=model,
+            break_even=break_even, made_by=f"parameters<={budget}", model=model, allocator=allocator,
         )  # fmt: skip
     except OverBudgetError as e:
         least = round(e.least)
@@ -140,6 +140,7 @@ def plan_by_cost(
     break_even: float = 1.0,
     made_by: str = "",
     model: str = "",
+    allocator: Allocator | None = None,
 ) -> FactorPlan:
     """Brings the whole model's cost from ``total`` down to ``limit`` at the least predicted loss.
 
@@ -147,53 +148,115 @@ def plan_by_cost(
     convex hull of its (cost, loss) options, always the step with the least loss for what it saves first; the last step
     is then taken back as far as the budget allows.
 
+    Args:
+        allocator: proposes widths of channels; of those the one is taken whose widths and ranks lose least in all.
+
     Raises:
         ConfigError: options out of range.
         OverBudgetError: below the least that can be reached.
     """
     _check_options(rank_multiple, break_even)
-    ladders = {
-        name: _ladder(info, spaces[name], cost, rank_multiple, break_even)
-        for name, info in infos.items()
-        if not _reason(info, spaces.get(name))
-    }
-    chosen = _allocate(ladders, total, limit)
+    proposals = [{}] if allocator is None else allocator.candidates(cost, total, limit)
+    best: tuple[float, FactorPlan] | None = None
+    over: list[OverBudgetError] = []
+    for widths in proposals:
+        known = {name: infos[name] if allocator is None else allocator.widths.info(name, widths) for name in infos}
+        ladders = {
+            name: _ladder(info, spaces[name], cost, rank_multiple, break_even)
+            for name, info in known.items()
+            if not _reason(info, spaces.get(name))
+        }
+        saved = sum(cost(infos[name], 0) - cost(known[name], 0) for name in infos if known[name] is not infos[name])
+        try:
+            chosen = _allocate(ladders, total - saved, limit)
+        except OverBudgetError as error:
+            over.append(error)
+            continue
+        lost = sum(option.loss for option in chosen.values())
+        if allocator is not None:
+            lost += allocator.lost(widths)
+        if best is None or lost < best[0]:
+            ranks = {name: option.rank for name, option in chosen.items()}
+            best = lost, _planned(infos, spaces, ranks, widths, None if allocator is None else allocator.widths)
+    if best is None:
+        raise min(over, key=lambda error: error.least)
+    return replace(best[1], rank_multiple=rank_multiple, made_by=made_by, model=model)
+
+
+def _planned(
+    infos: Mapping[str, LayerInfo],
+    spaces: Mapping[str, Spectrum],
+    ranks: Mapping[str, int],
+    widths: Mapping[str, int],
+    channels: Widths | None,
+) -> FactorPlan:
     layers = []
     for name, info in infos.items():
         reason = _reason(info, spaces.get(name))
-        rank = chosen.get(name, 0)
-        if rank:
-            layers.append(_project(info, rank, _kept(spaces[name].eigenvalues)))
+        left = info if channels is None else channels.info(name, widths)
+        if ranks.get(name, 0):
+            layers.append(_project(info, ranks[name], _kept(spaces[name].eigenvalues), left))
         else:
-            layers.append(_dense(info, reason or "the budget does not need it"))
-    return FactorPlan(tuple(layers), rank_multiple, made_by, model)
+            layers.append(_dense(info, reason or "the budget does not need it", left))
+    return FactorPlan(tuple(layers), channels=_channels(channels, widths))
 
 
-def refresh(plan: FactorPlan, infos: Mapping[str, LayerInfo], spaces: Mapping[str, Spectrum]) -> FactorPlan:
+def _channels(channels: Widths | None, widths: Mapping[str, int]) -> tuple[ChannelPlan, ...]:
+    if channels is None:
+        return ()
+    return tuple(
+        ChannelPlan(name, width, channels.sets[name].size, channels.loose({name: width}))
+        for name, width in widths.items()
+        if width < channels.sets[name].size
+    )
+
+
+def refresh(
+    plan: FactorPlan,
+    infos: Mapping[str, LayerInfo],
+    spaces: Mapping[str, Spectrum],
+    sets: Sequence[ChannelSet] = (),
+) -> FactorPlan:
     """The plan checked against the model, its derived numbers computed anew; layers it leaves out are added as dense.
 
     Raises:
-        PlanError: an unknown layer (with the nearest names), one that must stay dense, a rank out of range.
+        PlanError: an unknown layer or set (with the nearest names), one that must stay as it is, a rank or width out of
+            range.
     """
     listed = {layer.name: layer for layer in plan.layers}
     for name in listed:
         if name not in infos:
             raise PlanError(f"the plan names unknown layer {name!r}", hint=nearest(name, infos))
+    channels, widths = Widths(infos, sets), _widths(plan, sets)
     layers = []
     for name, info in infos.items():
-        layer = listed.get(name)
-        if layer is None or layer.form == "dense":
-            layers.append(_dense(info, info.skip or (layer.reason if layer else "") or "left dense by the plan"))
+        layer, left = listed.get(name), channels.info(name, widths)
+        if layer is None or layer.form != "project":
+            layers.append(_dense(info, info.skip or (layer.reason if layer else "") or "left dense by the plan", left))
             continue
         if info.skip:
             raise PlanError(f"layer {name!r} cannot be factored: {info.skip}", hint='set its form to "dense"')
         rank = layer.rank or 0
-        if not 1 <= rank <= info.out_features:
-            raise PlanError(f"layer {name!r}: rank", expected=f"1 to {info.out_features}", got=str(rank))
+        if not 1 <= rank <= left.out_features:
+            raise PlanError(f"layer {name!r}: rank", expected=f"1 to {left.out_features}", got=str(rank))
         if name not in spaces:
             raise PlanError(f"layer {name!r}: its spaces were not collected")
-        layers.append(_project(info, rank, _kept(spaces[name].eigenvalues)))
-    return replace(plan, layers=tuple(layers))
+        layers.append(_project(info, rank, _kept(spaces[name].eigenvalues), left))
+    return replace(plan, layers=tuple(layers), channels=_channels(channels, widths))
+
+
+def _widths(plan: FactorPlan, sets: Sequence[ChannelSet]) -> dict[str, int]:
+    known = {each.name: each for each in sets}
+    for each in plan.channels:
+        found = known.get(each.name)
+        if found is None:
+            raise PlanError(f"the plan names unknown channels {each.name!r}", hint=nearest(each.name, known))
+        if not 1 <= each.width <= found.size:
+            raise PlanError(f"channels {each.name!r}: width", expected=f"1 to {found.size}", got=str(each.width))
+        if found.fixed and each.width < found.size:
+            what = f"channels {each.name!r} cannot be narrowed: {found.fixed}"
+            raise PlanError(what, hint="leave out their table")
+    return {each.name: each.width for each in plan.channels}
 
 
 def _check_options(rank_multiple: int, break_even: float) -> None:
@@ -228,20 +291,32 @@ def _kept(eigenvalues: Array) -> Array:
     return np.minimum(np.cumsum(eigenvalues) / total, 1.0) if total > 0.0 else np.ones_like(eigenvalues)
 
 
-def _dense(info: LayerInfo, reason: str) -> LayerPlan:
-    return LayerPlan(info.name, "dense", None, 1.0, info.parameters, info.parameters, info.macs, info.macs, reason)
+def _dense(info: LayerInfo, reason: str, left: LayerInfo | None = None) -> LayerPlan:
+    """``left``: the layer with the channels that are left to it."""
+    left = left or info
+    narrowed = left is not info
+    return LayerPlan(
+        name=info.name,
+        form="narrow" if narrowed else "dense",
+        parameters_before=info.parameters,
+        parameters_after=left.parameters,
+        macs_before=info.macs,
+        macs_after=left.macs,
+        reason="" if narrowed else reason,
+    )
 
 
-def _project(info: LayerInfo, rank: int, kept: Array) -> LayerPlan:
+def _project(info: LayerInfo, rank: int, kept: Array, left: LayerInfo | None = None) -> LayerPlan:
+    left = left or info
     return LayerPlan(
         name=info.name,
         form="project",
         rank=rank,
         energy=float(kept[rank - 1]),
         parameters_before=info.parameters,
-        parameters_after=info.factored_parameters(rank),
+        parameters_after=left.factored_parameters(rank),
         macs_before=info.macs,
-        macs_after=info.factored_macs(rank),
+        macs_after=left.factored_macs(rank),
     )
 
 
@@ -278,8 +353,7 @@ def _slope(dearer: _Option, cheaper: _Option) -> float:
     return (cheaper.loss - dearer.loss) / (dearer.cost - cheaper.cost)
 
 
-def _allocate(ladders: Mapping[str, list[_Option]], total: float, limit: float) -> dict[str, int]:
-    """Layer → rank, 0 = dense."""
+def _allocate(ladders: Mapping[str, list[_Option]], total: float, limit: float) -> dict[str, _Option]:
     least = total - sum(options[0].cost - options[-1].cost for options in ladders.values())
     if least > limit:
         raise OverBudgetError("the budget cannot be met by factoring", least)
@@ -291,14 +365,14 @@ def _allocate(ladders: Mapping[str, list[_Option]], total: float, limit: float) 
     ]
     # Slopes rise along each hull, so a stable sort keeps a layer's steps in order.
     steps.sort(key=lambda step: step[0])
-    chosen = {name: options[0].rank for name, options in ladders.items()}
+    chosen = {name: options[0] for name, options in ladders.items()}
     for _, name, dearer, cheaper in steps:
         if total <= limit:
             break
         room = limit - (total - dearer.cost)
         between = _between(ladders[name], dearer, cheaper)
         fitting = next((option for option in between if option.cost <= room), cheaper)
-        chosen[name] = fitting.rank
+        chosen[name] = fitting
         total += fitting.cost - dearer.cost
     return chosen
 

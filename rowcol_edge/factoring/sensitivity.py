@@ -15,8 +15,8 @@ their own size, which gives half the squared relative error.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,16 +25,25 @@ from numpy.typing import NDArray
 from torch import nn
 
 from rowcol_edge.calling import bind, evaluating, feed
-from rowcol_edge.factoring.spaces import LayerSpaces, Progress, channel_axis
+from rowcol_edge.factoring import channel_spaces
+from rowcol_edge.factoring.channel_spaces import ChannelSpaces
+from rowcol_edge.factoring.channels import ChannelSet
+from rowcol_edge.factoring.spaces import LayerSpaces, Moments, Place, Progress, directions, rows
 
 Array = NDArray[np.float64]
 Feeds = Mapping[str, NDArray[Any]]
 
-SAMPLES = 128
-"""Calibration samples that gradients are taken on: half of them for the directions, the others to judge them."""
+SAMPLES = 64
+"""Calibration samples whose gradients directions are found with."""
 _AT_ONCE = 4  # samples whose activations are held
-_SHRINKAGE = 0.01
-"""Share of the mean of ``F``'s diagonal in it: directions are not worthless that few samples give no gradient to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """Spaces in the order of their worth, by layer and by channel set."""
+
+    layers: dict[str, LayerSpaces]
+    channels: dict[str, ChannelSpaces]
 
 
 def weigh(
@@ -45,21 +54,41 @@ def weigh(
     classify: bool,
     progress: Progress | None = None,
 ) -> dict[str, LayerSpaces]:
-    """The spaces with directions in the order of their worth, and what cutting off the others costs at the output.
-
-    Deterministic. The model is left as it was. Spaces are returned as they are where no gradient reaches a layer, or
-    where the model cannot be differentiated: then the variance of its own output is all that is known.
-
-    Memory: ``16 · out²`` bytes a layer, and the activations of 4 samples, as in training.
-
-    Args:
-        samples: input name → samples; `SAMPLES` of them are enough.
-        classify: the first output is logits or probabilities of classes, if it is (samples, classes).
-    """
+    """`weigh_all` of layers only, one half of the samples for the directions and the other to judge them."""
     count = min(len(array) for array in samples.values())
     # every other sample, as data often come sorted by class
     first, second = ({name: array[start::2] for name, array in samples.items()} for start in (0, 1))
-    parts = [_chunks(first), _chunks(second if count > 1 else first)]
+    judges = second if count > 1 else first
+    return weigh_all(model, first, judges, spaces, {}, (), classify=classify, progress=progress).layers
+
+
+def weigh_all(
+    model: nn.Module,
+    samples: Feeds,
+    judges: Feeds,
+    spaces: Mapping[str, LayerSpaces],
+    moments: Mapping[Place, Moments],
+    sets: Sequence[ChannelSet],
+    *,
+    classify: bool,
+    progress: Progress | None = None,
+) -> Weighed:
+    """The spaces with directions in the order of their worth, and what cutting off the others costs at the output.
+
+    Deterministic. The model is left as it was. Spaces are returned as they are where no gradient reaches a layer, or
+    where the model cannot be differentiated: then the variance of its own output is all that is known, and there are no
+    channel spaces.
+
+    Memory: ``16 · size²`` bytes a layer and a reader of channels, and the activations of 4 samples, as in training.
+
+    Args:
+        samples: input name → samples that directions are found with.
+        judges: samples that they are judged on. Spaces must not come from these: a wide layer's space that few samples
+            filled seems to lose nothing on the same ones.
+        moments: at the places where `sets` are read.
+        classify: the first output is logits or probabilities of classes, if it is (samples, classes).
+    """
+    parts = [_chunks(samples), _chunks(judges)]
     total = sum(map(len, parts))
     done = 0
 
@@ -69,19 +98,49 @@ def weigh(
         if progress is not None:
             progress("sensitivity", done, total)
 
+    outputs = {name: Place(name) for name in spaces}
+    reads = {each.name: channel_spaces.places(each) for each in sets}
     try:
         objective = _Objective(classify=classify)
-        moments = {name: _Gradients(space) for name, space in spaces.items()}
-        _stream(model, parts[0], moments, objective, advance)
-        weighed = {name: _directions(spaces[name], found.mean()) for name, found in moments.items()}
-        losses = {name: _Losses(space) for name, space in weighed.items()}
-        _stream(model, parts[1], losses, objective, advance)
+        gradients = {
+            place: _Gradients() for place in (*outputs.values(), *(p for found in reads.values() for p in found))
+        }
+        _stream(model, parts[0], gradients, objective, advance)
+        weighed = {name: _directions(spaces[name], gradients[place].mean()[0]) for name, place in outputs.items()}
+        chosen = {
+            each.name: channel_spaces.choose(model, each, [moments[p] for p in reads[each.name]], metrics)
+            for each in sets
+            if (metrics := [gradients[p].mean() for p in reads[each.name]]) and all(map(_usable, metrics))
+        }
+        losses = {name: _Losses() for name in (*outputs, *(_key(name) for name in chosen))}
+        watched = {place: losses[name].at(*_frame(weighed[name])) for name, place in outputs.items()}
+        for name, found in chosen.items():
+            for place, read in zip(reads[name], found.reads, strict=True):
+                watched[place] = losses[_key(name)].at(read.mean, read.basis, read.dual)
+        _stream(model, parts[1], watched, objective, advance)
     except (RuntimeError, NotImplementedError):  # no backward pass through some operator
-        return dict(spaces)
-    return {
+        return Weighed(dict(spaces), {})
+    layers = {
         name: space if space.dual is None else replace(space, losses=losses[name].by_rank())
         for name, space in weighed.items()
     }
+    channels = {
+        name: replace(found, losses=found.by_width(losses[_key(name)].by_rank())) for name, found in chosen.items()
+    }
+    return Weighed(layers, channels)
+
+
+def _key(name: str) -> str:
+    return f"channels {name}"
+
+
+def _usable(metric: Array) -> bool:
+    return bool(np.isfinite(metric).all()) and float(np.trace(metric.sum(0))) > 0.0
+
+
+def _frame(spaces: LayerSpaces) -> tuple[Array, Array, Array]:
+    dual = spaces.basis if spaces.dual is None else spaces.dual
+    return spaces.mean[None], spaces.basis[None], dual[None]
 
 
 def _chunks(samples: Feeds) -> list[Feeds]:
@@ -94,47 +153,84 @@ class _Gradients:
 
     needs_values = False
 
-    def __init__(self, spaces: LayerSpaces) -> None:
+    def __init__(self) -> None:
         self.samples = 0
-        self._total = torch.zeros(len(spaces.mean), len(spaces.mean), dtype=torch.float64)
+        self._total: torch.Tensor | None = None
 
     def add(self, values: torch.Tensor, gradients: torch.Tensor) -> None:
-        rows = gradients.flatten(0, 1)
-        self._total += rows.T @ rows
+        """Both (samples, positions, groups, size)."""
+        wide = gradients.flatten(0, 1).transpose(0, 1)
+        found = (wide.transpose(1, 2) @ wide).double()
+        self._total = found if self._total is None else self._total + found
+
+    def flush(self, samples: int) -> None:
+        self.samples += samples
 
     def mean(self) -> Array:
-        return np.asarray(self._total.numpy() / max(1, self.samples))
+        """(groups, size, size)"""
+        if self._total is None:
+            return np.zeros((1, 1, 1))
+        return np.asarray(self._total.cpu().numpy() / max(1, self.samples))
 
 
 class _Losses:
-    """What each direction adds to the output to first order, and the second moments of that over the samples."""
+    """What each direction adds to the output to first order, and the second moments of that over the samples.
 
-    needs_values = True
+    One place has one frame; channels that several layers read are looked at in several, which add up.
+    """
 
-    def __init__(self, spaces: LayerSpaces) -> None:
+    def __init__(self) -> None:
         self.samples = 0
-        self._mean = torch.from_numpy(spaces.mean).float()
-        self._basis = torch.from_numpy(spaces.basis).float()
-        self._dual = self._basis if spaces.dual is None else torch.from_numpy(spaces.dual).float()
-        self._total = torch.zeros(len(spaces.mean), len(spaces.mean), dtype=torch.float64)
+        self._pending: torch.Tensor | None = None
+        self._total: torch.Tensor | None = None
 
-    def add(self, values: torch.Tensor, gradients: torch.Tensor) -> None:
-        added = (((values - self._mean) @ self._dual) * (gradients @ self._basis)).sum(1).double()
-        self._total.addmm_(added.T, added)
+    def at(self, mean: Array, basis: Array, dual: Array) -> _Frame:
+        """(groups, size), (groups, size, directions) twice."""
+        return _Frame(self, mean, basis, dual)
+
+    def add(self, added: torch.Tensor) -> None:
+        self._pending = added if self._pending is None else self._pending + added
+
+    def flush(self, samples: int) -> None:
+        if self._pending is not None:
+            found = self._pending.T @ self._pending
+            self._total = found if self._total is None else self._total + found
+            self._pending = None
+            self.samples += samples
 
     def by_rank(self) -> Array:
-        """(out + 1,): half the mean square of all that the directions from each rank on add, falling."""
+        """(directions + 1,): half the mean square of all that the directions from each rank on add, falling."""
+        assert self._total is not None
         cut = (self._total / max(1, self.samples)).numpy()[::-1, ::-1]
         losses = 0.5 * cut.cumsum(0).cumsum(1).diagonal()
         return np.maximum.accumulate(np.concatenate([[0.0], losses]))[::-1]
 
 
+class _Frame:
+    """Directions at one place."""
+
+    needs_values = True
+
+    def __init__(self, losses: _Losses, mean: Array, basis: Array, dual: Array) -> None:
+        self._losses = losses
+        self._mean, self._basis, self._dual = (torch.from_numpy(each).float() for each in (mean, basis, dual))
+
+    def add(self, values: torch.Tensor, gradients: torch.Tensor) -> None:
+        count = len(values)
+        # (groups, samples · positions, size)
+        seen = (values - self._mean).flatten(0, 1).transpose(0, 1) @ self._dual
+        seen *= gradients.flatten(0, 1).transpose(0, 1) @ self._basis
+        self._losses.add(seen.reshape(len(seen), count, -1, seen.shape[-1]).sum((0, 2)).double())
+
+    def flush(self, samples: int) -> None:
+        self._losses.flush(samples)
+
+
+_Watched = Mapping[Place, _Gradients] | Mapping[Place, _Frame]
+
+
 def _stream(
-    model: nn.Module,
-    chunks: Iterable[Feeds],
-    watched: Mapping[str, _Gradients] | Mapping[str, _Losses],
-    objective: _Objective,
-    advance: Callable[[], None],
+    model: nn.Module, chunks: Iterable[Feeds], watched: _Watched, objective: _Objective, advance: Callable[[], None]
 ) -> None:
     """One backward pass a chunk; RuntimeError where there is none."""
     with evaluating(model), _frozen(model), _hooks(model, watched):
@@ -142,8 +238,9 @@ def _stream(
             args, kwargs = bind(model, feed(model, chunk))
             with torch.enable_grad():
                 objective(model(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]
+            count = min(len(array) for array in chunk.values())
             for entry in watched.values():
-                entry.samples += min(len(array) for array in chunk.values())
+                entry.flush(count)
             advance()
 
 
@@ -198,48 +295,57 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hooks(model: nn.Module, watched: Mapping[str, _Gradients] | Mapping[str, _Losses]) -> Iterator[None]:
+def _hooks(model: nn.Module, watched: _Watched) -> Iterator[None]:
+    """What is given is watched behind the layer; what is taken on a way of the layer's own, so that the gradient that
+    comes back is what arrives through this layer alone."""
     handles = []
+    given, taken = ({p: entry for p, entry in watched.items() if p.given is side} for side in (True, False))
     try:
-        for name, entry in watched.items():
-            layer = model.get_submodule(name)
-            handles.append(layer.register_forward_hook(_observer(channel_axis(layer), entry)))
+        for place, entry in given.items():
+            layer = model.get_submodule(place.name)
+
+            def behind(
+                module: nn.Module, args: tuple[Any, ...], result: torch.Tensor, seen: Any = ((place, entry),)
+            ) -> torch.Tensor:
+                return _watch(result, module, seen)
+
+            handles.append(layer.register_forward_hook(behind))
+        for name in dict.fromkeys(place.name for place in taken):
+            seen = tuple((place, entry) for place, entry in taken.items() if place.name == name)
+
+            def before(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Any = seen
+            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+                if args:
+                    return (_watch(args[0], module, seen), *args[1:]), kwargs
+                return args, {**kwargs, "input": _watch(kwargs["input"], module, seen)}
+
+            handles.append(model.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _observer(channels: int, entry: _Gradients | _Losses) -> Callable[..., torch.Tensor]:
-    def rows(values: torch.Tensor) -> torch.Tensor:
-        """(samples, positions, features)"""
-        if channels == -1:
-            return values.reshape(len(values), -1, values.shape[-1]).float()
-        return values.flatten(2).transpose(1, 2).float()
+def _watch(value: torch.Tensor, layer: nn.Module, seen: Iterable[tuple[Place, _Gradients | _Frame]]) -> torch.Tensor:
+    # what follows may work in place: on no leaf, and not on what is needed later
+    kept = value.detach().clone() if any(entry.needs_values for _, entry in seen) else value.detach()
+    if not value.requires_grad:  # the first layer on its way: gradients begin here
+        value = value.detach().requires_grad_()
+    value = value.clone()
 
-    def hook(module: nn.Module, args: tuple[Any, ...], result: torch.Tensor) -> torch.Tensor:
-        # what follows may work in place: on no leaf, and not on what is needed later
-        values = result.detach().clone() if entry.needs_values else result.detach()
-        if not result.requires_grad:  # the first layer on its way: gradients begin here
-            result = result.detach().requires_grad_().clone()
-        result.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradients: entry.add(rows(values), rows(gradients))
-        )
-        return result
+    def arrived(gradients: torch.Tensor) -> None:
+        for place, entry in seen:
+            entry.add(rows(kept, layer, place).float(), rows(gradients, layer, place).float())
 
-    return hook
+    value.register_hook(arrived)  # type: ignore[no-untyped-call]
+    return value
 
 
 def _directions(spaces: LayerSpaces, gradients: Array) -> LayerSpaces:
     """Basis and dual in the order of what they are worth; as they are where no gradient came."""
-    mean = float(np.trace(gradients)) / len(gradients)
-    if mean <= 0.0 or not np.isfinite(gradients).all():
+    if gradients.shape[0] != len(spaces.mean) or not _usable(gradients[None]):
         return spaces
-    shrunk = (1.0 - _SHRINKAGE) * gradients + _SHRINKAGE * mean * np.eye(len(gradients))
-    root = np.linalg.cholesky(shrunk)  # F = root · rootᵀ
     covariance = (spaces.basis * spaces.eigenvalues) @ spaces.basis.T
-    values, vectors = np.linalg.eigh(root.T @ covariance @ root)
-    values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
-    peaks = vectors[np.abs(vectors).argmax(axis=0), np.arange(len(vectors))]
-    vectors = vectors * np.where(peaks < 0, -1.0, 1.0)
-    return replace(spaces, eigenvalues=values, dual=root @ vectors, basis=np.linalg.solve(root.T, vectors))
+    values, basis, dual = directions(covariance, gradients)
+    return replace(spaces, eigenvalues=values, dual=dual, basis=basis)

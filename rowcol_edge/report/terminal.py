@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..coverage import DataReport
     from ..device.doctor import Diagnosis
     from ..device.profile import Profile
-    from ..inspection import Inspection, LayerUse
+    from ..inspection import ChannelUse, Inspection, LayerUse
     from ..pipeline import Built, Factored
     from ..samples import Sample
     from ..targets import Target
@@ -113,12 +113,28 @@ def inspection(found: Inspection) -> None:
     for layer in found.layers:
         if layer.measured_thinly:
             console.print(f"too few data: {layer.name}: {layer.rows} rows cannot fill its spaces; do not trust its use")
+    _channels(console, found.channels)
     share = found.saves_parameters / max(1, found.parameters)
     console.print(
         "Use: directions that hold 99 and 99.9 % of the variance, of all. Spectrum: variance in each eighth of the "
         "output's directions.\nAt 99.9 % a layer, factoring saves "
         f"{found.saves_parameters:,} parameters ({share:.0%}). What that costs in quality, build finds out.",
     )
+
+
+def _channels(console: Console, channels: Sequence[ChannelUse]) -> None:
+    """The sets of channels that can be narrowed, and the others with the reason."""
+    free = [each for each in channels if not each.fixed]
+    if free:
+        table = _table("Channels that can be narrowed, without a new operator", [("set", "l"), ("", "r"), ("in", "l")])
+        for each in free:
+            size = str(each.size) if each.groups == 1 else f"{each.groups}×{each.size}"
+            more = f" and {len(each.layers) - _LISTED} more" if len(each.layers) > _LISTED else ""
+            table.add_row(each.name, size, ", ".join(each.layers[:_LISTED]) + more)
+        console.print(table)
+    for each in channels:
+        if each.fixed:
+            console.print(f"not narrowed: channels of {each.name}: {each.fixed}")
 
 
 def diagnosis(found: Diagnosis) -> None:

@@ -51,7 +51,7 @@ def test_digest_is_of_decisions_only() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("schema = 1", "schema = 9", "expected 1, got 9"),
+        ("schema = 2", "schema = 9", "expected 1 or 2, got 9"),
         ("rank = 16", "rnak = 16", "did you mean 'rank'"),
         ("rank = 16", "rank = 0", "at least 1"),
         ("rank = 16", "rank = true", "expected int, got True"),
@@ -61,7 +61,7 @@ def test_digest_is_of_decisions_only() -> None:
         ("rank_multiple = 16", "rank_multpile = 16", "did you mean 'rank_multiple'"),
         ('name = "fc"', 'name = "conv1"', "twice"),
         ('name = "fc"\n', "", "without a name"),
-        ("schema = 1", "schema =", "expected TOML"),
+        ("schema = 2", "schema =", "expected TOML"),
         ("[[layers]]", "[layers]", "TOML"),
     ],
 )

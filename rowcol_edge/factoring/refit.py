@@ -1,0 +1,248 @@
+"""The second pass: weights fitted to inputs that are already compressed, layer after layer.
+
+Spaces are measured on the original, where every layer sees what it was trained on. In the factored model it sees
+``x̂``, what the factored layers before it make of that. So each layer is fitted once more, in the order they are called,
+to give on ``x̂`` what the original's layer gives (of that what is kept):
+
+    min over Δ of  E‖y − (W + Δ) x̂ − b‖² + ρ ‖Δ‖²
+
+(asymmetric reconstruction: X. Zhang, J. Zou, K. He and J. Sun, Accelerating very deep convolutional networks for
+classification and detection, 2016, section 3.2; the ridge pulls towards the weights that the spaces gave). Of a layer
+in two parts the second is fitted. ``ρ`` is the one that does best on samples that the fit has not seen; a layer that
+nothing does better for keeps its weights, and so does the whole model where its output does not come closer to the
+original's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from rowcol_edge.calling import bind, evaluating, feed
+from rowcol_edge.factoring.costs import LayerInfo
+from rowcol_edge.factoring.spaces import Place, Progress, rows, spread
+
+Array = NDArray[np.float64]
+Feeds = Mapping[str, NDArray[Any]]
+
+_SAMPLES = (16, 512)  # every fourth is left to judge
+_BYTES = 256 * 2**20  # of the largest activation of all samples
+_ROWS = (2048, 12288)  # positions of all samples that a layer is fitted to: twice its inputs, within this
+_FAN_IN = 2400  # a layer with more inputs keeps its weights: its fit would cost more than all others
+_RIDGES = (1e-4, 1e-2, 1.0)  # shares of the mean variance of the inputs
+_BETTER = 0.999  # of the error on unseen samples
+
+
+@dataclass(slots=True)
+class _Fit:
+    """One layer: how many positions of each sample are looked at, and what the original gives there."""
+
+    name: str
+    take: Array | None  # (kept outputs, outputs); None: all
+    positions: int
+    wanted: torch.Tensor | None = None  # (samples, positions, kept outputs)
+
+
+def refit(
+    original: nn.Module,
+    model: nn.Module,
+    samples: Feeds,
+    names: Sequence[str],
+    kept: Mapping[str, Array],
+    *,
+    classify: bool,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """A copy of ``model`` whose layers are fitted to ``original``; one of the two as it was where that is no better.
+
+    Deterministic. Memory: a forward pass of all samples, and ``4 · rows · out`` bytes a layer for what the original
+    gives, of at most 12,288 rows.
+
+    Args:
+        samples: input name → calibration samples.
+        names: layers to fit, in call order; in ``model`` each is a layer or ``nn.Sequential(reduce, expand)``.
+        kept: layer → (kept outputs, outputs), where it gives fewer than the original's.
+    """
+    count = min(len(array) for array in samples.values())
+    fitted = copy.deepcopy(model)
+    fits = [
+        _Fit(name, kept.get(name), _positions(size, count))
+        for name in names
+        if (size := _fan_in(fitted.get_submodule(name))) is not None
+    ]
+    unseen = torch.arange(count) % 4 == 3
+    if not bool(unseen.any()) or not fits:
+        return model
+    with evaluating(original), _wanted(original, fits):
+        reference = _run(original, samples)
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress("second pass", done, len(fits))
+
+    with evaluating(fitted), _fitting(fitted, fits, unseen, advance):
+        after = _run(fitted, samples)
+    with evaluating(model):
+        before = _run(model, samples)
+    losses = [_loss(reference, got, unseen, classify=classify) for got in (before, after)]
+    return fitted if losses[1] < losses[0] else model
+
+
+def affordable(infos: Mapping[str, LayerInfo]) -> int:
+    """Samples that a second pass should be given: all are in memory at once, a layer at a time."""
+    largest = max((4 * info.out_features * (info.outputs or info.positions) for info in infos.values()), default=1)
+    return max(_SAMPLES[0], min(_SAMPLES[1], _BYTES // max(1, largest)))
+
+
+def _fan_in(layer: nn.Module) -> int | None:
+    """Inputs of one output of the part that is fitted; None where it keeps its weights."""
+    part = _part(layer)
+    if isinstance(part, nn.Linear):
+        size = part.in_features
+    elif isinstance(part, _ConvNd) and not part.transposed and part.groups == 1 and len(part.kernel_size) <= 2:
+        size = part.in_channels * int(np.prod(part.kernel_size))
+    else:
+        return None
+    return size if size <= _FAN_IN else None
+
+
+def _part(layer: nn.Module) -> nn.Module:
+    return layer.get_submodule("expand") if isinstance(layer, nn.Sequential) else layer
+
+
+def _positions(size: int, samples: int) -> int:
+    return max(1, -(-min(max(2 * size, _ROWS[0]), _ROWS[1]) // samples))
+
+
+def _run(model: nn.Module, samples: Feeds) -> list[torch.Tensor]:
+    args, kwargs = bind(model, feed(model, samples))
+    with torch.no_grad():
+        result = model(*args, **kwargs)
+    values = list(result.values()) if isinstance(result, Mapping) else result
+    flat = [values] if isinstance(values, torch.Tensor) else list(values)
+    return [value.double() for value in flat if isinstance(value, torch.Tensor) and value.is_floating_point()]
+
+
+def _loss(wanted: Sequence[torch.Tensor], got: Sequence[torch.Tensor], where: torch.Tensor, *, classify: bool) -> float:
+    """Kullback–Leibler divergence of a classifier's answers, else the relative squared error of the outputs."""
+    first, second = wanted[0][where], got[0][where]
+    if classify and first.dim() == 2 and first.shape[1] > 1:
+        logs = first.log_softmax(1)
+        return float((logs.exp() * (logs - second.log_softmax(1))).sum(1).mean())
+    pairs = [(a[where], b[where]) for a, b in zip(wanted, got, strict=True) if a.dim() and len(a) == len(where)]
+    return sum(float((a - b).square().sum() / a.square().sum().clamp_min(1e-30)) for a, b in pairs)
+
+
+@contextlib.contextmanager
+def _wanted(original: nn.Module, fits: Sequence[_Fit]) -> Iterator[None]:
+    """What the original gives, of that what is kept."""
+    handles = []
+    for fit in fits:
+
+        def behind(module: nn.Module, args: tuple[Any, ...], result: torch.Tensor, fit: _Fit = fit) -> None:
+            found = rows(result, module, Place(fit.name), fit.positions)[:, :, 0]
+            fit.wanted = found if fit.take is None else found @ torch.from_numpy(fit.take).to(found).T
+
+        handles.append(original.get_submodule(fit.name).register_forward_hook(behind))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _fitting(
+    model: nn.Module, fits: Sequence[_Fit], unseen: torch.Tensor, advance: Callable[[], None]
+) -> Iterator[None]:
+    handles = []
+    for fit in fits:
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fit: _Fit = fit) -> None:
+            part, taken = _part(module), args[0] if args else kwargs["input"]
+            if part is not module:
+                taken = module.get_submodule("reduce")(taken)
+            assert fit.wanted is not None
+            _solve(part, _inputs(part, taken, fit.positions), fit.wanted, unseen)
+            fit.wanted = None
+            advance()
+
+        handles.append(model.get_submodule(fit.name).register_forward_pre_hook(before, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _inputs(layer: nn.Module, taken: torch.Tensor, limit: int) -> torch.Tensor:
+    """(samples, positions, inputs of one output), at the positions where `rows` looks at the output."""
+    if isinstance(layer, nn.Linear):
+        return rows(taken, layer, Place("", given=False), limit)[:, :, 0]
+    assert isinstance(layer, _ConvNd)
+    lone = len(layer.kernel_size) == 1
+
+    def flat(values: Sequence[int]) -> tuple[int, ...]:
+        return (1, *values) if lone else tuple(values)
+
+    found = []
+    for sample in taken:  # one by one: all patches of a picture are k² times its size
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        padded = F.pad(sample[None], layer._reversed_padding_repeated_twice, mode)
+        padded = padded.unsqueeze(2) if lone else padded
+        patches = F.unfold(padded, flat(layer.kernel_size), flat(layer.dilation), 0, flat(layer.stride))
+        count = patches.shape[2]
+        index = spread(count, limit).to(patches.device) if count > limit else slice(None)
+        found.append(patches[0, :, index].T)
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def _solve(layer: nn.Module, taken: torch.Tensor, wanted: torch.Tensor, unseen: torch.Tensor) -> None:
+    """Changes weight and bias where that does better on the unseen samples."""
+    assert isinstance(layer, nn.Linear | _ConvNd)
+    weight = layer.weight.flatten(1).double()
+    bias = torch.zeros(len(weight), dtype=torch.float64) if layer.bias is None else layer.bias.double()
+    seen = ~unseen
+    inputs, outputs = taken[seen].flatten(0, 1).double(), wanted[seen].flatten(0, 1).double()
+    missing = outputs - inputs @ weight.T - bias
+    if layer.bias is None:  # nothing takes up a mean
+        mean, shift = torch.zeros_like(weight[0]), torch.zeros_like(bias)
+    else:
+        mean, shift = inputs.mean(0), missing.mean(0)
+    inputs, missing = inputs - mean, missing - shift
+    gram, cross = inputs.T @ inputs / len(inputs), inputs.T @ missing / len(inputs)
+    size = float(gram.diagonal().mean())
+    if size <= 0.0 or not bool(torch.isfinite(gram).all()):
+        return
+    tests, truth = taken[unseen].flatten(0, 1).double(), wanted[unseen].flatten(0, 1).double()
+    best, least = None, float((truth - tests @ weight.T - bias).square().sum())
+    if least <= 1e-10 * float(truth.square().sum()):
+        return  # nothing before it has changed
+    for ridge in _RIDGES:
+        factor, info = torch.linalg.cholesky_ex(gram + ridge * size * torch.eye(len(gram), dtype=torch.float64))
+        if int(info):
+            continue
+        change = torch.cholesky_solve(cross, factor).T
+        moved = bias + shift - change @ mean
+        error = float((truth - tests @ (weight + change).T - moved).square().sum())
+        if error < _BETTER * least:
+            best, least = (change, moved), error
+    if best is not None:
+        change, moved = best
+        layer.weight.copy_((weight + change).reshape(layer.weight.shape).to(layer.weight))
+        if layer.bias is not None:
+            layer.bias.copy_(moved.to(layer.bias))

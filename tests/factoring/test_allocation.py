@@ -1,0 +1,153 @@
+"""Widths beside ranks, against every combination where there are few."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rowcol_edge.errors import PlanError
+from rowcol_edge.factoring import ranks
+from rowcol_edge.factoring.allocation import Allocator, Rates, Widths, step
+from rowcol_edge.factoring.channels import ChannelSet, Slot
+from rowcol_edge.factoring.costs import LayerInfo
+from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan, LayerPlan
+from rowcol_edge.factoring.spaces import LayerSpaces
+
+
+def slot(name: str, size: int, groups: int = 1, taps: int = 1) -> Slot:
+    return Slot(name, np.arange(groups * size * taps).reshape(groups, size, taps))
+
+
+INFOS = {
+    "a": LayerInfo("a", "conv2d", 8, 16, (3, 3), positions=25),
+    "depthwise": LayerInfo(
+        "depthwise", "conv2d", 16, 16, (3, 3), groups=16, positions=25, skip="depthwise convolution"
+    ),
+    "b": LayerInfo("b", "linear", 16 * 9, 24),
+    "c": LayerInfo("c", "linear", 24, 10),
+}
+SETS = (
+    ChannelSet("a", 1, 16, (slot("a", 16),), (slot("depthwise", 16),), (slot("b", 16, taps=9),), loose=2),
+    ChannelSet("b", 1, 24, (slot("b", 24),), uses=(slot("c", 24),)),
+    ChannelSet("c", 1, 10, (slot("c", 10),), fixed="an output of the model"),
+)
+TOTAL = sum(info.parameters for info in INFOS.values())
+
+
+def spectra(seed: int) -> tuple[dict[str, LayerSpaces], Rates]:
+    rng = np.random.default_rng(seed)
+
+    def losses(size: int) -> np.ndarray:
+        return np.concatenate([np.sort(rng.exponential(size=size) ** 3)[::-1], [0.0]])
+
+    spaces = {
+        name: LayerSpaces(name, np.ones(n := INFOS[name].out_features), np.eye(n), np.zeros(n), 9, losses=losses(n))
+        for name in ("a", "b", "c")
+    }
+    widths = {each.name: losses(each.size) for each in SETS if not each.fixed}
+    return spaces, Rates({name: space.losses for name, space in spaces.items() if space.losses is not None}, widths)
+
+
+def test_a_width_changes_every_layer_that_it_meets() -> None:
+    widths = Widths(INFOS, SETS)
+    narrowed = {name: widths.info(name, {"a": 10, "b": 8}) for name in INFOS}
+    assert (narrowed["a"].out_features, narrowed["a"].in_features) == (10, 8)
+    assert (narrowed["depthwise"].in_features, narrowed["depthwise"].groups) == (10, 10)
+    assert narrowed["depthwise"].parameters == 10 * 9 + 10
+    assert (narrowed["b"].in_features, narrowed["b"].out_features) == (90, 8)
+    assert narrowed["c"].in_features == 8
+    assert widths.info("c", {}) is INFOS["c"]
+    assert widths.loose({"a": 10}) == 12
+    assert widths.layers("a") == ["a", "depthwise", "b"]
+
+
+@pytest.mark.parametrize(
+    ("size", "multiple", "wanted"), [(512, 16, 16), (64, 16, 8), (32, 16, 4), (10, 16, 1), (7, 1, 1)]
+)
+def test_small_sets_have_a_choice(size: int, multiple: int, wanted: int) -> None:
+    assert step(size, multiple) == wanted
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), share=st.floats(0.15, 1.0))
+def test_plans_keep_the_budget_and_their_own_books(seed: int, share: float) -> None:
+    spaces, rates = spectra(seed)
+    allocator = Allocator(Widths(INFOS, SETS), rates, 1, 1.0)
+    plan = ranks.plan_by_parameters(
+        INFOS, spaces, model_parameters=TOTAL, ratio=share, allocator=allocator
+    )  # fmt: skip
+    assert TOTAL - sum(p.parameters_before - p.parameters_after for p in plan.layers) <= TOTAL * share
+    assert ranks.refresh(plan, INFOS, spaces, SETS) == plan
+    for layer in plan.layers:
+        left = Widths(INFOS, SETS).info(layer.name, {each.name: each.width for each in plan.channels})
+        wanted = left.factored_parameters(layer.rank) if layer.rank else left.parameters
+        assert layer.parameters_after == wanted
+
+
+def test_widths_are_near_the_best_of_every_combination() -> None:
+    gaps = []
+    for seed in range(8):
+        spaces, rates = spectra(seed)
+        widths = Widths(INFOS, SETS)
+        limit = 0.4 * TOTAL
+
+        def value(plan: FactorPlan, rates: Rates = rates) -> float:
+            channels = sum(rates.widths[each.name][each.width] for each in plan.channels)
+            return float(channels + sum(rates.ranks[p.name][p.rank or 0] for p in plan.projected))
+
+        best = np.inf
+        for a, b in itertools.product(range(1, 17), range(1, 25)):
+            chosen = {"a": a, "b": b}
+
+            class Fixed(Allocator):
+                def candidates(self, *_: object, chosen: dict[str, int] = chosen) -> list[dict[str, int]]:  # type: ignore[override]
+                    return [chosen]
+
+            try:
+                plan = ranks.plan_by_parameters(
+                    INFOS, spaces, model_parameters=TOTAL, count=int(limit), allocator=Fixed(widths, rates, 1, 1.0)
+                )
+            except ranks.BudgetError:
+                continue
+            best = min(best, value(plan))
+        found = ranks.plan_by_parameters(
+            INFOS, spaces, model_parameters=TOTAL, count=int(limit), allocator=Allocator(widths, rates, 1, 1.0)
+        )
+        gaps.append(value(found) / best)
+    assert min(gaps) >= 1.0 - 1e-9
+    assert np.median(gaps) < 1.3
+
+
+def test_channels_go_further_than_ranks_alone() -> None:
+    spaces, rates = spectra(3)
+    allocator = Allocator(Widths(INFOS, SETS), rates, 1, 1.0)
+    least = 0.12
+    with pytest.raises(ranks.BudgetError):
+        ranks.plan_by_parameters(INFOS, spaces, model_parameters=TOTAL, ratio=0.02)
+    plan = ranks.plan_by_parameters(INFOS, spaces, model_parameters=TOTAL, ratio=least, allocator=allocator)
+    assert plan.channels
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        (ChannelPlan("d", 3), "unknown channels 'd'"),
+        (ChannelPlan("a", 17), "1 to 16"),
+        (ChannelPlan("c", 4), "an output of the model"),
+    ],
+)
+def test_an_edited_plan_is_checked(channels: ChannelPlan, message: str) -> None:
+    spaces, _ = spectra(0)
+    with pytest.raises(PlanError, match=message):
+        ranks.refresh(FactorPlan((), channels=(channels,)), INFOS, spaces, SETS)
+
+
+def test_a_rank_must_fit_the_channels_that_are_left() -> None:
+    spaces, _ = spectra(0)
+    plan = FactorPlan((LayerPlan("b", "project", 12),), channels=(ChannelPlan("b", 8),))
+    with pytest.raises(PlanError, match="1 to 8"):
+        ranks.refresh(plan, INFOS, spaces, SETS)

@@ -1,0 +1,133 @@
+"""Channel sets as the graph couples them, and the reasons of those that stay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rowcol_edge.factoring import coupling, fold, graph, narrow
+from rowcol_edge.factoring.channels import ChannelSet
+from tests.couplings import PICTURE, TOKENS, Encoder, Joined, Residual, made
+
+
+def sets(model: nn.Module, shape: tuple[int, ...]) -> dict[str, ChannelSet]:
+    parameter = next(model.parameters())
+    example = {"x": torch.randn(2, *shape, dtype=parameter.dtype)}
+    traced = graph.trace(model, example)
+    folded = fold.fold_batchnorm(model, traced)
+    found = narrow.checked(folded, coupling.find(folded, traced, example), example)
+    return {each.name: each for each in found}
+
+
+def names(slots: object) -> list[str]:
+    return [slot.name for slot in slots]  # type: ignore[attr-defined]
+
+
+def test_a_sum_couples_all_that_is_added() -> None:
+    found = sets(made(Residual), PICTURE)
+    stream = found["stem"]
+    assert names(stream.producers) == ["stem", "second", "back"]
+    assert sorted(names(stream.uses)) == ["first", "head", "wide"]
+    assert (stream.fixed, stream.linear, stream.size) == ("", False, 12)
+
+
+def test_a_depthwise_layer_and_a_gate_go_with_the_channels() -> None:
+    found = sets(made(Residual), PICTURE)
+    wide = found["wide"]
+    assert names(wide.producers) == ["wide", "excite"]
+    assert names(wide.carriers) == ["depthwise"]
+    assert sorted(names(wide.uses)) == ["back", "squeeze"]
+    assert found["squeeze"].size == 4
+    assert not any(each.fixed for name, each in found.items() if name != "head")
+    assert found["head"].fixed == "an output of the model"
+
+
+def test_the_parts_of_a_concatenation_are_sets_of_their_own() -> None:
+    found = sets(made(Joined), PICTURE)
+    assert [found[name].uses[0].index.ravel().tolist() for name in ("left", "right")] == [
+        list(range(6)),
+        list(range(6, 16)),
+    ]
+    both = found["both"]
+    assert both.uses[0].index.shape == (1, 8, 9)  # a flattened 3×3 picture: nine inputs for each channel
+    assert both.uses[0].index[0, 1].tolist() == list(range(9, 18))
+
+
+@pytest.mark.parametrize(("scale", "rescaled"), [("torch", True), ("width", True), ("fixed", False)])
+def test_heads_are_narrowed_alike(scale: str, rescaled: bool) -> None:
+    found = sets(made(Encoder, scale), TOKENS)
+    product, values = found["attention.query"], found["attention.value"]
+    assert product.contracted == ("attention.query", "attention.key")
+    assert (product.groups, product.size, product.rescale, product.fixed) == (2, 8, rescaled, "")
+    assert (values.groups, values.size, values.linear, values.fixed) == (2, 8, True, "")
+    assert found["expand"].size == 40
+    assert (found["embed"].fixed, found["embed"].norms) == ("", ("norm1", "norm2", "norm3"))
+
+
+def test_rotary_embeddings_are_named() -> None:
+    found = sets(made(Encoder, "torch", True), TOKENS)
+    assert found["attention.query"].fixed == "combined with values that no layer gives, as rotary embeddings are"
+    assert found["attention.value"].fixed == ""
+
+
+class Split(nn.Module):
+    """What cannot be followed: a chunk, code that knows its sizes, a weight that is no layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused, self.after = nn.Linear(5, 12), nn.Linear(6, 8)
+        self.knows, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.loose = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.fused(x).chunk(2, -1)
+        x = self.after(F.relu(first) * second) @ self.loose
+        x = self.knows(x)
+        if x.shape[-1] != 8:
+            raise ValueError("eight")
+        logits: torch.Tensor = self.last(F.relu(x).mean(1))
+        return logits
+
+
+def test_what_cannot_be_followed_stays_with_its_reason() -> None:
+    found = sets(made(Split), TOKENS)
+    assert found["fused"].fixed == "channels are cut out of it"
+    assert found["after"].fixed
+    assert found["knows"].fixed == "the model's code does not do with fewer"
+
+
+class Held(nn.Module):
+    """Layers whose weights belong to somebody else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Linear(5, 8))
+        self.twice, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.last(F.relu(self.twice(F.relu(self.twice(F.relu(self.first(x)))))))
+        return logits
+
+
+def test_layers_that_cannot_be_replaced_hold_their_channels() -> None:
+    found = sets(made(Held), TOKENS)
+    assert found["twice"].fixed.endswith("shared: called 2 times")
+    assert all(each.fixed for each in found.values())
+
+
+def test_parameters_and_norms_go_with_their_channels() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.norm = nn.Conv2d(2, 8, 3), nn.Conv2d(8, 3, 1), nn.BatchNorm2d(8)
+            self.gamma = nn.Parameter(torch.rand(8, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            pictures: torch.Tensor = self.second(self.norm(F.relu(self.first(x)) * self.gamma))
+            return pictures
+
+    found = sets(made(Scaled), PICTURE)["first"]
+    assert (names(found.carriers), names(found.parameters), found.loose) == (["norm"], ["gamma"], 3)
+    assert found.fixed == ""

@@ -1,0 +1,106 @@
+"""The second pass: closer on inputs it has not seen, never further away, and nothing else touched."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from rowcol_edge.datasets import Split, scan
+from rowcol_edge.factoring import refit
+from rowcol_edge.factoring.apply import factored
+from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan, LayerPlan
+from rowcol_edge.factoring.study import study
+from tests.couplings import PICTURE, TOKENS, Encoder, Residual, made
+
+
+def inputs(shape: tuple[int, ...], count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, *shape))
+
+
+def split(x: np.ndarray) -> Split:
+    return scan(Split("calibration", "random", lambda: iter([({"x": x}, None)])))
+
+
+def divergence(model: nn.Module, other: nn.Module, x: np.ndarray) -> float:
+    with torch.inference_mode():
+        wanted, got = (net(torch.from_numpy(x)).log_softmax(1) for net in (model, other))
+    return float((wanted.exp() * (wanted - got)).sum(1).mean())
+
+
+PLANS = {
+    "residual": (Residual, PICTURE, FactorPlan(
+        (LayerPlan("second", "project", 4),), channels=(ChannelPlan("first", 5), ChannelPlan("stem", 9)))),
+    "encoder": (Encoder, TOKENS, FactorPlan(
+        (LayerPlan("attention.output", "project", 5), LayerPlan("contract", "project", 4)),
+        channels=(ChannelPlan("expand", 20), ChannelPlan("attention.query", 3), ChannelPlan("attention.value", 5)))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_output_comes_closer_on_unseen_inputs(name: str) -> None:
+    kind, shape, plan = PLANS[name]
+    known = study(made(kind), split(inputs(shape, 300, 0)), classify=True)
+    before = copy.deepcopy(known.folded.state_dict())
+    from dataclasses import replace
+
+    first, second = factored(known, plan), factored(known, replace(plan, refit=True))
+    unseen = inputs(shape, 400, 9)
+    assert divergence(known.folded, second, unseen) < 0.95 * divergence(known.folded, first, unseen)
+    assert [(n, p.shape) for n, p in first.named_parameters()] == [(n, p.shape) for n, p in second.named_parameters()]
+    assert all(torch.equal(value, before[key]) for key, value in known.folded.state_dict().items())
+    again = factored(known, replace(plan, refit=True))
+    assert all(torch.equal(a, b) for a, b in zip(second.parameters(), again.parameters(), strict=True))
+
+
+def test_a_model_that_loses_nothing_is_returned_as_it_was() -> None:
+    model = made(Encoder)
+    same = copy.deepcopy(model)
+    names = ["embed", "expand", "contract"]
+    result = refit.refit(model, same, {"x": inputs(TOKENS, 32, 0)}, names, {}, classify=True)
+    assert all(torch.equal(a, b) for a, b in zip(result.parameters(), model.parameters(), strict=True))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    kernel=st.integers(1, 3), stride=st.integers(1, 2), padding=st.integers(0, 2), dilation=st.integers(1, 2),
+    mode=st.sampled_from(["zeros", "reflect", "circular"]), lone=st.booleans(),
+)  # fmt: skip
+def test_patches_are_what_a_convolution_sees(
+    kernel: int, stride: int, padding: int, dilation: int, mode: str, lone: bool
+) -> None:
+    torch.manual_seed(0)
+    kind, shape = (nn.Conv1d, (3, 2, 9)) if lone else (nn.Conv2d, (3, 2, 9, 8))
+    layer = kind(2, 4, kernel, stride, padding, dilation, padding_mode=mode).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = layer(x).flatten(2).transpose(1, 2)
+        got = refit._inputs(layer, x, 10**6) @ layer.weight.flatten(1).T + layer.bias
+    torch.testing.assert_close(got, wanted)
+
+
+def test_too_few_samples_to_judge_change_nothing() -> None:
+    model, other = made(Encoder), made(Encoder)
+    with torch.no_grad():
+        other.expand.weight *= 0.5
+    assert refit.refit(model, other, {"x": inputs(TOKENS, 3, 0)}, ["expand"], {}, classify=True) is other
+
+
+def test_half_precision_weights_keep_their_type() -> None:
+    torch.manual_seed(0)
+    model = Encoder().eval().to(torch.bfloat16)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.expand.weight[:, 3:] = 0.0
+    x = inputs(TOKENS, 64, 0).astype(np.float32)
+    result = refit.refit(model, other, {"x": x}, ["expand", "contract"], {}, classify=True)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in result.parameters())
+    tests = torch.from_numpy(inputs(TOKENS, 64, 1)).to(torch.bfloat16)
+    with torch.inference_mode():
+        errors = [float((net(tests) - model(tests)).float().square().mean()) for net in (other, result)]
+    assert errors[1] < errors[0]
