@@ -252,8 +252,9 @@ class Workbench:
         key = _key(variant, plan, runtime, repaired)
         if key not in self._sources:
             job, folder = self._job, self._place(variant)
+            recovered = job.recovery_key if plan else []  # a plan alone does not decide a recovered model
             job.cache.get(
-                job.stage_key("export", *map(str, key), job.options.dynamic_batch, self._inputs_key),
+                job.stage_key("export", *map(str, key), job.options.dynamic_batch, self._inputs_key, *recovered),
                 folder,
                 lambda folder: self._export(variant, module(), plan is not None, runtime, folder),
             )

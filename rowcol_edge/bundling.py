@@ -62,7 +62,7 @@ def key(job: Job, target: Target) -> str:
 def write(
     out: Path, job: Job, target: Target, runtime: RuntimeSpec, arms: Sequence[Arm], choice: Choice, original: Quality,
     *, data: DataReport | None = None, notes: Sequence[str] = (), precision: Mapping[str, Any] | None = None,
-    zip_too: bool = False, progress: Progress = silent,
+    recovered: Mapping[str, Any] | None = None, zip_too: bool = False, progress: Progress = silent,
 ) -> Path:  # fmt: skip
     """Judge the arms on the test split – the only time it is judged – and write the bundle.
 
@@ -72,6 +72,7 @@ def write(
         data: what the splits hold, for the record.
         notes: said in the manifest beside the arms' own.
         precision: how the precision was chosen, where it was not named.
+        recovered: how the factored arm was recovered, where it was.
         zip_too: write ``out.zip`` as well.
     """
     inputs = job.calibration.spread(_GOLDEN_SAMPLES)
@@ -102,7 +103,7 @@ def write(
         golden_outputs={arm.name: f"golden/{arm.name}.npz" for arm in arms},
         tool_versions=tool_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        build=_record(job, target, arms, choice, data, notes, precision),
+        build=_record(job, target, arms, choice, data, notes, {"precision": precision, "recovered": recovered}),
     )
     extra: dict[str, Path | bytes] = {
         f"arms/{arm.name}{companion.suffix}": companion for arm in arms for companion in arm.artifact.companions
@@ -190,12 +191,11 @@ def _raised(requirements: Sequence[str], packages: Sequence[str], oldest: str) -
 
 def _record(
     job: Job, target: Target, arms: Sequence[Arm], choice: Choice, data: DataReport | None, notes: Sequence[str],
-    precision: Mapping[str, Any] | None,
+    chosen: Mapping[str, Mapping[str, Any] | None],
 ) -> dict[str, Any]:  # fmt: skip
-    """How the bundle came about, for people."""
+    """How the bundle came about, for people; ``chosen`` where there is something to say of it."""
     notes = [*notes, *(data.notes() if data is not None else ())]
-    chosen = {} if precision is None else {"precision": dict(precision)}
-    return chosen | {
+    return {name: dict(said) for name, said in chosen.items() if said is not None} | {
         "key": key(job, target),
         "model": job.model.reference,
         "model_digest": job.model.digest,

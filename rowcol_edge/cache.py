@@ -81,6 +81,26 @@ class Cache:
                 _store(self.folder, entry, into, self.limit_bytes)
                 _make_room(self.folder, self.limit_bytes)
 
+    def put(self, key: str, write: Callable[[Path], None]) -> None:
+        """Keep what ``write`` leaves in the folder it is given, instead of what was there under this key."""
+        if self.folder is None:
+            return
+        with tempfile.TemporaryDirectory(prefix="rowcol-cache-") as work:
+            write(Path(work))
+            with contextlib.suppress(OSError):
+                _store(self.folder, self.folder / key, Path(work), self.limit_bytes)
+                _make_room(self.folder, self.limit_bytes)
+
+    def restored(self, key: str, into: Path) -> bool:
+        """Whether there was a whole entry under this key; its files are in the new folder ``into`` then."""
+        into.mkdir(parents=True)
+        return self.folder is not None and _restored(self.folder / key, into)
+
+    def drop(self, key: str) -> None:
+        """Forget an entry, if it is there."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder / key, ignore_errors=True)
+
     def text(self, key: str, make: Callable[[], str]) -> str:
         """`get` for a stage that makes text."""
         return self._value(key, make, _write_text, _read_text)

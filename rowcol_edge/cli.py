@@ -70,6 +70,12 @@ BudgetText = Annotated[
 ]
 Energy = Annotated[float | None, typer.Option(help="keep this share of what each layer gives to the output: 0.999")]
 Plan = Annotated[str | None, typer.Option(help="apply this plan file instead of searching for one")]
+Recover = Annotated[
+    int | None, typer.Option(metavar="EPOCHS", help="then distil the original into the factored model (default: 0)")
+]
+RecoverData = Annotated[
+    str | None, typer.Option(help="inputs to distil on, labels are not used (default: the calibration data)")
+]
 UseCache = Annotated[
     bool, typer.Option("--cache/--no-cache", help="keep what stages make in ROWCOL_CACHE or ~/.cache/rowcol-edge")
 ]
@@ -201,6 +207,8 @@ def factor(
     energy: Energy = None,
     plan: Plan = None,
     refit: Refit = None,
+    recover: Recover = None,
+    recover_data: RecoverData = None,
     target: Annotated[str, typer.Option(help="the board whose rank multiple is used")] = "generic-x86",
     out: Out = None,
     cache: UseCache = True,
@@ -217,7 +225,7 @@ def factor(
             model,
             weights=weights, calib=calib, select=select, metric=metric, labels=labels, positive=positive,
             preprocess=preprocess, budget=budget, energy=energy, plan=plan, refit=refit, target=target,
-            out=out or "factored", cache=cache, progress=progress,
+            out=out or "factored", recover=recover, recover_data=recover_data, cache=cache, progress=progress,
         )  # fmt: skip
     if json:
         _print_json(result.to_dict())
@@ -252,6 +260,8 @@ def build(
     energy: Energy = None,
     plan: Plan = None,
     refit: Refit = None,
+    recover: Recover = None,
+    recover_data: RecoverData = None,
     contract: Annotated[str | None, typer.Option(help="classify, segment, anomaly_map, detect or embed")] = None,
     labels: Labels = None,
     positive: Positive = None,
@@ -292,7 +302,8 @@ def build(
         "calib": calib, "calib_size": calib_size, "select": select, "test": test, "metric": metric, "budget": budget,
         "energy": energy, "plan": plan, "refit": refit, "contract": contract, "labels": labels, "positive": positive,
         "preprocess": preprocess, "bake_preprocess": bake_preprocess, "dynamic_batch": dynamic_batch, "dense": dense,
-        "zip": zip, "wheelhouse": wheelhouse, "accuracy_control": accuracy_control,
+        "zip": zip, "wheelhouse": wheelhouse, "accuracy_control": accuracy_control, "recover": recover,
+        "recover_data": recover_data,
     }  # fmt: skip
     given = {key: value for key, value in said.items() if value is not None}
     with _progress() as progress:

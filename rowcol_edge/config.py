@@ -39,6 +39,8 @@ class Options(TypedDict, total=False):
     budget: str | None
     energy: float | None
     plan: str | os.PathLike[str] | None
+    recover: int | None
+    recover_data: str | os.PathLike[str] | None
     contract: str | None
     labels: str | Sequence[str] | None
     positive: str | None
@@ -67,6 +69,8 @@ class BuildOptions:
         energy: keep this share of what each layer gives to the model's output instead of searching.
         plan: apply this plan file instead of searching.
         refit: fit the weights once more, to inputs that are already compressed (a plan file says so itself).
+        recover: epochs of distillation from the original that a factored arm gets; 0 for none.
+        recover_data: inputs to distil on, labelled or not; the calibration data where none are named.
         bake_preprocess: the graph takes camera frames, uint8 (N, height, width, channels), and normalises them itself.
         contract: what the outputs mean: classify, segment, anomaly_map, detect or embed.
         accuracy_control: have the quantizer itself keep layers in float until the budget's drop holds (openvino, int8).
@@ -89,6 +93,8 @@ class BuildOptions:
     energy: float | None = None
     plan: str | None = None
     refit: bool = True
+    recover: int = 0
+    recover_data: str | None = None
     contract: str | None = None
     labels: tuple[str, ...] = ()
     positive: str | None = None
@@ -126,6 +132,9 @@ class BuildOptions:
         chosen = [n for n in ("plan", "energy") if getattr(self, n) is not None]
         if len(chosen) > 1:
             raise ConfigError("plan", expected="a plan file or an energy", got="both")
+        if self.recover_data is not None and not self.recover:
+            hint = "say how many epochs: --recover 3"
+            raise ConfigError("recover_data", expected="epochs of recovery besides", got="none", hint=hint)
         Budgets.parse(self.budget or "")
 
     def to_dict(self) -> dict[str, Any]:
@@ -226,13 +235,21 @@ def _checked(key: str, value: Any, where: str) -> Any:
         return value
     if key == "calib_size":
         return _checked_size(value, where)
-    if key == "energy":
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise _wrong(key, "a number", value, where)
-        return float(value)
+    if key in ("recover", "energy"):
+        return _checked_number(key, value, where)
     if not isinstance(value, (str, os.PathLike)):
         raise _wrong(key, "text", value, where)
     return os.fspath(value)
+
+
+def _checked_number(key: str, value: Any, where: str) -> int | float:
+    if key == "recover":
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise _wrong(key, "a number of epochs from 0", value, where)
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _wrong(key, "a number", value, where)
+    return float(value)
 
 
 def _checked_size(value: Any, where: str) -> int | str:

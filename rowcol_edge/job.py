@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -55,6 +55,7 @@ class Job:
         positive: index of the positive class among ``labels``.
         budgets: the user's, or the default where quality can be judged.
         cache: keeps what stages made, see `stage_key`.
+        recovery: what a factored model is distilled on; None where none was named.
     """
 
     options: BuildOptions
@@ -70,6 +71,7 @@ class Job:
     preprocess: Preprocess | None
     budgets: Budgets
     cache: Cache
+    recovery: Split | None = None
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -87,6 +89,7 @@ class Job:
             self.preprocess.to_dict() if self.preprocess else None,
             tool_versions(),
             own_source(),
+            *([self.recovery.digest] if self.recovery else []),
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -95,6 +98,15 @@ class Job:
         """What decides a search besides the model and the target, for `stage_key`."""
         selection = self.selection.key if self.selection else None
         return [self.calibration.key, selection, self.options.energy, self.options.refit, self._judgement]
+
+    @property
+    def recovery_key(self) -> list[object]:
+        """What decides how a factored model is recovered besides the model and the plan; empty where none is."""
+        if not self.options.recover:
+            return []
+        data, selection = self.recovery or self.calibration, self.selection.key if self.selection else None
+        judged = self._judgement[1:-1]  # neither the plan, which has a digest of its own, nor the budgets
+        return [self.options.recover, data.key, self.calibration.key, selection, judged]
 
     @property
     def _judgement(self) -> list[object]:
@@ -173,6 +185,7 @@ def prepare(
     budgets = _budgets(options, metric)
     if options.accuracy_control:
         _check_accuracy_control(options, metric, budgets)
+    recovery = _recovery(options, model, calibration, [s for s in (selection, test) if s], preprocess)
     positive_name = options.positive or (sample.positive if sample else None)
     return Job(
         options=options,
@@ -188,7 +201,26 @@ def prepare(
         preprocess=preprocess,
         budgets=budgets,
         cache=cache or Cache(None),
+        recovery=recovery,
     )
+
+
+def _recovery(
+    options: BuildOptions, model: LoadedModel, calibration: Split, judged: Sequence[Split],
+    preprocess: Preprocess | None,
+) -> Split | None:  # fmt: skip
+    """The data that were named to recover on: alike the calibration data, which they may hold, and apart from those
+    that quality is judged on."""
+    # classes have no part in it: a folder may have them or not
+    split = datasets.load(options.recover_data, "recovery", model.inputs, preprocess=preprocess)
+    if split is None:
+        return None
+    if isinstance(preprocess, Frames):
+        split = frames.of_tensors(split, preprocess)
+    datasets.check_alike([calibration, split])
+    for other in judged:
+        datasets.check_disjoint([split, other])
+    return split
 
 
 def _baked(preprocess: Preprocess | None, model: LoadedModel) -> tuple[Frames, LoadedModel]:

@@ -257,7 +257,8 @@ def check_copyable(module: nn.Module) -> None:
                     f"layer {name!r}" if name else "the model",
                     expected="tensors that are parameters or buffers",
                     got=f"a {key} that was computed from others",
-                    hint="torch.nn.utils.remove_weight_norm(layer) after training, or use "
+                    hint="torch.nn.utils.prune.remove(layer, 'weight') after pruning, "
+                    "torch.nn.utils.remove_weight_norm(layer) after training, or use "
                     "torch.nn.utils.parametrizations.weight_norm; set any other such attribute to None",
                 )
 

@@ -1,7 +1,7 @@
 """The order of the stages, and the only module that knows it.
 
-model + splits ─ study ─ search ─ apply ─┐
-dense original ──────────────────────────┤ per arm: export ─ simplify ─ compile ─ judge ─▶ bundle
+model + splits ─ study ─ search ─ apply (─ recover) ─┐
+dense original ──────────────────────────────────────┤ per arm: export ─ simplify ─ compile ─ judge ─▶ bundle
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from .factoring.study import Study, study
 from .job import Job, Progress, check_out, prepare, silent
 from .models import LoadedModel
 from .precision import Selection
+from .recovery import Recoverer, Recovery
 from .search import Choice, Trial
 from .targets import RuntimeSpec, Target
 
@@ -72,6 +73,7 @@ class Factored:
     parameters_before: int
     parameters_after: int
     out: Path | None
+    recovery: Recovery | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -86,6 +88,7 @@ class Factored:
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "out": None if self.out is None else str(self.out),
+            **({} if self.recovery is None else {"recovered": dict(self.recovery.record)}),
         }
 
 
@@ -164,7 +167,11 @@ def factor(
     choice = chooser.choice(job.targets[0].rank_multiple, "fp32")
     plan = choice.plans[-1]
     search.check_costs(known, plan, job.budgets)
-    module = factored(known, plan)
+    recoverer = Recoverer(job, known, chooser.judge_trial, progress)
+    if recovery := recoverer.of(plan):
+        plan, module = recovery.plan, recoverer.module(recovery)
+    else:
+        module = factored(known, plan)
     if out is not None:
         _write_factored(out, module, plan, job)
     return Factored(
@@ -175,6 +182,7 @@ def factor(
         known.parameters,
         known.parameters - plan.saved_parameters,
         out,
+        recovery,
     )
 
 
@@ -236,7 +244,7 @@ class _Chooser:
             text = self.job.cache.text(
                 self.job.stage_key("search", *key, self.job.search_key),
                 lambda: search.choose(
-                    self.study, self.job, multiple, precision, self.reference, self._judge_trial, self.progress
+                    self.study, self.job, multiple, precision, self.reference, self.judge_trial, self.progress
                 ).to_json(),
             )
             self._found[key] = Choice.from_json(text)
@@ -251,7 +259,8 @@ class _Chooser:
         )
         return evaluation.judge_selection(predictions, self.job, original)
 
-    def _judge_trial(self, module: nn.Module, label: str) -> Judged:
+    def judge_trial(self, module: nn.Module, label: str) -> Judged:
+        """A factored module on the selection split, which has labels."""
         judged = self._judge(module, label, self.reference)
         if judged is None:
             raise ConfigError("budget drop", expected="labelled selection data", got="none", hint="--select P")
@@ -266,6 +275,7 @@ class _Line:
         self.progress = progress
         self.study = _study(job, progress)
         self.chooser = _Chooser(job, self.study, progress)
+        self.recoverer = Recoverer(job, self.study, self.chooser.judge_trial, progress)
         # the quantizer gets a diverse subset; the spaces got the whole pool, since a covariance gains from each sample
         splits = [(split.name, split.key) for split in job.splits]
         self.data = DataReport.from_json(
@@ -307,9 +317,12 @@ class _Line:
     def write(self, ready: _Ready, out: Path) -> Built:
         """The bundle; this is the only time that the test split is judged."""
         job, path = self.job, bundling.path(out, ready.target, ready.runtime.name)
+        recovery = self.recoverer.of(ready.arms[0].plan)
+        notes = [recovery.note] if recovery else []
         bundling.write(
             path, job, ready.target, ready.runtime, ready.arms, ready.choice, self._original(),
-            data=self.data, notes=[note for arm in ready.arms for note in keeping.notes(arm)],
+            data=self.data, notes=[*notes, *(note for arm in ready.arms for note in keeping.notes(arm))],
+            recovered=None if recovery is None else recovery.record,
             precision=None if ready.selected is None else ready.selected.to_dict(), zip_too=job.options.zip,
             progress=self.progress,
         )  # fmt: skip
@@ -328,9 +341,14 @@ class _Line:
         keep_float: Sequence[LayerError] = (), repaired: bool = False,
     ) -> Arm:  # fmt: skip
         parameters = self.study.parameters - (0 if plan is None else plan.saved_parameters)
+        recovery = self.recoverer.of(plan)
+        plan = recovery.plan if recovery else plan
 
         def module() -> nn.Module:
-            made = factored(self.study, plan) if plan is not None else self.study.folded
+            if recovery:
+                made = self.recoverer.module(recovery)
+            else:
+                made = factored(self.study, plan) if plan is not None else self.study.folded
             return equalize(made, trace(made, feed(made, self.job.calibration.example()))) if repaired else made
 
         return self.bench.arm(variant, module, plan, parameters, target, runtime, precision, keep_float, repaired)

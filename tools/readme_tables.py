@@ -262,6 +262,37 @@ def _factored(row: dict[str, Any], shown: str) -> str:
 
 _SHARES = (0.5, 0.3, 0.15)
 
+
+def recovered() -> str:
+    """What each step of prune, factor, distil costs and gives."""
+    found = _result("recipe_prune.json")
+    dense = found["rows"][0]
+    rows = []
+    for row in found["rows"]:
+        selection, test = row["quality"]["selection"], row["quality"]["test"]
+        rows.append(
+            [
+                row["step"],
+                f"{row['parameters'] / 1e3:,.0f} k ({row['parameters'] / dense['parameters']:.0%})",
+                f"{row['macs'] / 1e6:.1f} M",
+                f"{selection['value'] * 100:.2f} %",
+                f"{test['value'] * 100:.2f} %",
+                f"{test['drop_pp']:+.2f} [{test['ci_low_pp']:+.2f}, {test['ci_high_pp']:+.2f}]"
+                if row != dense
+                else "–",
+            ]
+        )
+    heads = ["step", "parameters", "MACs", "selection", "test", "drop to dense on test, pp [95 %]"]
+    metric, images = dense["quality"]["test"]["metric"], found["images"]
+    foot = (
+        f"`sample:{found['sample']}`, {metric} at fp32 on {dense['quality']['selection']['n']} selection and "
+        f"{dense['quality']['test']['n']} test images, *distilled* without labels on the {images['calibration']} "
+        f"calibration images unless it says on how many. {found['machine']['cpu_model']}, {found['threads']} thread, "
+        f"{found['seconds']} s in all. Command: `{found['command']}`."
+    )
+    return "\n\n".join([_table(heads, rows), foot])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "elpv": elpv,
     "frontier": frontier,
@@ -271,6 +302,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "device": device,
     "calibration": calibration,
     "factoring": factoring,
+    "recover": recovered,
 }
 if (RESULTS / "backends.json").is_file():  # half an hour on a quiet machine; until it was run there is nothing to show
     TABLES["backends"] = backends
