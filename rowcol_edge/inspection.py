@@ -7,7 +7,7 @@ convolution). Column space: directions of its output that carry energy (spectrum
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,7 @@ class ChannelUse:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A model's layers and what they use."""
+    """A model's layers and what they use; ``closed``: modules whose layers cannot be seen, with the reason."""
 
     model: str
     samples: int
@@ -87,7 +87,8 @@ class Inspection:
     saves_parameters: int
     batchnorms_folded: int
     layers: tuple[LayerUse, ...]
-    channels: tuple[ChannelUse, ...]
+    channels: tuple[ChannelUse, ...] = ()
+    closed: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -109,6 +110,7 @@ def inspect(model: LoadedModel, calibration: Split, progress: Progress = silent)
         batchnorms_folded=len(known.graph.batchnorms),
         layers=layers,
         channels=tuple(ChannelUse(c.name, c.size, c.groups, c.layers, c.fixed) for c in known.channels),
+        closed=dict(known.closed),
     )
 
 

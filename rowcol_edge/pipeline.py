@@ -348,7 +348,7 @@ class _Line:
             if recovery:
                 made = self.recoverer.module(recovery)
             else:
-                made = factored(self.study, plan) if plan is not None else self.study.folded
+                made = factored(self.study, plan) if plan is not None else self.study.dense
             return equalize(made, trace(made, feed(made, self.job.calibration.example()))) if repaired else made
 
         return self.bench.arm(variant, module, plan, parameters, target, runtime, precision, keep_float, repaired)

@@ -17,6 +17,7 @@ from rowcol_edge.factoring.channel_spaces import ChannelSpaces
 from rowcol_edge.factoring.channels import ChannelSet, Slot
 from rowcol_edge.factoring.layers import held, skip_reasons
 from rowcol_edge.factoring.narrow import Narrowing, narrow, narrowing
+from rowcol_edge.factoring.opening import leave_fused_paths
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan, nearest
 from rowcol_edge.factoring.refit import refit
 from rowcol_edge.factoring.spaces import LayerSpaces, Progress, directions
@@ -28,10 +29,10 @@ _FLOOR = 1e-6  # latent scales are floored at this fraction of the largest eigen
 
 
 def factored(study: Study, plan: FactorPlan, progress: Progress | None = None) -> nn.Module:
-    """The studied model by a plan, with the second pass if it asks for one; the model itself where the plan changes
-    nothing. Errors as `apply`."""
+    """The studied model by a plan, with the second pass if it asks for one; the dense model itself where the plan
+    changes nothing. Errors as `apply`."""
     if not plan.changes:
-        return study.folded
+        return study.dense
     channels = study.channels if plan.channels else ()
     found = study.channel_spaces if plan.channels else {}
     model = apply(study.folded, plan, study.spaces, channels=channels, channel_spaces=found)
@@ -95,7 +96,7 @@ def apply(
             raise PlanError(f"layer {layer.name!r}: rank", expected=f"1 to {len(seen.mean)}", got=str(layer.rank))
         result.set_submodule(layer.name, _project(module, layer, seen, alpha))
     changed = {layer.name for layer in plan.projected} | {name for each in narrowings for name in each.channels.layers}
-    _leave_fused_paths(result, changed)
+    leave_fused_paths(result, changed)
     return result
 
 
@@ -186,15 +187,3 @@ def _latent_scale(eigenvalues: NDArray[np.float64], alpha: float) -> NDArray[np.
     if largest <= 0.0:
         return np.ones_like(eigenvalues)
     return np.asarray(np.maximum(eigenvalues, _FLOOR * largest) ** (alpha / 2.0), dtype=np.float64)
-
-
-def _leave_fused_paths(model: nn.Module, changed: set[str]) -> None:
-    """``nn.TransformerEncoder(Layer)`` reads ``linear1.weight`` for a fused operator: not any more."""
-    for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        if any(layer.startswith(prefix) for layer in changed):
-            if isinstance(module, nn.TransformerEncoderLayer):
-                module.activation_relu_or_gelu = 0
-            elif isinstance(module, nn.TransformerEncoder):
-                module.use_nested_tensor = False
-                module.enable_nested_tensor = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -13,7 +13,18 @@ from torch import nn
 from rowcol_edge import calling
 from rowcol_edge.cache import Arrays
 from rowcol_edge.datasets import Split, evenly
-from rowcol_edge.factoring import channel_spaces, coupling, fold, graph, layers, narrow, refit, sensitivity, spaces
+from rowcol_edge.factoring import (
+    channel_spaces,
+    coupling,
+    fold,
+    graph,
+    layers,
+    narrow,
+    opening,
+    refit,
+    sensitivity,
+    spaces,
+)
 from rowcol_edge.factoring.allocation import Allocator, Rates, Widths
 from rowcol_edge.factoring.channel_spaces import ChannelSpaces
 from rowcol_edge.factoring.channels import ChannelSet
@@ -34,7 +45,10 @@ class Study:
     """A model and all that factoring needs to know of it.
 
     Attributes:
-        folded: the model with its batch norms folded; equal outputs, and what every arm is made from.
+        dense: the model with its batch norms folded; equal outputs, and what the dense arms are made from.
+        folded: that one with modules that hide their layers opened (see `opening`), which is what is factored; the
+            same where there are none.
+        closed: modules that hide their layers and stay so, with the reason.
         infos: shape, cost and skip reason of each layer, in call order.
         spaces: column spaces of the layers that can be factored, measured when the first is asked for: a build that
             finds its plan and its files in the cache needs none.
@@ -45,7 +59,9 @@ class Study:
         samples: calibration samples for a second pass.
     """
 
+    dense: nn.Module
     folded: nn.Module
+    closed: Mapping[str, str]
     graph: LayerGraph
     infos: Mapping[str, LayerInfo]
     spaces: Mapping[str, LayerSpaces]
@@ -79,7 +95,7 @@ def study(
     keep: Keep | None = None,
     progress: Progress | None = None,
 ) -> Study:
-    """Trace and fold. The first look at ``spaces`` streams the calibration split once through the folded model.
+    """Trace, fold and open. The first look at ``spaces`` streams the calibration split once through the folded model.
 
     Args:
         classify: weigh the spaces by what the model's output makes of them, which is a classifier's or another's; None:
@@ -92,7 +108,12 @@ def study(
     """
     example = calling.feed(module, calibration.example())
     traced = graph.trace(module, example)
-    folded = fold.fold_batchnorm(module, traced)
+    dense = fold.fold_batchnorm(module, traced)
+    found = opening.open_all(dense, example)
+    folded = found.model
+    if found.names:
+        # the batch norms are folded by now: what is known of them is known from the first look
+        traced = replace(graph.trace(folded, example), batchnorms=traced.batchnorms)
     infos = layers.survey(folded, traced)
     names = [name for name, info in infos.items() if not info.skip]
 
@@ -102,8 +123,8 @@ def study(
 
     def measured() -> Arrays:
         if classify is None:
-            found = spaces.collect(folded, _Batches(calibration), names, row_space=row_space, progress=progress)
-            return spaces.to_arrays(found)
+            batches = _Batches(calibration)
+            return spaces.to_arrays(spaces.collect(folded, batches, names, row_space=row_space, progress=progress))
         return _weighed(folded, calibration, names, coupled(), classify=classify, progress=progress)
 
     @cache
@@ -114,7 +135,9 @@ def study(
         return spaces.from_arrays(rest), channel_spaces.from_arrays(sets)
 
     return Study(
+        dense=dense,
         folded=folded,
+        closed=found.closed,
         graph=traced,
         infos=infos,
         spaces=_WhenAsked(names, lambda: known()[0]),

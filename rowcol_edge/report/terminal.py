@@ -110,6 +110,8 @@ def inspection(found: Inspection) -> None:
     for layer in found.layers:
         if layer.note and layer.column_rank_999 is None:
             console.print(f"left alone: {layer.name}: {layer.note}")
+    for name, reason in found.closed.items():
+        console.print(f"left as one: {name or 'the model'}: {reason}")
     for layer in found.layers:
         if layer.measured_thinly:
             console.print(f"too few data: {layer.name}: {layer.rows} rows cannot fill its spaces; do not trust its use")

@@ -8,10 +8,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from rowcol_edge import native
 from rowcol_edge.errors import StageError
+from rowcol_edge.export.onnx import export
 from rowcol_edge.export.simplify import simplify
 
 
@@ -147,3 +149,19 @@ def test_a_source_that_is_no_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"reading gone\.onnx"):
         simplify(tmp_path / "gone.onnx", tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_attention_stays_in_operators_that_every_runtime_has(tmp_path: Path) -> None:
+    class Heads(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value, self.output = (torch.nn.Linear(12, 12) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (each(x).unflatten(-1, (3, -1)).transpose(1, 2) for each in (self.query, self.key, self.value))
+            mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.5)
+            return self.output(mixed.transpose(1, 2).flatten(2))
+
+    export(Heads(), {"x": np.zeros((1, 5, 12), np.float32)}, tmp_path / "m.onnx", opset=18, ir_version=9)
+    assert simplify(tmp_path / "m.onnx", tmp_path / "s.onnx").applied
+    assert {node.domain for node in onnx.load(tmp_path / "s.onnx").graph.node} == {""}
