@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from . import config
 from .config import Options
-from .errors import DataError
+from .errors import ConfigError, DataError
 from .job import Progress, silent
 
 if TYPE_CHECKING:
@@ -234,6 +234,14 @@ def demo(sample: str, *, target: str, out: str, progress: Progress = silent) -> 
     from .device.predictor import Predictor
 
     started = time.monotonic()
+    task = samples.load(sample).task
+    if task != "classify":
+        raise ConfigError(
+            f"sample:{sample}",
+            expected="a sample that classifies",
+            got=f"contract {task}",
+            hint=f"rowcol-edge build sample:{sample}, then profile the bundle",
+        )
     built = build(f"sample:{sample}", target=target, out=out, progress=progress)[0]
     measured, _ = profile_to(built.path, None, seconds=_DEMO_PROFILE_SECONDS, progress=progress)
     images = user_code.resolve(f"{samples.load(sample).data}:images", DataError, "data")

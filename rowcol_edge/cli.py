@@ -54,7 +54,10 @@ Select = Annotated[str | None, typer.Option(help="selection data: every choice i
 Test = Annotated[str | None, typer.Option(help="test data: reported once")]
 Metric = Annotated[
     str | None,
-    typer.Option(help="accuracy, balanced_accuracy, auroc, escape@overkill=1%, or module:function (labels, outputs)"),
+    typer.Option(
+        help="accuracy, balanced_accuracy, auroc, escape@overkill=1%, iou (segment), nearest_neighbour (embed), or "
+        "module:function (labels, outputs)"
+    ),
 ]
 Labels = Annotated[str | None, typer.Option(help="class names in the order of the outputs: good,defective")]
 Positive = Annotated[str | None, typer.Option(help="the class whose detection matters: defective")]

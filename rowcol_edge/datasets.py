@@ -38,7 +38,7 @@ class Split:
     Attributes:
         name: ``calibration``, ``selection`` or ``test``.
         reference: how the user named it.
-        labels: (samples,) int64, or None.
+        labels: (samples,) int64, or (samples, height, width) where each pixel has a class, or None.
         label_names: class names where the source knows them (a folder's subfolders).
         digest: sha256 over every sample and label, in order.
         sample_digests: one digest a sample, for finding samples that two splits share.
@@ -284,14 +284,19 @@ def _check(split: Split, feeds: Feeds) -> int:
 def _check_labels(split: Split, labels: npt.NDArray[Any], count: int) -> Labels:
     labels = np.asarray(labels)
     what = f"{split.name} data {split.reference}: labels"
-    if labels.shape != (count,):
-        raise DataError(what, expected=f"one per sample, shape ({count},)", got=str(labels.shape))
+    if not _is_labels(labels, count):
+        raise DataError(what, expected=f"one per sample, shape ({count},), or per pixel", got=str(labels.shape))
     if labels.dtype.kind not in "iub":
         hint = "labels.argmax(1) turns one-hot labels, labels.astype(int) whole numbers stored as floats into indices"
         raise DataError(what, expected="whole numbers (class indices)", got=str(labels.dtype), hint=hint)
     if count and labels.min() < 0:
         raise DataError(what, expected="class indices from 0", got=str(labels.min()))
     return labels.astype(np.int64)
+
+
+def _is_labels(labels: npt.NDArray[Any], count: int) -> bool:
+    """One label a sample, or (height, width) of them."""
+    return labels.ndim in (1, 3) and len(labels) == count
 
 
 def _length(feeds: Mapping[str, npt.NDArray[Any]]) -> int:
@@ -351,8 +356,9 @@ def _npz_source(
             arrays = {inputs[0]: next(iter(arrays.values()))}
         feeds = _as_feeds(arrays, inputs, str(path))
         count = _length(feeds)
-        if labels is not None and labels.shape != (count,):
-            raise DataError(f"{path}: labels", expected=f"one per sample, shape ({count},)", got=str(labels.shape))
+        if labels is not None and not _is_labels(labels, count):
+            expected = f"one per sample, shape ({count},), or per pixel"
+            raise DataError(f"{path}: labels", expected=expected, got=str(labels.shape))
         for start in range(0, count, BATCH):
             part = {name: _pixels(a[start : start + BATCH], preprocess) for name, a in feeds.items()}
             yield part, None if labels is None else labels[start : start + BATCH]

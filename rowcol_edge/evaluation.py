@@ -67,6 +67,8 @@ def predict(
 def _check_classes(outputs: npt.NDArray[Any], split: Split, job: Job) -> None:
     if outputs.ndim != 2:
         raise DataError("model output", expected="(samples, classes) for contract classify", got=str(outputs.shape))
+    if split.labels is not None and split.labels.ndim != 1:
+        raise DataError(f"{split.name} labels", expected="one per sample", got=str(split.labels.shape))
     classes = max(outputs.shape[1], 2)  # one logit decides between two
     highest = int(split.labels.max()) if split.labels is not None else 0
     if highest >= classes:

@@ -91,14 +91,15 @@ class Observer:
         answers = [part[3] for part in parts]
         known = [answer for answer in answers if answer is not None]
         answered = np.concatenate(known) if len(known) == len(answers) else None
+        labels = split.labels if split.labels is not None and split.labels.ndim == 1 else None  # not those of pixels
         return Observed(
             name=split.name,
             features=features,
             low=low,
             high=high,
             tensors=self._tensors,
-            classes=answered if split.labels is None else split.labels,
-            labelled=split.labels is not None,
+            classes=answered if labels is None else labels,
+            labelled=labels is not None,
             sketches=stack(sketched),
         )
 

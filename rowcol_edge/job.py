@@ -336,13 +336,13 @@ def _metric(options: BuildOptions, model: LoadedModel, selection: Split | None, 
     if not labelled:
         return None
     chosen = quality.metric(options.metric or (model.sample.metric if model.sample else "accuracy"))
-    if contract == "classify" or isinstance(chosen, Custom):
+    if chosen.contract in (contract, ""):
         return chosen
     if options.metric:
         raise ConfigError(
             f"metric {chosen.name}",
             expected=f"a metric for contract {contract}",
-            got="one for contract classify",
+            got=f"one for contract {chosen.contract}",
             hint="hand over your own: --metric module:function, called with (labels, outputs)",
         )
     return None

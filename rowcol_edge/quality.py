@@ -44,7 +44,7 @@ class Predictions:
 
     Attributes:
         outputs: what the model returned, (samples, …); (samples, classes) logits for a classifier.
-        labels: the true class of each sample, (samples,).
+        labels: the true class of each sample, (samples,), or of each pixel, (samples, height, width).
         positive: index of the class whose detection matters (the defect), or None.
     """
 
@@ -58,7 +58,7 @@ class Predictions:
 
     @property
     def scores(self) -> Floats:
-        """Probability of the positive class, (samples,)."""
+        """Probability of the positive class, (samples,) or (samples, height, width)."""
         if self.positive is None:
             raise ConfigError(
                 "metric",
@@ -70,11 +70,11 @@ class Predictions:
 
     @property
     def truth(self) -> npt.NDArray[np.bool_]:
-        """Whether each sample is positive, (samples,)."""
+        """Whether each sample or pixel is positive, in the shape of the labels."""
         return np.asarray(self.labels == self.positive)
 
     def decisions(self, threshold: float | None) -> Ints:
-        """The class each sample is given, by the rule that the board decides with."""
+        """The class each sample or pixel is given, by the rule that the board decides with."""
         shares = probabilities(np.asarray(self.outputs), self.positive)
         return np.asarray(decide(shares, self.positive, threshold), np.int64)
 
@@ -86,9 +86,13 @@ class Predictions:
 
 
 class Metric:
-    """One number for a set of predictions. Subclasses say which way is better and how a threshold is tuned."""
+    """One number for a set of predictions. Subclasses say which way is better and how a threshold is tuned.
+
+    ``contract`` is that of the models it judges; empty for any.
+    """
 
     name = "metric"
+    contract = "classify"
     higher_is_better = True
 
     def value(self, predictions: Predictions, threshold: float | None) -> float:
@@ -232,8 +236,106 @@ class Escape(Metric):
         return low * 100.0, high * 100.0
 
 
+class Iou(Metric):
+    """Intersection over union of the pixels of the positive class, all pictures of a split together; of each class, and
+    their mean, where none is positive."""
+
+    name = "iou"
+    contract = "segment"
+
+    def value(self, predictions: Predictions, threshold: float | None) -> float:
+        return float(_ratio(self._counts(predictions, threshold).sum(axis=0)))
+
+    def tune(self, selection: Predictions) -> float | None:
+        if selection.positive is None:
+            return None
+        edges, values = self._curve(selection)
+        return float(edges[values.argmax()])
+
+    def transfer(self, reference: Predictions, threshold: float | None, selection: Predictions) -> float | None:
+        """As for classes, but `_NEARBY` is a share of the pixels that the original calls positive: they are few."""
+        if threshold is None:
+            return None
+        count = int((reference.scores >= threshold).sum())
+        edges, values = self._curve(selection)
+        reach = math.ceil(_NEARBY * count)
+        first = max(0, count - reach)
+        near = values[first : count + reach + 1]
+        best = np.flatnonzero(near >= near.max() - 1e-12) + first
+        return float(edges[best[np.abs(best - count).argmin()]])
+
+    def interval(self, reference: Predictions, other: Predictions, thresholds: Thresholds) -> tuple[float, float]:
+        """By a bootstrap over pictures: pixels of one picture are not independent."""
+        before, after = (self._counts(p, t) for p, t in zip((reference, other), thresholds, strict=True))
+        rng = np.random.default_rng(0)
+        drops = np.empty(_RESAMPLES)
+        for i in range(_RESAMPLES):
+            index = rng.integers(len(before), size=len(before))
+            drops[i] = self.drop(_ratio(before[index].sum(axis=0)), _ratio(after[index].sum(axis=0)))
+        low, high = np.quantile(drops, [0.025, 0.975])
+        return float(low), float(high)
+
+    @staticmethod
+    def _counts(predictions: Predictions, threshold: float | None) -> Ints:
+        """(samples, classes, 2): pixels in the intersection and in the union."""
+        decided, truth = predictions.decisions(threshold), predictions.labels
+        if decided.shape != truth.shape:
+            raise DataError("labels", expected=f"one per pixel, {decided.shape}", got=str(truth.shape))
+        classes = max(predictions.outputs.shape[1], 2)
+        sought = range(classes) if predictions.positive is None else [predictions.positive]
+        pairs = [((decided == c) & (truth == c), (decided == c) | (truth == c)) for c in sought]
+        return np.array([[part.sum(axis=(1, 2)) for part in pair] for pair in pairs]).transpose(2, 0, 1)
+
+    @staticmethod
+    def _curve(predictions: Predictions) -> tuple[Floats, Floats]:
+        """Thresholds that call 0, 1, 2 … pixels positive, and the ratio at each; -1 where equal scores allow none."""
+        scores, truth = predictions.scores.ravel(), predictions.truth.ravel()
+        order = np.argsort(-scores, kind="stable")
+        scores = scores[order]
+        hits = np.concatenate([[0], np.cumsum(truth[order])])
+        union = truth.sum() + np.arange(len(scores) + 1) - hits
+        edges = np.concatenate([[scores[0] + 1e-9], (scores[:-1] + scores[1:]) / 2.0, [scores[-1] - 1e-9]])
+        apart = np.concatenate([[True], scores[:-1] > scores[1:], [True]])
+        return edges, np.where(apart, hits / np.maximum(union, 1), -1.0)
+
+
+def _ratio(counts: npt.NDArray[Any]) -> float:
+    """Mean over the classes of intersection over union, of (classes, 2) pixels; a class that is nowhere is left out."""
+    present = counts[counts[:, 1] > 0]
+    return float((present[:, 0] / present[:, 1]).mean()) if len(present) else 1.0
+
+
+class NearestNeighbour(Metric):
+    """Share of samples whose nearest other one, by the cosine of their vectors, is of the same class."""
+
+    name = "nearest_neighbour"
+    contract = "embed"
+
+    def value(self, predictions: Predictions, threshold: float | None) -> float:
+        return float(self._hits(predictions).mean())
+
+    def tune(self, selection: Predictions) -> float | None:
+        return None
+
+    def interval(self, reference: Predictions, other: Predictions, thresholds: Thresholds) -> tuple[float, float]:
+        low, high = paired_interval(self._hits(reference), self._hits(other))
+        return low * 100.0, high * 100.0
+
+    @staticmethod
+    def _hits(predictions: Predictions) -> npt.NDArray[np.bool_]:
+        vectors = np.asarray(predictions.outputs, np.float64)
+        if vectors.ndim != 2 or len(vectors) < 2:
+            raise DataError("nearest_neighbour", expected="vectors of two samples or more", got=str(vectors.shape))
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        near = vectors @ vectors.T
+        np.fill_diagonal(near, -np.inf)
+        return np.asarray(predictions.labels[near.argmax(axis=1)] == predictions.labels)
+
+
 class Custom(Metric):
     """``function(labels, outputs) -> float``: a score from 0 to 1, higher is better, so that a drop is in points."""
+
+    contract = ""
 
     def __init__(self, reference: str, function: Callable[..., Any]) -> None:
         self.name = reference
@@ -263,7 +365,7 @@ def metric(name: str) -> Metric:
     Raises:
         ConfigError: for a name that is neither a built-in metric nor an importable ``module:function``.
     """
-    built_in: dict[str, type[Metric]] = {m.name: m for m in (Accuracy, BalancedAccuracy, Auroc)}
+    built_in: dict[str, type[Metric]] = {m.name: m for m in (Accuracy, BalancedAccuracy, Auroc, Iou, NearestNeighbour)}
     if name in built_in:
         return built_in[name]()
     escape = _ESCAPE.fullmatch(name)
@@ -323,7 +425,7 @@ def paired_drop(metric: Metric, reference: Predictions, other: Predictions, thre
     """Drop, its 95 % interval, how many decisions differ, and how many of those went from right to wrong."""
     drop = metric.drop(metric.value(reference, thresholds[0]), metric.value(other, thresholds[1]))
     low, high = metric.interval(reference, other, thresholds)
-    if reference.outputs.ndim != 2:
+    if reference.outputs.ndim != 2 or metric.contract not in ("classify", ""):
         return PairedDrop(drop, low, high, None, None)  # nothing is decided here
     flipped = reference.decisions(thresholds[0]) != other.decisions(thresholds[1])
     spoiled = reference.correct(thresholds[0]) & ~other.correct(thresholds[1])

@@ -20,19 +20,24 @@ _KEYS = {
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One embedded sample; paths are absolute, ``factory`` is ``FILE.py:function``."""
+    """One embedded sample; paths are absolute, ``factory`` is ``FILE.py:function``.
+
+    Attributes:
+        weights: None where the factory brings them, as of an installed package.
+        preprocess: None where inputs are no pictures.
+    """
 
     name: str
     title: str
     description: str
     factory: str
-    weights: Path
+    weights: Path | None
     data: Path
     task: str
     labels: tuple[str, ...]
     positive: str | None
     metric: str
-    preprocess: Preprocess
+    preprocess: Preprocess | None
     packages: tuple[str, ...]
     licence: Path
 
@@ -67,19 +72,19 @@ def load(name: str) -> Sample:
 
 
 def _sample(name: str, folder: Path, values: Mapping[str, Any]) -> Sample:
-    file, _, function = values["factory"].partition(":")
+    weights, recipe = values.get("weights"), values.get("preprocess")
     return Sample(
         name=name,
         title=values["title"],
         description=values["description"],
-        factory=f"{folder / file}:{function}",
-        weights=folder / values["weights"],
+        factory=str(folder / values["factory"]),
+        weights=None if weights is None else folder / weights,
         data=folder / values["data"],
         task=values["task"],
-        labels=tuple(values["labels"]),
+        labels=tuple(values.get("labels", ())),
         positive=values.get("positive"),
         metric=values["metric"],
-        preprocess=Preprocess.from_dict(values["preprocess"]),
+        preprocess=None if recipe is None else Preprocess.from_dict(recipe),
         packages=tuple(values.get("requires", {}).get("packages", ())),
         licence=folder / "LICENSE-weights.md",
     )

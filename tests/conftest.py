@@ -73,6 +73,10 @@ SYSTEM_NEEDS = {
         Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz").is_file,
         "apt-get install dataset-fashion-mnist",
     ),
+    "asterisk-core-sounds": SystemNeed(
+        Path(os.environ.get("ASTERISK_SOUNDS", "/usr/share/asterisk/sounds"), "ru_RU_f_IvrvoiceRU").is_dir,
+        "apt-get install asterisk-core-sounds-{en,es,fr,it,ru}-wav, or set ASTERISK_SOUNDS to their folder",
+    ),
 }
 
 

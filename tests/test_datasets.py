@@ -104,6 +104,14 @@ def test_npz_with_two_inputs_and_labels(tmp_path: Path) -> None:
     assert len(split) == 5
 
 
+def test_npz_with_a_mask_for_each_picture(tmp_path: Path) -> None:
+    masks = np.random.default_rng(0).integers(0, 2, (40, 6, 6))
+    np.savez(tmp_path / "d.npz", x=np.arange(40 * 36, dtype=np.float32).reshape(40, 1, 6, 6), labels=masks)
+    split = loaded(str(tmp_path / "d.npz"))
+    assert split.labels is not None
+    assert np.array_equal(split.labels, masks)
+
+
 def test_npz_of_camera_frames_goes_through_the_preprocess(tmp_path: Path) -> None:
     frames = np.full((2, 8, 8), 255, np.uint8)
     np.savez(tmp_path / "d.npz", images=frames)
@@ -155,6 +163,8 @@ def test_a_damaged_npz_is_refused(tmp_path: Path, content: bytes) -> None:
         ({"x": np.array([[1.0, np.nan]], np.float32)}, "NaN"),
         ({"x": np.array([[1.0, np.inf]], np.float32)}, "NaN or Inf"),
         ({"x": np.zeros((3, 2), np.float32), "labels": np.zeros(2, np.int64)}, "one per sample"),
+        ({"x": np.zeros((2, 2), np.float32), "labels": np.zeros((3, 4, 4), np.int64)}, "one per sample"),
+        ({"x": np.zeros((2, 2), np.float32), "labels": np.zeros((2, 4), np.int64)}, "one per sample"),
         ({"x": np.zeros((2, 2), np.float32), "labels": np.array([0.0, 1.0])}, "whole numbers"),
         ({"x": np.zeros((2, 2), np.float32), "labels": np.array([-1, 1])}, "from 0"),
         ({"x": np.array(["a", "b"])}, "numbers"),

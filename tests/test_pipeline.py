@@ -241,6 +241,7 @@ def test_a_module_that_was_handed_over_leaves_no_file_that_claims_to_repeat_it(b
         ({"runtime": "onxruntime"}, TargetError),
         ({"precision": "int4"}, ConfigError),
         ({"metric": "acuracy"}, ConfigError),
+        ({"metric": "iou"}, ConfigError),
         ({"budget": "drop<0.5"}, ConfigError),
         ({"budget": "size<=1KB"}, BudgetError),
         ({"budget": "drop<=2pp,params<=0.001x"}, BudgetError),
@@ -485,3 +486,48 @@ def test_one_layer_that_int8_hurts_is_built_all_the_same(tmp_path: Path) -> None
     assert [arm.name for arm in built.manifest.arms] == ["factored@int8", "dense@int8", "dense@fp32"]
     notes = built.manifest.build["notes"]
     assert any(note.startswith("dense@int8: ") and "few layers in float do not help" in note for note in notes), notes
+
+
+class Bright(torch.nn.Module):
+    """(N, 1, 12, 12) → a logit for "bright" at each pixel, after a step down and a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.direct = torch.nn.Conv2d(1, 1, 1)
+        self.down = torch.nn.Conv2d(1, 8, 2, stride=2)
+        self.up = torch.nn.ConvTranspose2d(8, 1, 2, stride=2)
+        torch.nn.init.constant_(self.direct.weight, 4.0)
+        torch.nn.init.constant_(self.direct.bias, -2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.direct(x) + 0.01 * self.up(torch.relu(self.down(x)))
+
+
+def bright_splits(folder: Path) -> dict[str, str]:
+    rng, paths = np.random.default_rng(0), {}
+    for name, count in (("calib", 24), ("select", 16), ("test", 16)):
+        x = rng.random((count, 1, 12, 12)).astype(np.float32)
+        paths[name] = str(folder / f"{name}.npz")
+        np.savez(paths[name], x=x, labels=(x[:, 0] + rng.normal(0, 0.1, x[:, 0].shape) > 0.5).astype(np.int64))
+    return paths
+
+
+def test_a_segmenter_is_judged_by_its_masks_and_says_so_on_the_board(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    splits = bright_splits(tmp_path)
+    asked: dict[str, Any] = {"labels": ["dark", "bright"], "positive": "bright", **splits}
+    classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(144, 2))
+    with pytest.raises(DataError, match="one per sample"):
+        rowcol_edge.build(classifier, out=str(tmp_path / "wrong"), metric="accuracy", **asked)
+    made = rowcol_edge.build(
+        Bright(), out=str(tmp_path / "out"), contract="segment", metric="iou", budget="drop<=2pp", **asked
+    )[0]
+    arm = made.manifest.arm("factored@int8")
+    assert made.manifest.metric == "iou"
+    assert 0.7 < arm.quality["test"]["value"] <= 1.0
+    assert arm.quality["test"]["ci_low_pp"] <= arm.quality["test"]["drop_pp"] <= arm.quality["test"]["ci_high_pp"]
+    assert "flips" not in arm.quality["test"]
+    with rowcol_edge.Predictor(str(made.path)) as predictor, np.load(splits["test"]) as test:
+        found = np.stack([predictor.predict(x).map for x in test["x"]])
+        truth = test["labels"].astype(bool)
+    assert arm.quality["test"]["value"] == pytest.approx((found & truth).sum() / (found | truth).sum(), abs=0.01)

@@ -186,3 +186,84 @@ def test_flips_count_changed_decisions_and_the_spoiled_ones() -> None:
     found = paired_drop(metric("accuracy"), before, after, (0.5, 0.5))
     assert (found.flips, found.flips_bad) == (2, 2)
     assert found.drop == pytest.approx(50.0)
+
+
+def masks(shares: np.ndarray, truth: np.ndarray, positive: int | None = 1) -> Predictions:
+    """One logit a pixel, (N, 1, H, W), whose sigmoid gives these shares."""
+    p = np.clip(shares, 1e-9, 1 - 1e-9)
+    return Predictions(np.log(p / (1 - p))[:, None], truth.astype(np.int64), positive)
+
+
+def test_iou_adds_up_the_pixels_of_all_pictures() -> None:
+    truth = np.zeros((2, 2, 4), np.int64)
+    truth[0, 0] = 1  # 4 pixels, of which 3 are found; and one that is none
+    shares = np.zeros((2, 2, 4))
+    shares[0, 0, :3] = shares[1, 1, 0] = 0.9
+    assert metric("iou").value(masks(shares, truth), 0.5) == pytest.approx(3 / 5)
+    both = (3 / 5 + 11 / 13) / 2
+    assert metric("iou").value(masks(shares, truth, positive=None), None) == pytest.approx(both)
+
+
+def test_iou_of_nothing_found_where_nothing_is_is_perfect() -> None:
+    assert metric("iou").value(masks(np.zeros((1, 3, 3)), np.zeros((1, 3, 3))), 0.5) == 1.0
+
+
+def test_iou_threshold_is_the_best_of_all() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.random((3, 6, 6)) < 0.3
+    predictions = masks(np.clip(rng.normal(0.3 + 0.3 * truth, 0.2).round(2), 0.01, 0.99), truth)  # rounded: with ties
+    iou = metric("iou")
+    best = max(iou.value(predictions, float(t)) for t in np.linspace(0.0, 1.0, 401))
+    assert iou.value(predictions, iou.tune(predictions)) == pytest.approx(best)
+
+
+def test_iou_threshold_of_an_arm_stays_near_the_pixels_that_the_original_finds() -> None:
+    rng = np.random.default_rng(1)
+    truth = rng.random((4, 20, 20)) < 0.2
+    shares = np.clip(rng.normal(0.3 + 0.3 * truth, 0.15), 0.01, 0.99)
+    iou, original = metric("iou"), masks(shares, truth)
+    moved = masks(shares**2, truth)  # the same order, other numbers
+    threshold = iou.tune(original)
+    found = iou.transfer(original, threshold, moved)
+    assert threshold is not None
+    assert found is not None
+    count, other = (int((p.scores >= t).sum()) for p, t in ((original, threshold), (moved, found)))
+    assert abs(other - count) <= np.ceil(0.02 * count)
+    assert iou.value(moved, found) >= iou.value(original, threshold) - 1e-12
+    assert iou.transfer(original, None, moved) is None
+
+
+def test_iou_interval_holds_the_drop_and_counts_no_flips() -> None:
+    rng = np.random.default_rng(2)
+    truth = rng.random((30, 8, 8)) < 0.3
+    good, bad = (masks(np.clip(rng.normal(0.3 + 0.4 * truth, sd), 0.01, 0.99), truth) for sd in (0.1, 0.3))
+    drop = paired_drop(metric("iou"), good, bad, (0.5, 0.5))
+    assert 0 < drop.low < drop.drop < drop.high
+    assert drop.flips is None
+    same = paired_drop(metric("iou"), good, good, (0.5, 0.5))
+    assert (same.drop, same.low, same.high) == (0.0, 0.0, 0.0)
+
+
+def test_iou_refuses_labels_of_another_size() -> None:
+    with pytest.raises(DataError, match="one per pixel"):
+        metric("iou").value(masks(np.zeros((1, 4, 4)), np.zeros((1, 2, 2))), 0.5)
+
+
+def test_nearest_neighbour_goes_by_direction_and_leaves_the_sample_itself_out() -> None:
+    vectors = np.array([[1.0, 0.1], [9.0, 1.0], [0.0, 1.0], [0.2, 5.0], [1.0, 0.2]])
+    near = metric("nearest_neighbour")
+    assert near.value(Predictions(vectors, np.array([0, 0, 1, 1, 1])), None) == pytest.approx(4 / 5)
+    assert near.value(Predictions(vectors * [[3], [1], [2], [1], [7]], np.array([0, 0, 1, 1, 1])), None) == 4 / 5
+    with pytest.raises(DataError, match="two samples"):
+        near.value(Predictions(vectors[:1], np.array([0])), None)
+
+
+def test_nearest_neighbour_has_a_paired_interval_and_no_decisions_to_flip() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    vectors = np.eye(3)[labels] + rng.normal(0, 0.2, (60, 3))
+    noisy = vectors + rng.normal(0, 0.6, (60, 3))
+    drop = paired_drop(metric("nearest_neighbour"), *(Predictions(v, labels) for v in (vectors, noisy)), (None, None))
+    assert drop.low < drop.drop < drop.high
+    assert drop.drop > 0
+    assert drop.flips is None

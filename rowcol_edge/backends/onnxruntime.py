@@ -114,9 +114,13 @@ def _convert(path: Path, source: onnx.ModelProto, quant: QuantSpec, calibration:
 
 
 def _dynamic(source: Path, quant: QuantSpec) -> onnx.ModelProto:
+    from . import qdq
+
     with tempfile.TemporaryDirectory(prefix="rowcol-dynamic-") as work:
         prepared, out = Path(work) / "prepared.onnx", Path(work) / "dynamic.onnx"
         quant_pre_process(str(source), str(prepared), skip_optimization=True, skip_symbolic_shape=True)
+        graph = onnx.load(str(prepared)).graph
+        stacks = set(qdq.stacked(graph))
         quantize_dynamic(
             prepared,
             out,
@@ -124,5 +128,8 @@ def _dynamic(source: Path, quant: QuantSpec) -> onnx.ModelProto:
             per_channel=quant.per_channel,
             reduce_range=quant.reduce_range,
             weight_type=QuantType.QInt8,
+            nodes_to_exclude=[
+                node.name for node in graph.node if node.op_type == "MatMul" and stacks & set(node.input)
+            ],
         )
         return onnx.load(str(out))

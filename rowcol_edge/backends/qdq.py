@@ -152,9 +152,15 @@ def calibrate(model: Path, observed: Path, feeds: Iterator[Batch]) -> Any:
     return ranges
 
 
+def stacked(graph: onnx.GraphProto) -> list[str]:
+    """Names of weights that hold several matrices: onnxruntime's int8 product takes the scales of one only."""
+    return [tensor.name for tensor in graph.initializer if len(tensor.dims) > 2]
+
+
 def kept_float(graph: onnx.GraphProto) -> list[str]:
     """Names of nodes that are not quantized although their operator is in `OPERATORS`."""
     constants = {tensor.name for tensor in graph.initializer if math.prod(tensor.dims) > 0}
+    stacks = set(stacked(graph))
     maps: set[str] = set()
     excluded = []
     for node in graph.node:
@@ -165,6 +171,6 @@ def kept_float(graph: onnx.GraphProto) -> list[str]:
                 maps.update(node.output)
             else:
                 excluded.append(node.name)
-        elif node.op_type == "MatMul" and constants.isdisjoint(node.input):
+        elif node.op_type == "MatMul" and (constants.isdisjoint(node.input) or not stacks.isdisjoint(node.input)):
             excluded.append(node.name)
     return excluded

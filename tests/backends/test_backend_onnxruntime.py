@@ -322,3 +322,40 @@ def test_joins_are_int8_only_between_feature_maps() -> None:
     ]
     graph = helper.make_graph(nodes, "g", [], [], [numpy_helper.from_array(np.ones((2, 2), np.float32), "w")])
     assert kept_float(graph) == ["sequence", "positioned", "attention"]
+
+
+def stack(where: Path, runtime: RuntimeSpec) -> Path:
+    """A matrix for each of three places behind a linear layer: (N, 64) @ (64, 12) as (3, N, 4) @ (3, 4, 5)."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "linear.weight": rng.normal(size=(64, 12)).astype(np.float32),
+        "places.weight": rng.normal(size=(3, 4, 5)).astype(np.float32),
+        "shape": np.array([-1, 3, 4]),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "linear.weight"], ["h"], name="linear"),
+        helper.make_node("Reshape", ["h", "shape"], ["r"], name="reshape"),
+        helper.make_node("Transpose", ["r"], ["t"], name="transpose", perm=[1, 0, 2]),
+        helper.make_node("MatMul", ["t", "places.weight"], ["y"], name="places"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "stack",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [3, "batch", 5])],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    opset, ir = runtime.onnx()
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir), where)
+    return where
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-dynamic"])
+def test_a_stack_of_matrices_stays_float_and_runs(precision: str, tmp_path: Path, runtime: RuntimeSpec) -> None:
+    """onnxruntime's int8 product refuses the scales of several matrices when it runs, not when it loads."""
+    x = np.random.default_rng(1).normal(size=(4, 64)).astype(np.float32)
+    source, out = stack(tmp_path / "stack.onnx", runtime), tmp_path / "out.onnx"
+    BACKEND.compile(source, runtime, QuantSpec(precision), lambda: iter([{"x": x}]), out)
+    got, exact = (ort.InferenceSession(path).run(None, {"x": x})[0] for path in (out, source))
+    assert np.linalg.norm(got - exact) < 0.05 * np.linalg.norm(exact)
+    assert [array.shape for array in weights(onnx.load(out))] == [(64, 12)]
