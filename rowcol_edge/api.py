@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from . import config
 from .config import Options
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, ModelError
 from .job import Progress, silent
 
 if TYPE_CHECKING:
@@ -132,7 +132,10 @@ def inspect(
     split = datasets.load(calib, "calibration", loaded.inputs, sample=loaded.sample, preprocess=recipe)
     if split is None:
         raise DataError(
-            "calibration data", expected="some real inputs", got="none", hint="--calib FOLDER, .npz or module:callable"
+            "calibration data",
+            expected="some real inputs",
+            got=(loaded.sample and loaded.sample.alone) or "none",
+            hint="--calib FOLDER, .npz or module:callable",
         )
     found = inspection.inspect(loaded, split, progress)
     if plot is not None:
@@ -233,6 +236,14 @@ def demo(sample: str, *, target: str, out: str, progress: Progress = silent) -> 
     from .device.bundle import Bundle
     from .device.predictor import Predictor
 
+    data = samples.load(sample).data
+    if data is None:
+        raise ModelError(
+            f"sample:{sample}",
+            expected="a trained sample with data",
+            got=samples.load(sample).alone,
+            hint="rowcol-edge build",
+        )
     started = time.monotonic()
     task = samples.load(sample).task
     if task != "classify":
@@ -244,7 +255,7 @@ def demo(sample: str, *, target: str, out: str, progress: Progress = silent) -> 
         )
     built = build(f"sample:{sample}", target=target, out=out, progress=progress)[0]
     measured, _ = profile_to(built.path, None, seconds=_DEMO_PROFILE_SECONDS, progress=progress)
-    images = user_code.resolve(f"{samples.load(sample).data}:images", DataError, "data")
+    images = user_code.resolve(f"{data}:images", DataError, "data")
     picture, truth = next(iter(images("test")))
     with Bundle.open(built.path) as bundle, Predictor(bundle) as predictor:
         prediction = predictor.predict(picture)

@@ -114,7 +114,9 @@ def write(
     )
     if arms[0].plan is not None:
         extra[PLAN_NAME] = arms[0].plan.to_toml().encode()
-    if job.model.sample is not None:  # its weights, and the golden inputs taken from its data, have terms of their own
+    if (
+        job.model.sample is not None and job.model.sample.licence is not None
+    ):  # its weights, and the golden inputs taken from its data, have terms of their own
         extra[LICENCE_NAME] = job.model.sample.licence
     return package.write_bundle(
         out,

@@ -144,7 +144,7 @@ def load(
         DataError: unreadable, empty, wrong shapes or types, NaN or Inf.
     """
     if reference is None:
-        if sample is None:
+        if sample is None or sample.data is None:
             return None
         return scan(Split(name, f"sample:{sample.name}", _callable_source(f"{sample.data}:{name}", inputs)))
     path = Path(reference)

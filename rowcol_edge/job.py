@@ -166,7 +166,10 @@ def prepare(
     calibration, selection, test = splits.values()
     if calibration is None:
         raise DataError(
-            "calibration data", expected="some real inputs", got="none", hint="--calib FOLDER, .npz or module:callable"
+            "calibration data",
+            expected="some real inputs",
+            got=(sample and sample.alone) or "none",
+            hint="--calib FOLDER, .npz or module:callable",
         )
     given = [s for s in splits.values() if s is not None]
     datasets.check_alike(given)

@@ -288,6 +288,11 @@ class _Line:
         self._test: Judged | None = None
         self._dense: dict[tuple[str, str], Arm] = {}
 
+    def _alone(self) -> list[str]:
+        """A note where weights are random: bytes and times hold, quality does not."""
+        sample = self.job.model.sample
+        return [sample.alone] if sample and sample.alone and self.job.options.weights is None else []
+
     def try_out(self, target: Target) -> None:
         """Make the dense arm at the precision that was named: a model that cannot have it is found before a search."""
         precision = self.job.options.precision
@@ -321,8 +326,8 @@ class _Line:
         notes = [recovery.note] if recovery else []
         bundling.write(
             path, job, ready.target, ready.runtime, ready.arms, ready.choice, self._original(),
-            data=self.data, notes=[*notes, *(note for arm in ready.arms for note in keeping.notes(arm))],
-            recovered=None if recovery is None else recovery.record,
+            data=self.data, recovered=None if recovery is None else recovery.record,
+            notes=[*self._alone(), *notes, *(note for arm in ready.arms for note in keeping.notes(arm))],
             precision=None if ready.selected is None else ready.selected.to_dict(), zip_too=job.options.zip,
             progress=self.progress,
         )  # fmt: skip

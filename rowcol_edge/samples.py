@@ -1,4 +1,5 @@
-"""The embedded samples: small trained models with their data, under ``sample_models/NAME/sample.toml``."""
+"""The embedded samples, under ``sample_models/NAME/sample.toml``: small trained models with their data, and
+architectures with random weights and none."""
 
 from __future__ import annotations
 
@@ -22,6 +23,8 @@ _KEYS = {
 class Sample:
     """One embedded sample; paths are absolute, ``factory`` is ``FILE.py:function``.
 
+    An architecture alone has neither ``weights``, ``data`` nor ``licence`` (of the weights): all three are None.
+
     Attributes:
         weights: None where the factory brings them, as of an installed package.
         preprocess: None where inputs are no pictures.
@@ -32,14 +35,23 @@ class Sample:
     description: str
     factory: str
     weights: Path | None
-    data: Path
+    data: Path | None
     task: str
     labels: tuple[str, ...]
     positive: str | None
     metric: str
     preprocess: Preprocess | None
     packages: tuple[str, ...]
-    licence: Path
+    licence: Path | None
+
+    @property
+    def trained(self) -> bool:
+        return self.data is not None
+
+    @property
+    def alone(self) -> str:
+        """What a person should know of an architecture alone; empty for a trained sample."""
+        return "" if self.trained else f"sample:{self.name} is an architecture alone, with random weights and no data"
 
 
 def available() -> tuple[str, ...]:
@@ -72,19 +84,22 @@ def load(name: str) -> Sample:
 
 
 def _sample(name: str, folder: Path, values: Mapping[str, Any]) -> Sample:
-    weights, recipe = values.get("weights"), values.get("preprocess")
+    file, _, function = values["factory"].partition(":")
+    trained, recipe = "data" in values, values.get("preprocess")
+    if "weights" in values and not trained:
+        raise ConfigError(f"{name}/sample.toml", expected="data beside the weights", got="weights alone")
     return Sample(
         name=name,
         title=values["title"],
         description=values["description"],
-        factory=str(folder / values["factory"]),
-        weights=None if weights is None else folder / weights,
-        data=folder / values["data"],
+        factory=f"{folder / file}:{function}",
+        weights=folder / values["weights"] if "weights" in values else None,
+        data=folder / values["data"] if trained else None,
         task=values["task"],
         labels=tuple(values.get("labels", ())),
         positive=values.get("positive"),
         metric=values["metric"],
         preprocess=None if recipe is None else Preprocess.from_dict(recipe),
         packages=tuple(values.get("requires", {}).get("packages", ())),
-        licence=folder / "LICENSE-weights.md",
+        licence=folder / "LICENSE-weights.md" if trained else None,
     )

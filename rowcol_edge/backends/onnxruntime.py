@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from ..device.versions import is_at_least
 from ..errors import MissingDependencyError
 from . import calibration as calibrating
-from . import onnx_artifacts, onnx_errors, onnx_files
+from . import onnx_artifacts, onnx_errors, onnx_files, onnx_ties
 from .base import BIAS_SAMPLES, ERROR_SAMPLES, Artifact, Calibration, LayerError, QuantSpec, Source, check_precision
 from .float16 import half
 
@@ -74,6 +74,7 @@ class OnnxRuntimeBackend:
         stage = f"compile {quant.precision}"
         onnx_artifacts.check_opset(source, runtime, stage)
         result = _convert(model, source, quant, calibration)
+        onnx_ties.merge(result)
         onnx_artifacts.finish(source, result, runtime, quant.precision, stage, metadata, quant.keep_float)
         made = onnx_artifacts.write(result, quant.precision, out)
         corrected = quant.correct_bias and quant.precision == "int8"
@@ -85,7 +86,9 @@ class OnnxRuntimeBackend:
 
         inputs = onnx_files.inputs(onnx_files.load(model))
         feeds = calibrating.spread(calibration, inputs, ERROR_SAMPLES)
-        return onnx_errors.layer_errors(qdq.prepare(model), onnx_files.load(artifact), feeds)
+        quantized = onnx_files.load(artifact)
+        onnx_ties.separate(quantized)
+        return onnx_errors.layer_errors(qdq.prepare(model), quantized, feeds)
 
 
 BACKEND = OnnxRuntimeBackend()
@@ -102,22 +105,25 @@ def _convert(path: Path, source: onnx.ModelProto, quant: QuantSpec, calibration:
             few = calibrating.spread(calibration, inputs, BIAS_SAMPLES)
             quantized = qdq.corrected(path, quantized, few)
         return quantized
-    if quant.precision == "int8-dynamic":
-        return _dynamic(path, quant)
     copy = onnx.ModelProto()
     copy.CopyFrom(source)
+    if quant.precision == "int8-dynamic":
+        onnx_ties.separate(copy)
+        return _dynamic(copy, quant)
     if quant.precision in _BITS:
         from . import weight_only
 
+        onnx_ties.separate(copy)
         return weight_only.quantize(copy, _BITS[quant.precision])
     return half(copy) if quant.precision == "fp16" else copy
 
 
-def _dynamic(source: Path, quant: QuantSpec) -> onnx.ModelProto:
+def _dynamic(model: onnx.ModelProto, quant: QuantSpec) -> onnx.ModelProto:
     from . import qdq
 
     with tempfile.TemporaryDirectory(prefix="rowcol-dynamic-") as work:
-        prepared, out = Path(work) / "prepared.onnx", Path(work) / "dynamic.onnx"
+        source, prepared, out = (Path(work) / f"{name}.onnx" for name in ("source", "prepared", "dynamic"))
+        onnx.save(model, str(source))
         quant_pre_process(str(source), str(prepared), skip_optimization=True, skip_symbolic_shape=True)
         graph = onnx.load(str(prepared)).graph
         stacks = set(qdq.stacked(graph))

@@ -31,11 +31,17 @@ def main(job_file: str) -> int:
         import openvino as ov
 
         model = ov.Core().read_model(job["model"])
+        from . import openvino_ties
+
         notes: list[str] = []
+        found = openvino_ties.find(model)
         if job["precision"] == "int8":
             known = {node.get_friendly_name() for node in model.get_ops()}
-            model, notes = _quantized(model, job)
+            model, notes = _quantized(model, job, tied=bool(found))
             _name_new(model, known)
+        if found:
+            openvino_ties.share(model, found)
+            openvino_ties.compact(model)
     except ModuleNotFoundError as e:
         if e.name not in ("openvino", "nncf"):
             raise
@@ -44,12 +50,15 @@ def main(job_file: str) -> int:
         model.set_rt_info(text, path)
     out = Path(job["out"])
     ov.save_model(model, out, compress_to_fp16=job["precision"] == "fp16")
+    if found:
+        openvino_ties.without_spaces(out)
     out.with_suffix(".json").write_text(json.dumps(notes), encoding="utf-8")
     return 0
 
 
-def _quantized(model: Any, job: dict[str, Any]) -> tuple[Any, list[str]]:
-    """int8 by nncf, and what is to be said of it; once more without SmoothQuant where that fails."""
+def _quantized(model: Any, job: dict[str, Any], *, tied: bool = False) -> tuple[Any, list[str]]:
+    """int8 by nncf, and what is to be said of it; once more without SmoothQuant where that fails, and without it where
+    weights are tied: it scales the columns of each use otherwise, so that they are one matrix no more."""
     import nncf
     import numpy as np
     from nncf.quantization.advanced_parameters import (
@@ -100,6 +109,9 @@ def _quantized(model: Any, job: dict[str, Any]) -> tuple[Any, list[str]]:
             **settings,
         )
 
+    without = AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
+    if transformer and tied:
+        return quantize(without), ["quantized without SmoothQuant, which would untie weights"]
     try:
         return quantize(AdvancedSmoothQuantParameters()), []
     except Exception as e:  # boundary: nncf raises whatever its passes meet
@@ -107,7 +119,7 @@ def _quantized(model: Any, job: dict[str, Any]) -> tuple[Any, list[str]]:
             raise
         reason = (str(e).splitlines() or [""])[0][:160]
         note = f"quantized without SmoothQuant, which failed ({type(e).__name__}: {reason})"
-        return quantize(AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)), [note]
+        return quantize(without), [note]
 
 
 def _name_new(model: Any, known: Collection[str]) -> None:

@@ -27,10 +27,12 @@ import onnx
 from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, create_calibrator, quant_pre_process
 
 from ..errors import ConfigError, StageError, did_you_mean
-from . import onnx_bias
+from . import onnx_bias, onnx_ties
 from .base import Batch, QuantSpec
 from .onnx_errors import WEIGHTED
 
+_QUANTIZED = "_quantized"
+"""What onnxruntime adds to the name of a weight."""
 _JOINS = ("Add", "Concat")
 _FOLLOW = ("Relu", "Clip", "LeakyRelu", "MaxPool", "AveragePool", "Resize")
 """Operators that keep a convolution's feature map a feature map."""
@@ -47,6 +49,8 @@ def quantize(source: Path, quant: QuantSpec, feeds: Iterator[Batch]) -> onnx.Mod
     with tempfile.TemporaryDirectory(prefix="rowcol-qdq-") as work:
         model = prepare(source)
         check_names(model, quant.keep_float)
+        onnx_ties.part(model)
+        found = onnx_ties.find(model)
         prepared = Path(work) / "prepared.onnx"
         onnx.save(model, str(prepared))
         ranges = calibrate(prepared, Path(work) / "observed.onnx", feeds)
@@ -68,6 +72,7 @@ def quantize(source: Path, quant: QuantSpec, feeds: Iterator[Batch]) -> onnx.Mod
         )
         quantizer.quantize_model()
         quantized: onnx.ModelProto = quantizer.model.model
+        onnx_ties.share_scales(quantized, found, {name: f"{name}{_QUANTIZED}" for t in found for name in t.names})
     return quantized
 
 

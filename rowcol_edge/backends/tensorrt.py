@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import MissingDependencyError
 from . import calibration as calibrating
-from . import onnx_artifacts, onnx_errors, onnx_files, tensorrt_graph
+from . import onnx_artifacts, onnx_errors, onnx_files, onnx_ties, tensorrt_graph
 from .base import BIAS_SAMPLES, ERROR_SAMPLES, Artifact, Calibration, LayerError, QuantSpec, Source, check_precision
 from .float16 import half
 
@@ -72,6 +72,7 @@ class TensorRtBackend:
         else:
             result = onnx.ModelProto()
             result.CopyFrom(source)
+            onnx_ties.separate(result)
             if quant.precision == "fp16":
                 result = half(result)
         onnx_artifacts.finish(source, result, runtime, quant.precision, stage, metadata, quant.keep_float)

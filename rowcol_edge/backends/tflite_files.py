@@ -96,9 +96,9 @@ def widen_inputs(model: Any, dtypes: Sequence[str]) -> None:
         wide, options, cast = schema.TensorT(), schema.CastOptionsT(), schema.OperatorT()
         wide.name, wide.shape, wide.shapeSignature = narrow.name, narrow.shape, narrow.shapeSignature
         wide.type, wide.buffer = schema.TensorType.INT64, len(model.buffers)
-        narrow.name = f"{_text(narrow.name)};int32".encode()
+        narrow.name = f"{text(narrow.name)};int32".encode()
         options.inDataType, options.outDataType = wide.type, narrow.type
-        cast.opcodeIndex = _opcode(model, schema.BuiltinOperator.CAST)
+        cast.opcodeIndex = opcode(model, schema.BuiltinOperator.CAST)
         cast.inputs, cast.outputs = np.array([len(graph.tensors)], np.int32), np.array([index], np.int32)
         cast.builtinOptionsType, cast.builtinOptions = schema.BuiltinOptions.CastOptions, options
         graph.inputs[place] = signature.inputs[place].tensorIndex = len(graph.tensors)
@@ -107,7 +107,7 @@ def widen_inputs(model: Any, dtypes: Sequence[str]) -> None:
         graph.operators.insert(0, cast)
 
 
-def _opcode(model: Any, operator: int) -> int:
+def opcode(model: Any, operator: int) -> int:
     """Where an operator stands in the model's list of those it uses; it is added if it is not there."""
     known = [code.builtinCode for code in model.operatorCodes]
     if operator not in known:
@@ -120,7 +120,7 @@ def _opcode(model: Any, operator: int) -> int:
 
 def add_metadata(model: Any, entries: Mapping[str, bytes]) -> None:
     """A named buffer for each entry, in place of one of the same name."""
-    model.metadata = [entry for entry in model.metadata or [] if _text(entry.name) not in entries]
+    model.metadata = [entry for entry in model.metadata or [] if text(entry.name) not in entries]
     for name, content in entries.items():
         buffer, metadata = schema.BufferT(), schema.MetadataT()
         buffer.data = np.frombuffer(content, np.uint8)
@@ -131,7 +131,7 @@ def add_metadata(model: Any, entries: Mapping[str, bytes]) -> None:
 
 def metadata(model: Any) -> dict[str, bytes]:
     """The named buffers."""
-    return {_text(entry.name): bytes(model.buffers[entry.buffer].data) for entry in model.metadata or []}
+    return {text(entry.name): bytes(model.buffers[entry.buffer].data) for entry in model.metadata or []}
 
 
 def add_biases(model: Any) -> None:
@@ -146,7 +146,7 @@ def add_biases(model: Any) -> None:
             zeros = np.zeros(graph.tensors[weight].shape[0], np.int32)
             buffer.data = zeros.view(np.uint8)
             quantization.scale, quantization.zeroPoint = scale.astype(np.float32), np.zeros(scale.size, np.int64)
-            tensor.name = f"{_text(graph.tensors[operator.outputs[0]].name)};bias".encode()
+            tensor.name = f"{text(graph.tensors[operator.outputs[0]].name)};bias".encode()
             tensor.shape, tensor.type, tensor.buffer = zeros.shape, schema.TensorType.INT32, len(model.buffers)
             tensor.quantization = quantization
             operator.inputs = np.array([given, weight, len(graph.tensors)], np.int32)
@@ -202,7 +202,7 @@ def weight_types(model: Any) -> dict[str, int]:
 def single_layer(model: Any, layer: str) -> tuple[Any, str]:
     """The operator whose output is called so as a model of its own, and the name of the tensor it takes."""
     graph = model.subgraphs[0]
-    operator = next(op for op in graph.operators if _text(graph.tensors[op.outputs[0]].name) == layer)
+    operator = next(op for op in graph.operators if text(graph.tensors[op.outputs[0]].name) == layer)
     used = [index for index in (*operator.inputs, *operator.outputs) if index >= 0]
     places = {index: place for place, index in enumerate(dict.fromkeys(used))}
     tensors = [copy.copy(graph.tensors[index]) for index in places]
@@ -224,7 +224,7 @@ def single_layer(model: Any, layer: str) -> tuple[Any, str]:
         maps[0].name, maps[0].tensorIndex = graph.tensors[index].name, places[index]
     single.version, single.subgraphs, single.signatureDefs = model.version, [cut], [signature]
     single.operatorCodes, single.buffers = [model.operatorCodes[operator.opcodeIndex]], [schema.BufferT(), *buffers]
-    return single, _text(graph.tensors[given].name)
+    return single, text(graph.tensors[given].name)
 
 
 def int8_layers(model: Any) -> dict[str, str]:
@@ -288,7 +288,7 @@ def _weights(model: Any) -> Iterator[_Weight]:
                 tensor = graph.tensors[behind.get(index, index)]
                 if model.buffers[tensor.buffer].data is not None:
                     activation = _TYPES[graph.tensors[other].type]
-                    layer = _text(graph.tensors[operator.outputs[0]].name)
+                    layer = text(graph.tensors[operator.outputs[0]].name)
                     values = math.prod(tensor.shape)
                     scale = None if tensor.quantization is None else tensor.quantization.scale
                     scales = 0 if scale is None else len(scale)
@@ -301,7 +301,7 @@ def kind(model: Any, operator: Any) -> str:
     return name
 
 
-def _text(name: bytes | str) -> str:
+def text(name: bytes | str) -> str:
     return name.decode() if isinstance(name, bytes) else name
 
 

@@ -31,7 +31,7 @@ def main(job_file: str) -> int:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     out = Path(job["out"])
     try:
-        from . import tflite_files, tflite_metadata
+        from . import tflite_files, tflite_metadata, tflite_ties
 
         refusal = None if Path(job["float"]).is_file() else convert(job)
         if refusal is not None:
@@ -45,6 +45,8 @@ def main(job_file: str) -> int:
     model = tflite_files.unpacked(content)
     if job["precision"] == "int8":
         tflite_files.split_outputs(model)
+    if job["precision"] == "fp16":
+        tflite_ties.read_half(model)
     tflite_files.add_biases(model)
     said = job["metadata"]
     described = tflite_metadata.described(said, job["inputs"], job["outputs"])
@@ -60,7 +62,7 @@ def convert(job: dict[str, Any]) -> dict[str, str] | None:
     import litert_torch
     import torch
 
-    from . import tflite_files
+    from . import tflite_files, tflite_ties
 
     program = torch.export.load(job["program"])
     example = tuple(torch.zeros(port["shape"], dtype=getattr(torch, port["dtype"])) for port in job["ports"])
@@ -73,6 +75,7 @@ def convert(job: dict[str, Any]) -> dict[str, str] | None:
     tflite_files.name_signature(model, job["inputs"], job["outputs"])
     tflite_files.widen_inputs(model, [port["dtype"] for port in job["ports"]])
     _name_tensors(model, job["inputs"], job["outputs"])
+    tflite_ties.share(model)
     made = Path(job["float"])
     partial = made.with_suffix(f".{os.getpid()}.part")
     partial.write_bytes(tflite_files.packed(model))
@@ -148,9 +151,12 @@ def recipe(job: dict[str, Any]) -> Any:
     int8 of a transformer quantizes the operators that hold weights and leaves the rest in float: 8 bits for a residual
     stream and a LayerNorm cost accuracy, and XNNPACK has no int8 form of the reciprocal square root, Softmax and GELU,
     so that they fall back to slow kernels. int8-io is for accelerators that take integers only.
+
+    A weight that layers share, be it transposed, has one scale: a scale a channel would be one of the other's inputs.
     """
     from ai_edge_quantizer import algorithm_manager, qtyping, recipe_manager
     from ai_edge_quantizer import recipe as recipes
+    from ai_edge_quantizer.qtyping import QuantGranularity
 
     algorithm, kind = algorithm_manager.AlgorithmName, qtyping.TFLOperationName
     manager, precision = recipe_manager.RecipeManager(), job["precision"]
@@ -164,6 +170,12 @@ def recipe(job: dict[str, Any]) -> Any:
             manager.add_static_config(".*", kind[operator], activation_num_bits=8, weight_num_bits=8)
     else:
         manager.load_quantization_recipe(recipes.static_wi8_ai8())
+    if precision != "fp16":
+        for layer, operator in _tied(Path(job["float"])).items():
+            if precision == "int8-dynamic":
+                manager.add_dynamic_config(_scope(layer), kind[operator], 8, QuantGranularity.TENSORWISE)
+            else:
+                manager.add_static_config(_scope(layer), kind[operator], 8, 8, QuantGranularity.TENSORWISE)
     if precision == "int8":
         for operator in (kind.INPUT, kind.OUTPUT):
             manager.add_quantization_config(".*", operator, algorithm_key=algorithm.NO_QUANTIZE)
@@ -177,10 +189,13 @@ def alone(layer: str, operator: str, job: dict[str, Any]) -> Any:
     from ai_edge_quantizer import qtyping, recipe_manager
 
     manager, kind = recipe_manager.RecipeManager(), qtyping.TFLOperationName[_NAMES.get(operator, operator)]
+    tied = layer in _tied(Path(job["float"]))
     if job["static"]:
-        manager.add_static_config(_scope(layer), kind, activation_num_bits=8, weight_num_bits=8)
+        whole = qtyping.QuantGranularity.TENSORWISE if tied else qtyping.QuantGranularity.CHANNELWISE
+        manager.add_static_config(_scope(layer), kind, 8, 8, whole)
     else:
-        manager.add_dynamic_config(_scope(layer), kind, 8, _granularity(operator, job))
+        granularity = qtyping.QuantGranularity.TENSORWISE if tied else _granularity(operator, job)
+        manager.add_dynamic_config(_scope(layer), kind, 8, granularity)
     return manager.get_quantization_recipe()
 
 
@@ -200,7 +215,15 @@ def _is_transformer(path: Path) -> bool:
     """Whether the model normalizes what it calculates, or multiplies it with itself."""
     from . import tflite_files
 
-    return bool(tflite_files.operators(tflite_files.read(path)).keys() & {"RSQRT", "BATCH_MATMUL"})
+    model = tflite_files.read(path)
+    counts = tflite_files.operators(model)
+    return counts["RSQRT"] > 0 or counts["BATCH_MATMUL"] > list(_tied(path).values()).count("BATCH_MATMUL")
+
+
+def _tied(path: Path) -> dict[str, str]:
+    from . import tflite_files, tflite_ties
+
+    return tflite_ties.layers(tflite_files.read(path))
 
 
 def ranges(job: dict[str, Any], chosen: Any) -> Any:

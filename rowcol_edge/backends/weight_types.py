@@ -141,16 +141,20 @@ def _counts(
 
 
 def _weights(proto: onnx.ModelProto, operators: set[str], without: Collection[str] = ()) -> Iterator[_Weight]:
-    """Constant operands, directly or through a DequantizeLinear."""
+    """Constant operands, directly or through a DequantizeLinear, or a Transpose of a matrix that is used both ways."""
     for graph in graphs(proto.graph):
         constants = {tensor.name: tensor for tensor in graph.initializer}
-        behind = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+        turned, behind = (
+            {node.output[0]: node.input[0] for node in graph.node if node.op_type == kind}
+            for kind in ("Transpose", "DequantizeLinear")
+        )
         for node in graph.node:
             if node.op_type not in operators or node.name in without:
                 continue
             for index in _WEIGHTED[node.op_type]:
                 if index < len(node.input):
                     name = behind.get(node.input[index], node.input[index])
+                    name = turned.get(name, name)
                     if name in constants:
                         yield _weight(node, constants[name], name)
 

@@ -14,6 +14,9 @@ from torch.utils import _pytree as pytree
 from ..calling import bind, evaluating, places_of, quiet
 from ..errors import DataError, ModelError, RowcolError, UnsupportedOpError
 
+_TURNS = ("t.", "numpy_T", "permute.", "transpose.")
+"""Operators of torch, less their namespace, that turn a matrix over."""
+
 
 def program(
     model: nn.Module, example: Mapping[str, npt.NDArray[Any]], *, dynamic_batch: bool = False
@@ -61,6 +64,18 @@ def output_names(captured: torch.export.ExportedProgram) -> list[str]:
         return ["output"]
     indices = name_outputs(pytree.tree_unflatten(range(spec.num_leaves), spec), kind=int)
     return sorted(indices, key=indices.__getitem__)
+
+
+def tied_parameters(captured: torch.export.ExportedProgram) -> tuple[str, ...]:
+    """Names of the matrices that the program uses both as they are and transposed."""
+    parameters = {**captured.graph_signature.inputs_to_parameters, **captured.graph_signature.inputs_to_buffers}
+    found = []
+    for node in captured.graph.nodes:
+        if node.op == "placeholder" and node.name in parameters and node.meta["val"].dim() > 1:
+            turned = [user for user in node.users if str(user.target).partition(".")[2].startswith(_TURNS)]
+            if turned and len(node.users) > 1:
+                found.append(parameters[node.name])
+    return tuple(found)
 
 
 def function(

@@ -20,7 +20,7 @@ from torch import nn
 from ..backends import onnx_files
 from ..calling import evaluating
 from ..errors import ConfigError, ModelError, StageError, UnsupportedOpError, WeightsError
-from .capture import first_line, input_names, program
+from .capture import first_line, input_names, program, tied_parameters
 from .capture import output_names as captured_names
 
 __all__ = ["OPSETS", "export", "program"]
@@ -92,6 +92,7 @@ def check_size(model: nn.Module) -> None:
 def _convert(
     model: nn.Module, captured: torch.export.ExportedProgram, opset: int, inputs: list[str], outputs: list[str]
 ) -> onnx.ModelProto:
+    tied = tied_parameters(captured)
     with _quiet(), evaluating(model), torch.no_grad():
         try:
             converted = torch.onnx.export(
@@ -101,14 +102,36 @@ def _convert(
                 input_names=inputs,
                 output_names=outputs,
                 external_data=False,
+                optimize=not tied,
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as e:
             raise _conversion_error(e, captured) from e
         if converted is None:
             raise StageError("export", expected="an ONNX model from torch.onnx.export", got="nothing")
+        if tied:
+            with _aside(converted, tied):
+                converted.optimize()
         _free_names(converted, {*inputs, *outputs})
         return converted.model_proto
+
+
+@contextlib.contextmanager
+def _aside(converted: torch.onnx.ONNXProgram, tied: Sequence[str]) -> Iterator[None]:
+    """Tied weights stand as inputs, which no rewrite folds, once for each of their uses, into what follows them."""
+    graph = converted.model.graph
+    held = {}
+    for name in tied:
+        if name in graph.initializers:
+            value = graph.initializers.pop(name)
+            held[name], value.const_value = value.const_value, None
+            graph.inputs.append(value)
+    yield
+    graph = converted.model.graph  # the rewrites may have made another
+    for value in [value for value in graph.inputs if value.name in held]:
+        graph.inputs.remove(value)
+        value.const_value = held[str(value.name)]
+        graph.initializers[str(value.name)] = value
 
 
 def _free_names(converted: torch.onnx.ONNXProgram, names: set[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 
 from .. import native
-from ..backends import onnx_files
+from ..backends import onnx_files, onnx_ties
 from ..errors import StageError
 from .simplify_worker import NOT_EQUAL, NOT_INSTALLED
 
@@ -47,7 +47,7 @@ def simplify(source: Path, out: Path, *, timeout_s: float = 300.0) -> Simplified
     before = onnx_files.load(source)
     with tempfile.TemporaryDirectory(prefix="rowcol-simplify-") as work:
         result = Path(work) / "simplified.onnx"
-        reason = _run(source, result, timeout_s)
+        reason = _run(_aside(before, Path(work) / "aside.onnx") or source, result, timeout_s)
         after = before
         if not reason:
             after, reason = _accepted(before, result)
@@ -61,6 +61,16 @@ def simplify(source: Path, out: Path, *, timeout_s: float = 300.0) -> Simplified
         size_bytes_before=before.ByteSize(),
         size_bytes_after=after.ByteSize(),
     )
+
+
+def _aside(model: onnx.ModelProto, out: Path) -> Path | None:
+    """The model in a file whose tied weights stand as inputs: onnxsim transposes constants, and folds others into
+    them, so that a tied one would be stored once for each of its uses. None if it has none."""
+    aside = onnx_ties.aside(model)
+    if aside is None:
+        return None
+    onnx_files.write(aside, out)
+    return out
 
 
 def _run(source: Path, result: Path, timeout_s: float) -> str:
@@ -78,6 +88,7 @@ def _accepted(before: onnx.ModelProto, result: Path) -> tuple[onnx.ModelProto, s
     """The simplified model, or the one before and why."""
     try:
         after = onnx_files.load(result)
+        onnx_ties.restore(after, before)
         onnx_files.strip(after)
         onnx_files.check(after, "simplify", opset_version=onnx_files.opset(before), ir_version=before.ir_version)
     except StageError as e:

@@ -1,0 +1,226 @@
+"""Tied weights in TFLite models: one buffer for all uses of a matrix.
+
+FULLY_CONNECTED and CONV_2D read a weight as outputs × inputs and cannot read it transposed; BATCH_MATMUL reads the same
+numbers as inputs × outputs. So a transposed use becomes a BATCH_MATMUL on the buffer of the others, and its bias an
+ADD. A scale that the converter has multiplied into the rows (batch norms) becomes a MUL.
+
+This is done to the float file, which every precision is made from: a quantizer then sees the operators that will run.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from ai_edge_litert import schema_py_generated as schema
+
+from . import tflite_files, ties
+
+PRODUCT = ";product"
+"""Ends the name of a tensor that was a layer's output before its bias and its scale were taken out."""
+_LAYERS = ("FULLY_CONNECTED", "CONV_2D")
+_LEAST_FACTOR = 1e-3
+"""Of the largest: a bias would be divided by smaller ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer by the name of its output; several may read one tensor."""
+
+    name: str
+    operator: Any
+    weight: Any
+
+
+def share(model: Any) -> int:
+    """Give, in place, the uses of each tie of a float model one buffer; how many constants that spared."""
+    [graph] = model.subgraphs
+    layers = {layer.name: layer for layer in _layers(model, graph)}
+    spared = 0
+    for tie in ties.find({name: _matrix(model, layer) for name, layer in layers.items()}):
+        uses = [use for use in tie.uses if use.plain or np.abs(use.factors).min() > _LEAST_FACTOR]
+        if len(uses) < 2 or all(use.transposed for use in uses):
+            continue
+        buffer = _buffer(model, tie.matrix)
+        for use in uses:
+            _rewrite(model, graph, layers[use.name], use, tie.matrix.shape, buffer)
+        spared += len(uses) - 1
+    _empty_unused(model)
+    return spared
+
+
+def layers(model: Any) -> dict[str, str]:
+    """Those that share their weight, by the name of their output → the operator."""
+    [graph] = model.subgraphs
+    readers: dict[int, dict[str, str]] = {}
+    for operator in graph.operators:
+        kind = tflite_files.kind(model, operator)
+        weight = graph.tensors[operator.inputs[1]] if kind in (*_LAYERS, "BATCH_MATMUL") else None
+        if weight is not None and model.buffers[weight.buffer].data is not None:
+            name = tflite_files.text(graph.tensors[operator.outputs[0]].name)
+            readers.setdefault(weight.buffer, {})[name] = kind
+    return {name: kind for group in readers.values() if len(group) > 1 for name, kind in group.items()}
+
+
+def read_half(model: Any) -> None:
+    """Let all uses of a tie read, in place, one float16 buffer: ai-edge-quantizer gives each layer its own, and leaves
+    the weights of products in float32."""
+    [graph] = model.subgraphs
+    halves: dict[bytes, int] = {}
+    for tensor in graph.tensors:
+        data = model.buffers[tensor.buffer].data
+        if tensor.type == schema.TensorType.FLOAT16 and data is not None:
+            tensor.buffer = halves.setdefault(bytes(data), tensor.buffer)
+    for operator in list(graph.operators):
+        if tflite_files.kind(model, operator) != "BATCH_MATMUL":
+            continue
+        weight = graph.tensors[operator.inputs[1]]
+        data = model.buffers[weight.buffer].data
+        if data is None or weight.type != schema.TensorType.FLOAT32:
+            continue
+        half = _floats(model, weight).astype(np.float16).tobytes()
+        if half in halves:
+            _widen(model, graph, operator, halves[half])
+    _empty_unused(model)
+
+
+def _widen(model: Any, graph: Any, operator: Any, buffer: int) -> None:
+    """A DEQUANTIZE between a float16 buffer and the second operand."""
+    wide, narrow, step = graph.tensors[operator.inputs[1]], schema.TensorT(), schema.OperatorT()
+    narrow.name = f"{tflite_files.text(wide.name)};half".encode()
+    narrow.shape, narrow.type, narrow.buffer = wide.shape, schema.TensorType.FLOAT16, buffer
+    wide.buffer = 0
+    step.opcodeIndex = tflite_files.opcode(model, schema.BuiltinOperator.DEQUANTIZE)
+    step.builtinOptionsType, step.builtinOptions = (
+        schema.BuiltinOptions.DequantizeOptions,
+        schema.DequantizeOptionsT(),
+    )
+    step.inputs, step.outputs = np.array([len(graph.tensors)], np.int32), operator.inputs[1:2]
+    graph.tensors.append(narrow)
+    graph.operators.insert(next(i for i, other in enumerate(graph.operators) if other is operator), step)
+
+
+def _empty_unused(model: Any) -> None:
+    """Drop tensors that no operator reads or makes, and the content of buffers that no tensor has."""
+    [graph] = model.subgraphs
+    known = {*graph.inputs, *graph.outputs}
+    known |= {index for operator in graph.operators for index in (*operator.inputs, *operator.outputs)}
+    places = {old: new for new, old in enumerate(sorted(index for index in known if index >= 0))}
+    graph.tensors = [graph.tensors[index] for index in places]
+    for holder in (graph, *graph.operators):
+        holder.inputs, holder.outputs = (
+            np.array([places.get(index, -1) for index in indices], np.int32)
+            for indices in (holder.inputs, holder.outputs)
+        )
+    for signature in model.signatureDefs:
+        for entry in (*signature.inputs, *signature.outputs):
+            entry.tensorIndex = places[entry.tensorIndex]
+    used = {tensor.buffer for tensor in graph.tensors} | {entry.buffer for entry in model.metadata or []}
+    for number, buffer in enumerate(model.buffers):
+        if number not in used:
+            buffer.data = None
+
+
+def _layers(model: Any, graph: Any) -> Iterator[_Layer]:
+    """Linear layers and 1×1 convolutions of stride 1 with a constant weight."""
+    for operator in graph.operators:
+        kind = tflite_files.kind(model, operator)
+        if kind not in _LAYERS:
+            continue
+        given, made = graph.tensors[operator.inputs[0]], graph.tensors[operator.outputs[0]]
+        weight, options = graph.tensors[operator.inputs[1]], operator.builtinOptions
+        if model.buffers[weight.buffer].data is None or weight.type != schema.TensorType.FLOAT32:
+            continue
+        if any(size != 1 for size in weight.shape[1:-1]) or len(given.shape) != len(made.shape):
+            continue
+        if kind == "FULLY_CONNECTED" or (options.strideH, options.strideW) == (1, 1):
+            yield _Layer(tflite_files.text(made.name), operator, weight)
+
+
+def _matrix(model: Any, layer: _Layer) -> npt.NDArray[np.float32]:
+    shape = layer.weight.shape
+    return _floats(model, layer.weight).reshape(shape[0], shape[-1])
+
+
+def _rewrite(model: Any, graph: Any, layer: _Layer, use: ties.Use, shape: tuple[int, ...], buffer: int) -> None:
+    operator, options = layer.operator, layer.operator.builtinOptions
+    activation, options.fusedActivationFunction = options.fusedActivationFunction, 0
+    weight = copy.copy(layer.weight)
+    weight.name, weight.buffer = f"{layer.name};weight".encode(), buffer
+    operator.inputs[1] = len(graph.tensors)
+    graph.tensors.append(weight)
+    has_bias = len(operator.inputs) > 2 and operator.inputs[2] >= 0
+    bias = _floats(model, graph.tensors[operator.inputs[2]]) if has_bias else None
+    steps: list[tuple[str, npt.NDArray[np.float32]]] = []
+    if not use.plain:
+        steps.append(("MUL", use.factors.astype(np.float32)))
+    if use.transposed:
+        weight.shape, weight.shapeSignature = np.array(shape, np.int32), None
+        operator.inputs = operator.inputs[:2]
+        _become_product(model, operator)
+        if bias is not None or activation:
+            steps.append(("ADD", np.zeros(1, np.float32) if bias is None else bias))
+    elif bias is not None and not use.plain:
+        scaled = np.divide(bias, use.factors, dtype=np.float32)
+        operator.inputs[2] = _add_constant(model, graph, f"{layer.name};bias", scaled)
+    if steps:
+        _follow(model, graph, operator, steps, activation)
+    else:
+        options.fusedActivationFunction = activation
+
+
+def _become_product(model: Any, operator: Any) -> None:
+    options = schema.BatchMatMulOptionsT()
+    options.adjX = options.adjY = False
+    operator.opcodeIndex = tflite_files.opcode(model, schema.BuiltinOperator.BATCH_MATMUL)
+    operator.builtinOptionsType, operator.builtinOptions = schema.BuiltinOptions.BatchMatMulOptions, options
+
+
+def _follow(
+    model: Any, graph: Any, operator: Any, steps: list[tuple[str, npt.NDArray[np.float32]]], activation: int
+) -> None:
+    """Put elementwise operators behind one, of which the last gives what it gave."""
+    place = next(i for i, other in enumerate(graph.operators) if other is operator)
+    end = int(operator.outputs[0])
+    current = operator
+    for number, (kind, values) in enumerate(steps):
+        between = schema.TensorT()
+        final = graph.tensors[end]
+        between.name = f"{tflite_files.text(final.name)}{PRODUCT}{number}".encode()
+        between.shape, between.type, between.buffer = final.shape, final.type, 0
+        current.outputs = np.array([len(graph.tensors)], np.int32)
+        graph.tensors.append(between)
+        step, options = schema.OperatorT(), getattr(schema, f"{kind.title()}OptionsT")()
+        options.fusedActivationFunction = activation if number == len(steps) - 1 else 0
+        step.opcodeIndex = tflite_files.opcode(model, getattr(schema.BuiltinOperator, kind))
+        step.builtinOptionsType = getattr(schema.BuiltinOptions, f"{kind.title()}Options")
+        step.builtinOptions = options
+        name = f"{tflite_files.text(final.name)};{kind.lower()}{number}"
+        step.inputs = np.array([current.outputs[0], _add_constant(model, graph, name, values)], np.int32)
+        step.outputs = np.array([end], np.int32)
+        place += 1
+        graph.operators.insert(place, step)
+        current = step
+
+
+def _add_constant(model: Any, graph: Any, name: str, values: npt.NDArray[np.float32]) -> int:
+    tensor = schema.TensorT()
+    tensor.name, tensor.shape, tensor.type = name.encode(), np.array(values.shape, np.int32), schema.TensorType.FLOAT32
+    tensor.buffer = _buffer(model, values)
+    graph.tensors.append(tensor)
+    return len(graph.tensors) - 1
+
+
+def _buffer(model: Any, values: npt.NDArray[np.floating]) -> int:
+    buffer = schema.BufferT()
+    buffer.data = np.frombuffer(np.ascontiguousarray(values, np.float32).tobytes(), np.uint8)
+    model.buffers.append(buffer)
+    return len(model.buffers) - 1
+
+
+def _floats(model: Any, tensor: Any) -> npt.NDArray[np.float32]:
+    return np.frombuffer(bytes(model.buffers[tensor.buffer].data), np.float32)

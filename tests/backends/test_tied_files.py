@@ -1,0 +1,156 @@
+"""A tied matrix is stored once in every runtime's file, and calculates what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rowcol_edge import evaluation, targets
+from rowcol_edge.backends import BACKENDS, load_backend
+from rowcol_edge.backends.base import QuantSpec, Source
+from rowcol_edge.device.runtimes import RuntimeOptions
+from rowcol_edge.export import capture
+from rowcol_edge.export.simplify import simplify
+from rowcol_edge.factoring.halvit import TiedStage, VisionTransformer
+from rowcol_edge.factoring.ties import TiedFeedForward
+from rowcol_edge.targets import RuntimeSpec
+
+from .conftest import RUNTIME, write_source
+
+TARGET = targets.load("generic-x86")
+PRECISIONS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 0.1}
+
+
+class Stage(nn.Module):
+    """Bottlenecks that share a matrix, with norms in front of and behind it, some of whose scales are negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, 2, 1)
+        self.stage = TiedStage(64, 32, 3)
+        self.head = nn.Linear(128, 5)
+        for norm in self.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                nn.init.uniform_(norm.weight, 0.5, 1.5)
+                norm.weight.data[::3] *= -1
+                nn.init.normal_(norm.bias, 0.0, 0.3)
+                nn.init.uniform_(norm.running_var, 0.5, 2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.stage(torch.relu(self.stem(x))).mean((2, 3)))
+
+
+class Features(nn.Module):
+    """A tied FFN on two axes, where layers become Gemm: both uses may read one constant as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.feed_forward = TiedFeedForward(48, 192, torch.relu)
+        self.head = nn.Linear(48, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.feed_forward(x.mean((2,)).flatten(1)))
+
+
+NETWORKS = {
+    "transformer": lambda: VisionTransformer(width=64, hidden=256, heads=4, depth=2, classes=5, image=32),
+    "stage": Stage,
+    "features": Features,
+}
+SHAPES = {"transformer": (3, 32, 32), "stage": (3, 32, 32), "features": (3, 7, 16)}
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return NETWORKS[name]().eval()
+
+
+def pictures(name: str, count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, *SHAPES[name])).astype(np.float32)
+
+
+def _runtime(backend: str) -> RuntimeSpec:
+    """The ONNX files here are at the opset of `RUNTIME`."""
+    return RUNTIME if load_backend(backend).consumes is Source.ONNX else TARGET.runtime(backend)
+
+
+def matrices(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.dim() > 1 and p.shape[0] > 1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Source, str], Path]:
+    made: dict[tuple[Source, str], Path] = {}
+
+    def get(consumes: Source, name: str) -> Path:
+        if (consumes, name) not in made:
+            folder = tmp_path_factory.mktemp(name)
+            path = write_source(consumes, network(name), {"x": pictures(name, 1, 0)}, folder)
+            if consumes is Source.ONNX:
+                simplified = simplify(path, folder / "simplified.onnx")
+                assert simplified.applied, simplified.reason
+                path = simplified.path
+            made[consumes, name] = path
+        return made[consumes, name]
+
+    return get
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "tensorrt"])
+def test_weights_are_stored_once_and_outputs_stay(
+    backend: str, name: str, precision: str, source, tmp_path: Path
+) -> None:
+    compiler, model = load_backend(backend), network(name)
+    runtime = _runtime(backend)
+
+    def calibration() -> Iterator[dict[str, np.ndarray]]:
+        yield {"x": pictures(name, 16, 1)}
+
+    quant = QuantSpec.for_target(precision, TARGET)
+    out = tmp_path / f"made{compiler.suffix}"
+    artifact = compiler.compile(source(compiler.consumes, name), runtime, quant, calibration, out)
+    kind = {"fp32": "float32", "fp16": "float16", "int8": "int8"}[precision]
+    width = {"fp32": 4, "fp16": 2, "int8": 1}[precision]
+    # biases, norms and what tools add to them are small beside the matrices
+    least, rest = matrices(model) * width, sum(p.numel() for p in model.parameters()) * width
+    assert 0.9 * least <= artifact.weight_types[kind] <= 1.03 * max(least, rest)
+    x = pictures(name, 8, 2)
+    options = RuntimeOptions(threads=1, properties={"INFERENCE_PRECISION_HINT": "f32"} if backend == "openvino" else {})
+    with evaluation.opened(artifact.path, backend, options) as run, torch.no_grad():
+        [got] = run({"x": x}).values()
+        wanted = model(torch.from_numpy(x)).numpy()
+    assert np.linalg.norm(got - wanted) <= PRECISIONS[precision] * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "tensorrt"])
+def test_layer_errors_know_both_uses(backend: str, source, tmp_path: Path) -> None:
+    compiler, path = load_backend(backend), source(load_backend(backend).consumes, "transformer")
+
+    def calibration() -> Iterator[dict[str, np.ndarray]]:
+        yield {"x": pictures("transformer", 8, 1)}
+
+    out = tmp_path / f"made{compiler.suffix}"
+    quant = QuantSpec.for_target("int8", TARGET)
+    compiler.compile(path, _runtime(backend), quant, calibration, out)
+    errors = compiler.layer_errors(path, out, calibration)
+    # a patch embedding, a head, and six uses of three matrices in each of two blocks; openvino's quantizers stand
+    # before the reshape in front of the head and of the projections of attention
+    assert len(errors) == (11 if backend == "openvino" else 14)
+    assert all(0 < layer.error < 0.2 for layer in errors)
+
+
+def test_only_what_is_used_both_ways_is_tied() -> None:
+    captured = capture.program(network("transformer"), {"x": pictures("transformer", 1, 0)})
+    names = [
+        f"blocks.{n}.{part}" for n in (0, 1) for part in ("attention.query", "attention.weight", "feed_forward.weight")
+    ]
+    assert list(capture.tied_parameters(captured)) == names
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
+    assert capture.tied_parameters(capture.program(dense, {"input": np.zeros((1, 3), np.float32)})) == ()
