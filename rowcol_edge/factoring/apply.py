@@ -15,6 +15,7 @@ from rowcol_edge.errors import PlanError
 from rowcol_edge.factoring import splits
 from rowcol_edge.factoring.channel_spaces import ChannelSpaces
 from rowcol_edge.factoring.channels import ChannelSet, Slot
+from rowcol_edge.factoring.gauge import rotation
 from rowcol_edge.factoring.layers import held, skip_reasons
 from rowcol_edge.factoring.narrow import Narrowing, narrow, narrowing
 from rowcol_edge.factoring.opening import leave_fused_paths
@@ -56,19 +57,21 @@ def apply(
     channels: Sequence[ChannelSet] = (),
     channel_spaces: Mapping[str, ChannelSpaces] | None = None,
     alpha: float = 0.5,
+    rotated: int | None = 0,
 ) -> nn.Module:
     """A copy of ``model`` with the plan's channels, each ``project`` layer ``nn.Sequential(reduce=…, expand=…)``.
 
     Channels come first (see `narrow`); a layer is then split in the spaces of the channels that are left to it. With
     ``U`` the leading ``r`` directions of the spaces' basis, ``V`` those of its dual, ``D = diag(λ^(α/2))``::
 
-        reduce = D⁻¹ Vᵀ W      (no bias; a convolution keeps its kernel, stride, padding and dilation)
-        expand = U D           (1×1 for a convolution, transposed or not; bias  U Vᵀ b + (I − U Vᵀ) E[y])
+        reduce = Q D⁻¹ Vᵀ W      (no bias; a convolution keeps its kernel, stride, padding and dilation)
+        expand = U D Qᵀ          (1×1 for a convolution, transposed or not; bias  U Vᵀ b + (I − U Vᵀ) E[y])
 
     the best rank-``r`` layer on the calibration inputs, centred: in mean square, or where the spaces are weighed (see
-    `sensitivity`) at the model's output. ``alpha`` only moves scale between the two (the product is the same): 0 leaves
-    the latent channels their own ranges, 1 makes them equal; 0.5 is a compromise that suits int8. Computed in float64,
-    stored in the layer's own type on its own device.
+    `sensitivity`) at the model's output. ``alpha`` and ``Q``, an orthogonal matrix drawn with the seed ``rotated``,
+    only change what passes between the two (the product is the same): 0 leaves the latent channels their own ranges, 1
+    makes them equal, ``Q`` spreads what is large in one over all. 0.5 and rotated suits int8 best (see `gauge`;
+    measured by tools/benchmark_gauge.py). Computed in float64, stored in the layer's own type on its own device.
 
     Args:
         model: the model ``spaces`` was collected from (batch norms folded), left as it is.
@@ -94,7 +97,7 @@ def apply(
             seen = _through(seen, _whole(each.rows(slot), slot, len(seen.mean)))
         if layer.rank is None or layer.rank > len(seen.mean):
             raise PlanError(f"layer {layer.name!r}: rank", expected=f"1 to {len(seen.mean)}", got=str(layer.rank))
-        result.set_submodule(layer.name, _project(module, layer, seen, alpha))
+        result.set_submodule(layer.name, _project(module, layer, seen, alpha, rotated))
     changed = {layer.name for layer in plan.projected} | {name for each in narrowings for name in each.channels.layers}
     leave_fused_paths(result, changed)
     return result
@@ -158,7 +161,9 @@ def _check(layer: LayerPlan, reasons: Mapping[str, str], spaces: Mapping[str, La
         raise PlanError(f"layer {layer.name!r}: rank", expected=f"1 to {size}", got=str(layer.rank))
 
 
-def _project(module: nn.Linear | _ConvNd, layer: LayerPlan, spaces: LayerSpaces, alpha: float) -> nn.Sequential:
+def _project(
+    module: nn.Linear | _ConvNd, layer: LayerPlan, spaces: LayerSpaces, alpha: float, rotated: int | None
+) -> nn.Sequential:
     rank = layer.rank or 0
     weight = module.weight
     dense = splits.matrix(module)
@@ -174,8 +179,9 @@ def _project(module: nn.Linear | _ConvNd, layer: LayerPlan, spaces: LayerSpaces,
     bias = np.zeros(dense.shape[0]) if module.bias is None else module.bias.detach().double().cpu().numpy()
     bias = spaces.mean + basis @ (dual.T @ (bias - spaces.mean))
     reduce, expand = splits.column(module, rank)
-    splits.fill(reduce, (dual.T @ dense) / scale[:, None], weight)
-    splits.fill(expand, basis * scale, weight)
+    turn = np.eye(rank) if rotated is None else rotation(rank, rotated)
+    splits.fill(reduce, turn @ ((dual.T @ dense) / scale[:, None]), weight)
+    splits.fill(expand, (basis * scale) @ turn.T, weight)
     assert expand.bias is not None
     splits.put(expand.bias, bias, weight)
     return nn.Sequential(OrderedDict(reduce=reduce, expand=expand)).train(module.training)

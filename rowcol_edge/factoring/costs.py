@@ -3,7 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from enum import StrEnum
+from math import ceil, prod
+
+from rowcol_edge.errors import PlanError
+
+
+class Form(StrEnum):
+    """Which spaces of a layer a split cuts down; the layers are drawn in `splits`."""
+
+    COLUMN = "column"
+    ROW = "row"
+    BOTH = "both"
+    SPATIAL = "spatial"
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A form and how far it goes."""
+
+    form: Form
+    rank: int  # latent channels; of `both` those behind the layer's own kernel
+    taken: int | None = None  # of `both` only: latent channels in front of it
+    across_first: bool = False  # of `spatial` only: 1×k before k×1
+
+    def __post_init__(self) -> None:
+        for what, rank in (("rank", self.rank), ("taken", 1 if self.taken is None else self.taken)):
+            if rank < 1:
+                raise PlanError(f"{what} of a {self.form} split", expected="at least 1", got=str(rank))
+        if (self.taken is not None) != (self.form is Form.BOTH):
+            raise PlanError(f"taken of a {self.form} split", expected="a rank for both, else none", got=str(self.taken))
+        if self.across_first and self.form is not Form.SPATIAL:
+            raise PlanError(f"across_first of a {self.form} split", expected="a spatial split", got="True")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +56,7 @@ class LayerInfo:
     outputs: int | None = None  # rows it gives where that is another number: a transposed convolution; None = positions
     calls: int = 1
     skip: str = ""  # why it must stay dense; "" = it may be factored
+    maps: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # sizes of a convolution's map before and behind it
 
     @property
     def fan_in(self) -> int:
@@ -59,6 +91,79 @@ class LayerInfo:
         outputs = self.positions if self.outputs is None else self.outputs
         return rank * (self.fan_in * self.positions + self.out_features * outputs)
 
+    def largest(self, form: Form, *, across_first: bool = False) -> tuple[int, int]:
+        """Ranks (``rank``, ``taken``) of the weight itself, beyond which a split only costs more.
+
+        ``taken`` is 0 where the form has only one rank, both are for a form that the layer cannot take.
+        """
+        taps = prod(self.kernel)
+        rows, columns = min(self.in_features, self.out_features * taps), min(self.out_features, self.fan_in)
+        if form is Form.COLUMN:
+            return columns, 0
+        if form is Form.ROW:
+            return rows, 0
+        if form is Form.BOTH:
+            return (columns, rows) if taps > 1 else (0, 0)  # of a single matrix it is two splits of one space
+        if self.kind != "conv2d" or min(self.kernel) < 2:
+            return 0, 0
+        first, second = self.kernel[::-1] if across_first else self.kernel
+        return min(self.in_features * first, self.out_features * second), 0
+
+    def split_parameters(self, split: Split) -> int:
+        """Weight and bias entries of the layers that a split makes.
+
+        Raises:
+            PlanError: a form that the layer cannot take.
+        """
+        return sum(weights for weights, _ in self._parts(split)) + self.out_features
+
+    def split_macs(self, split: Split) -> int:
+        """Multiply-accumulates of the layers that a split makes, one sample.
+
+        Raises:
+            PlanError: a form that the layer cannot take, or a convolution whose ``maps`` are not known.
+        """
+        return sum(weights * self._rows(where) for weights, where in self._parts(split))
+
+    def _parts(self, split: Split) -> list[tuple[int, str]]:
+        """Of each layer its weights, and what they are applied to: ``taken``, the layer's own inputs; ``given``, its
+        outputs; ``own``, what its kernel is applied to; ``down`` or ``across``, maps convolved along one axis only."""
+        taken, given, taps = self.in_features, self.out_features, prod(self.kernel)
+        if self.largest(split.form) == (0, 0):
+            raise PlanError(f"layer {self.name!r}: a {split.form} split", expected=_TAKERS[split.form], got=self._said)
+        rank = split.rank
+        if split.form is Form.COLUMN:
+            return [(rank * taken * taps, "own"), (rank * given, "given")]
+        if split.form is Form.ROW:
+            return [(taken * rank, "taken"), (rank * given * taps, "own")]
+        if split.form is Form.BOTH:
+            inner = split.taken or 0
+            return [(taken * inner, "taken"), (inner * rank * taps, "own"), (rank * given, "given")]
+        first, second = self.kernel[::-1] if split.across_first else self.kernel
+        where = "across" if split.across_first else "down"
+        return [(taken * rank * first, where), (rank * given * second, "given")]
+
+    def _rows(self, where: str) -> int:
+        """Rows per sample, see `_parts`."""
+        outputs = self.positions if self.outputs is None else self.outputs
+        if where in ("own", "given"):
+            return self.positions if where == "own" else outputs
+        if not self.kernel:
+            return self.positions
+        if self.outputs is not None and where == "taken":
+            return self.positions  # of a transposed convolution these are counted at its input
+        if self.maps is None:
+            raise PlanError(f"layer {self.name!r}: its cost", expected="the sizes of its maps", got="none")
+        before, behind = self.maps
+        calls = self.positions // prod(behind)  # maps a sample
+        if where == "taken":
+            return calls * prod(before)
+        return calls * (behind[0] * before[1] if where == "down" else before[0] * behind[1])
+
+    @property
+    def _said(self) -> str:
+        return self.kind + (f" {'×'.join(map(str, self.kernel))}" if self.kernel else "")
+
     @property
     def break_even(self) -> int:
         """Largest rank with fewer parameters than dense; 0 if there is none.
@@ -66,3 +171,11 @@ class LayerInfo:
         From ``r · (in·k² + out) + out < out · (in·k² + bias)``.
         """
         return max(0, ceil((self.parameters - self.out_features) / (self.fan_in + self.out_features)) - 1)
+
+
+_TAKERS = {
+    Form.COLUMN: "any layer",
+    Form.ROW: "any layer",
+    Form.BOTH: "a convolution whose kernel is larger than 1",
+    Form.SPATIAL: "a conv2d whose kernel is larger than 1 on both sides",
+}

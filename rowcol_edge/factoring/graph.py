@@ -45,6 +45,8 @@ class GraphLayer:
     second: bool  # its features are the second axis of its output, on which a batch norm acts
     resized: bool  # called with an output size beside its input
     consumer: str = ""  # the layer that alone takes its output, with nothing in between
+    maps: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # sizes of a convolution's map before and behind it,
+    # if it is called once
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +225,7 @@ class _Reader:
             second=bool(given) and all(value.dim() == 2 + _spatial_axes(module) for value in given),
             resized=name in self.resized,
             consumer=self._consumer(nodes[0]) if len(nodes) == 1 else "",
+            maps=_maps(nodes[0], module) if len(nodes) == 1 else None,
         )
 
     def _rows(self, values: Iterable[torch.Tensor], features: int) -> int:
@@ -281,6 +284,17 @@ def _spatial_axes(module: nn.Module) -> int:
     return len(module.kernel_size) if isinstance(module, _ConvNd) else 0
 
 
+def _maps(node: fx.Node, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    if not isinstance(module, _ConvNd):
+        return None
+    axes = len(module.kernel_size)
+    before, behind = (tuple(map(int, n.meta["val"].shape[-axes:])) for n in (cast(fx.Node, node.args[0]), node))
+    if module.padding_mode != "zeros":  # the operator gets what an operator before it has padded
+        both = module._reversed_padding_repeated_twice[::-1]
+        before = tuple(size - sum(both[2 * axis : 2 * axis + 2]) for axis, size in enumerate(before))
+    return before, behind
+
+
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
     named = {**module._parameters, **(module._buffers if isinstance(module, _BatchNorm) else {})}
     wanted = (named.get(key) for key in ("weight", "running_mean", "running_var"))
@@ -313,7 +327,9 @@ def _bottleneck(first: nn.Module, second: nn.Module) -> int:
         return first.out_features if weights < dense else 0
     if not isinstance(first, _ConvNd) or not isinstance(second, _ConvNd) or first.groups != 1 or second.groups != 1:
         return 0
-    if _spatial_axes(first) != _spatial_axes(second) or not (_absorbed(first, second) or _absorbed(second, first)):
+    if _spatial_axes(first) != _spatial_axes(second):
+        return 0
+    if not (_absorbed(first, second) or _absorbed(second, first) or _apart(first, second)):
         return 0
     taps = math.prod(first.kernel_size) * math.prod(second.kernel_size)
     weights, dense = first.weight.numel() + second.weight.numel(), first.in_channels * second.out_channels * taps
@@ -328,3 +344,15 @@ def _absorbed(pointwise: _ConvNd, other: _ConvNd) -> bool:
     plain = pointwise.padding in ("valid", "same") or not any((*pointwise.padding, *pointwise.output_padding))
     strides = (pointwise.transposed or other.transposed) and math.prod(pointwise.stride) != 1
     return math.prod(pointwise.kernel_size) == 1 and plain and not strides
+
+
+def _apart(first: _ConvNd, second: _ConvNd) -> bool:
+    """Does each axis belong to one of the two, as in k×1 and 1×k? A kernel of both sides holds them then."""
+    if first.transposed or second.transposed or first.padding_mode != second.padding_mode:
+        return False
+
+    def idle(layer: _ConvNd, axis: int) -> bool:
+        pads = layer._reversed_padding_repeated_twice[::-1][2 * axis : 2 * axis + 2]
+        return layer.kernel_size[axis] == layer.stride[axis] == 1 and not any(pads)
+
+    return all(idle(first, axis) or idle(second, axis) for axis in range(_spatial_axes(first)))

@@ -47,6 +47,7 @@ def survey(model: nn.Module, graph: LayerGraph) -> dict[str, LayerInfo]:
                 outputs=layer.outputs,
                 calls=layer.calls,
                 skip=reason,
+                maps=layer.maps,
             )
             small = not reason and info.break_even < 1
             found[layer.name] = replace(info, skip="too small to factor") if small else info
@@ -66,8 +67,9 @@ def describe(
     outputs: int | None = None,
     calls: int = 1,
     skip: str = "",
+    maps: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
 ) -> LayerInfo:
-    """Shape and cost of one module; ``outputs`` as in `LayerInfo`."""
+    """Shape and cost of one module; ``outputs`` and ``maps`` as in `LayerInfo`."""
     if isinstance(module, nn.Linear):
         return LayerInfo(
             name=name,
@@ -92,6 +94,7 @@ def describe(
         outputs=outputs if module.transposed else None,
         calls=calls,
         skip=skip,
+        maps=maps,
     )
 
 

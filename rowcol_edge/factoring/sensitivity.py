@@ -1,4 +1,4 @@
-"""What the directions of a layer's output are worth at the model's own output.
+"""What the directions of a layer's output (or input, see `input_spaces`) are worth at the model's own output.
 
 The column space alone says what a layer gives, not what becomes of it: a ReLU may clip it, a mean may average it away,
 and layers differ by orders of magnitude in what the model's output makes of an error. Both come from gradients.
@@ -52,14 +52,20 @@ def weigh(
     spaces: Mapping[str, LayerSpaces],
     *,
     classify: bool,
+    given: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, LayerSpaces]:
     """`weigh_all` of layers only, one half of the samples for the directions and the other to judge them."""
+    parts = halves(samples)
+    return weigh_all(model, *parts, spaces, {}, (), classify=classify, given=given, progress=progress).layers
+
+
+def halves(samples: Feeds) -> tuple[Feeds, Feeds]:
+    """Those that directions are found with, and those that they are judged on; a single sample is both."""
     count = min(len(array) for array in samples.values())
     # every other sample, as data often come sorted by class
     first, second = ({name: array[start::2] for name, array in samples.items()} for start in (0, 1))
-    judges = second if count > 1 else first
-    return weigh_all(model, first, judges, spaces, {}, (), classify=classify, progress=progress).layers
+    return first, second if count > 1 else first
 
 
 def weigh_all(
@@ -71,6 +77,7 @@ def weigh_all(
     sets: Sequence[ChannelSet],
     *,
     classify: bool,
+    given: bool = True,
     progress: Progress | None = None,
 ) -> Weighed:
     """The spaces with directions in the order of their worth, and what cutting off the others costs at the output.
@@ -87,8 +94,9 @@ def weigh_all(
             filled seems to lose nothing on the same ones.
         moments: at the places where `sets` are read.
         classify: the first output is logits or probabilities of classes, if it is (samples, classes).
+        given: ``spaces`` are of what layers give; False: of what they take, and gradients those through each alone.
     """
-    parts = [_chunks(samples), _chunks(judges)]
+    parts = [chunked(samples), chunked(judges)]
     total = sum(map(len, parts))
     done = 0
 
@@ -98,26 +106,26 @@ def weigh_all(
         if progress is not None:
             progress("sensitivity", done, total)
 
-    outputs = {name: Place(name) for name in spaces}
+    places = {name: Place(name, given) for name in spaces}
     reads = {each.name: channel_spaces.places(each) for each in sets}
     try:
-        objective = _Objective(classify=classify)
+        objective = Objective(classify=classify)
         gradients = {
-            place: _Gradients() for place in (*outputs.values(), *(p for found in reads.values() for p in found))
+            place: Gradients() for place in (*places.values(), *(p for found in reads.values() for p in found))
         }
-        _stream(model, parts[0], gradients, objective, advance)
-        weighed = {name: _directions(spaces[name], gradients[place].mean()[0]) for name, place in outputs.items()}
+        stream(model, parts[0], gradients, objective, advance)
+        weighed = {name: _directions(spaces[name], gradients[place].mean()[0]) for name, place in places.items()}
         chosen = {
             each.name: channel_spaces.choose(model, each, [moments[p] for p in reads[each.name]], metrics)
             for each in sets
             if (metrics := [gradients[p].mean() for p in reads[each.name]]) and all(map(_usable, metrics))
         }
-        losses = {name: _Losses() for name in (*outputs, *(_key(name) for name in chosen))}
-        watched = {place: losses[name].at(*_frame(weighed[name])) for name, place in outputs.items()}
+        losses = {name: Losses() for name in (*places, *(_key(name) for name in chosen))}
+        watched = {place: losses[name].at(*_frame(weighed[name])) for name, place in places.items()}
         for name, found in chosen.items():
             for place, read in zip(reads[name], found.reads, strict=True):
                 watched[place] = losses[_key(name)].at(read.mean, read.basis, read.dual)
-        _stream(model, parts[1], watched, objective, advance)
+        stream(model, parts[1], watched, objective, advance)
     except (RuntimeError, NotImplementedError):  # no backward pass through some operator
         return Weighed(dict(spaces), {})
     layers = {
@@ -143,12 +151,13 @@ def _frame(spaces: LayerSpaces) -> tuple[Array, Array, Array]:
     return spaces.mean[None], spaces.basis[None], dual[None]
 
 
-def _chunks(samples: Feeds) -> list[Feeds]:
+def chunked(samples: Feeds) -> list[Feeds]:
+    """As many samples at once as activations are held of."""
     count = min(len(array) for array in samples.values())
     return [{n: array[start : start + _AT_ONCE] for n, array in samples.items()} for start in range(0, count, _AT_ONCE)]
 
 
-class _Gradients:
+class Gradients:
     """``F``: the second moment of the gradients, summed over a sample's positions."""
 
     needs_values = False
@@ -173,7 +182,7 @@ class _Gradients:
         return np.asarray(self._total.cpu().numpy() / max(1, self.samples))
 
 
-class _Losses:
+class Losses:
     """What each direction adds to the output to first order, and the second moments of that over the samples.
 
     One place has one frame; channels that several layers read are looked at in several, which add up.
@@ -184,9 +193,9 @@ class _Losses:
         self._pending: torch.Tensor | None = None
         self._total: torch.Tensor | None = None
 
-    def at(self, mean: Array, basis: Array, dual: Array) -> _Frame:
+    def at(self, mean: Array, basis: Array, dual: Array) -> Frame:
         """(groups, size), (groups, size, directions) twice."""
-        return _Frame(self, mean, basis, dual)
+        return Frame(self, mean, basis, dual)
 
     def add(self, added: torch.Tensor) -> None:
         self._pending = added if self._pending is None else self._pending + added
@@ -206,12 +215,12 @@ class _Losses:
         return np.maximum.accumulate(np.concatenate([[0.0], losses]))[::-1]
 
 
-class _Frame:
+class Frame:
     """Directions at one place."""
 
     needs_values = True
 
-    def __init__(self, losses: _Losses, mean: Array, basis: Array, dual: Array) -> None:
+    def __init__(self, losses: Losses, mean: Array, basis: Array, dual: Array) -> None:
         self._losses = losses
         self._mean, self._basis, self._dual = (torch.from_numpy(each).float() for each in (mean, basis, dual))
 
@@ -226,11 +235,11 @@ class _Frame:
         self._losses.flush(samples)
 
 
-_Watched = Mapping[Place, _Gradients] | Mapping[Place, _Frame]
+Watched = Mapping[Place, Gradients] | Mapping[Place, Frame]
 
 
-def _stream(
-    model: nn.Module, chunks: Iterable[Feeds], watched: _Watched, objective: _Objective, advance: Callable[[], None]
+def stream(
+    model: nn.Module, chunks: Iterable[Feeds], watched: Watched, objective: Objective, advance: Callable[[], None]
 ) -> None:
     """One backward pass a chunk; RuntimeError where there is none."""
     with evaluating(model), _frozen(model), _hooks(model, watched):
@@ -244,7 +253,7 @@ def _stream(
             advance()
 
 
-class _Objective:
+class Objective:
     """The number whose gradients are taken: summed over the samples of a batch, each of which counts by itself."""
 
     def __init__(self, *, classify: bool) -> None:
@@ -295,7 +304,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hooks(model: nn.Module, watched: _Watched) -> Iterator[None]:
+def _hooks(model: nn.Module, watched: Watched) -> Iterator[None]:
     """What is given is watched behind the layer; what is taken on a way of the layer's own, so that the gradient that
     comes back is what arrives through this layer alone."""
     handles = []
@@ -327,7 +336,7 @@ def _hooks(model: nn.Module, watched: _Watched) -> Iterator[None]:
             handle.remove()
 
 
-def _watch(value: torch.Tensor, layer: nn.Module, seen: Iterable[tuple[Place, _Gradients | _Frame]]) -> torch.Tensor:
+def _watch(value: torch.Tensor, layer: nn.Module, seen: Iterable[tuple[Place, Gradients | Frame]]) -> torch.Tensor:
     # what follows may work in place: on no leaf, and not on what is needed later
     kept = value.detach().clone() if any(entry.needs_values for _, entry in seen) else value.detach()
     if not value.requires_grad:  # the first layer on its way: gradients begin here

@@ -177,7 +177,8 @@ def collect(
 
     Raises:
         ModelError: no such layer, or the model fails on a batch.
-        DataError: no batch, NaN or infinity in an input or in a layer's output, a layer that was never reached.
+        DataError: no batch, NaN or infinity in an input or in what a layer gives, or takes if that is looked
+            at; a layer that was never reached.
     """
     outputs = {name: Place(name) for name in names}
     inputs = {name: Place(name, given=False) for name in names} if row_space else {}
@@ -204,7 +205,7 @@ def measure(
 
     Memory: ``8 · groups · size²`` bytes a place and a chunk of 16 MB.
     """
-    watched = {place.name: _submodule(model, place.name) for place in places}
+    watched = {place.name: submodule(model, place.name) for place in places}
     sums = {place: _Sums() for place in places}
     total = len(batches) if isinstance(batches, Sized) else 0
     with evaluating(model), _hooks(watched, sums, max_positions):
@@ -250,7 +251,8 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> dict[str, LayerSpaces]:
 _FIELDS = tuple(field.name for field in fields(LayerSpaces) if field.name != "name")
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module:
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """The layer of that name; ModelError where there is none whose spaces can be looked at."""
     try:
         module = model.get_submodule(name)
     except AttributeError as error:
@@ -334,8 +336,8 @@ def _observer(place: Place, entry: _Sums, limit: int) -> Callable[..., None]:
 def _finite(sums: Mapping[Place, _Sums]) -> None:
     for place, entry in sums.items():
         # A sum is finite only if every value was: float64 does not overflow from sums of narrower types.
-        if place.given and entry.count and not bool(torch.isfinite(entry.total).all()):
-            what = f"the output of layer {place.name!r} holds NaN or infinity"
+        if entry.count and not bool(torch.isfinite(entry.total).all()):
+            what = f"the {'output' if place.given else 'input'} of layer {place.name!r} holds NaN or infinity"
             raise DataError(what, hint="check the weights and the input scaling")
 
 

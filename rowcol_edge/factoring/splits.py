@@ -1,12 +1,19 @@
-"""How a layer is split in two: its weight as a matrix, and the two layers that stand in for it.
+"""How a layer is split: its weight as a matrix, and the layers that stand in for it, their values unset.
 
-There is one split, ``column``: the layer's own kernel to ``rank`` channels (``reduce``), then 1×1 to its outputs
-(``expand``). It cuts down the column space and holds for any linear layer, because it only mixes what the layer gives.
+==========  =======================================================  ==============================================
+`column`    the layer's own kernel to ``rank`` channels, then 1×1    cuts down the column space: what the layer gives
+`row`       1×1 to ``rank`` channels, then the layer's own kernel    cuts down the row space: what the layer takes
+`both`      1×1, the layer's own kernel in between, 1×1              Tucker-2
+`spatial`   k×1 to ``rank`` channels, then 1×k, or 1×k then k×1      Conv2d with both sides above 1
+==========  =======================================================  ==============================================
+
+Only the last layer has a bias, and it always has one. The values are those of `projections`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -17,10 +24,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from rowcol_edge.factoring.layers import base
 
+Layer = nn.Linear | _ConvNd
+
 _POINTWISE: dict[int, type[nn.Conv1d | nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 
 
-def matrix(layer: nn.Linear | _ConvNd) -> NDArray[np.float64]:
+def matrix(layer: Layer) -> NDArray[np.float64]:
     """The weight as (out, in · kernel), float64; of a layer in one group."""
     weight = layer.weight.detach().double().cpu().numpy()
     if _inputs_first(layer):
@@ -28,7 +37,7 @@ def matrix(layer: nn.Linear | _ConvNd) -> NDArray[np.float64]:
     return np.asarray(weight.reshape(weight.shape[0], -1))
 
 
-def fill(layer: nn.Linear | _ConvNd, values: NDArray[np.float64], like: torch.Tensor) -> None:
+def fill(layer: Layer, values: NDArray[np.float64], like: torch.Tensor) -> None:
     """Give a layer the weight that `matrix` would read as ``values``, trainable or not as ``like`` is."""
     shape = tuple(layer.weight.shape)
     if _inputs_first(layer):
@@ -43,33 +52,132 @@ def put(parameter: torch.Tensor, values: NDArray[np.float64], like: torch.Tensor
     parameter.requires_grad_(like.requires_grad)
 
 
-def column(layer: nn.Linear | _ConvNd, rank: int) -> tuple[nn.Linear | _ConvNd, nn.Linear | _ConvNd]:
-    """``reduce`` (no bias) and ``expand`` (with one), their values unset.
+def column(layer: Layer, rank: int) -> tuple[Layer, Layer]:
+    """``reduce`` and ``expand``, which is 1×1.
 
     A convolution's ``reduce`` keeps kernel, stride, padding and dilation, a transposed one's its output padding too.
     """
-    # skip_init draws no random numbers, so the caller's generator stays where it is.
-    skip_init = cast(Callable[..., Any], nn.utils.skip_init)
-    options = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    if isinstance(layer, nn.Linear):
-        return (
-            skip_init(nn.Linear, layer.in_features, rank, bias=False, **options),
-            skip_init(nn.Linear, rank, layer.out_features, **options),
-        )
-    kept = ["stride", "padding", "dilation", "padding_mode", *(["output_padding"] if layer.transposed else [])]
-    reduce = skip_init(
-        base(layer),
-        layer.in_channels,
-        rank,
-        layer.kernel_size,
-        bias=False,
-        **{name: getattr(layer, name) for name in kept},
-        **options,
+    return _own(layer, _inputs(layer), rank, bias=False), _pointwise(layer, rank, _outputs(layer), bias=True)
+
+
+def row(layer: Layer, rank: int) -> tuple[Layer, Layer]:
+    """``reduce``, which is 1×1, and ``expand``, which keeps all that `column` has in its first layer."""
+    return _pointwise(layer, _inputs(layer), rank, bias=False), _own(layer, rank, _outputs(layer), bias=True)
+
+
+def both(layer: Layer, taken: int, given: int) -> tuple[Layer, Layer, Layer]:
+    """``reduce`` to ``taken`` channels, ``core`` with the layer's own kernel to ``given``, ``expand``."""
+    return (
+        _pointwise(layer, _inputs(layer), taken, bias=False),
+        _own(layer, taken, given, bias=False),
+        _pointwise(layer, given, _outputs(layer), bias=True),
     )
-    pointwise = _POINTWISE[len(layer.kernel_size)]
-    return reduce, skip_init(pointwise, rank, layer.out_channels, 1, **options)
 
 
-def _inputs_first(layer: nn.Linear | _ConvNd) -> bool:
+def spatial(layer: nn.Conv2d, rank: int, *, across_first: bool) -> tuple[nn.Conv2d, nn.Conv2d]:
+    """``reduce`` (k×1; 1×k with ``across_first``) and ``expand`` (the other way); each has its own axis of stride,
+    padding and dilation. Padding is separable in every mode, so that the border is the layer's own."""
+    axis = 1 if across_first else 0
+
+    def part(inputs: int, outputs: int, axis: int, *, bias: bool) -> nn.Conv2d:
+        def one(value: Any, neutral: int) -> Any:
+            return value if isinstance(value, str) else tuple(value[a] if a == axis else neutral for a in (0, 1))
+
+        made = _skip_init()(
+            nn.Conv2d,
+            inputs,
+            outputs,
+            one(layer.kernel_size, 1),
+            stride=one(layer.stride, 1),
+            padding=one(layer.padding, 0),
+            dilation=one(layer.dilation, 1),
+            padding_mode=layer.padding_mode,
+            bias=bias,
+            **_options(layer),
+        )
+        return cast(nn.Conv2d, made)
+
+    return part(layer.in_channels, rank, axis, bias=False), part(rank, layer.out_channels, 1 - axis, bias=True)
+
+
+def constant_fits(layer: Layer) -> bool:
+    """Does a constant input give a constant output, at the border too?
+
+    Where zeros are padded it does not, nor where the taps of a transposed convolution reach some outputs and not
+    others.
+    """
+    if isinstance(layer, nn.Linear):
+        return True
+    if layer.transposed:
+        return math.prod(layer.kernel_size) == math.prod(layer.stride) == 1 and not any(layer.output_padding)
+    if layer.padding_mode != "zeros" or layer.padding == "valid":
+        return True
+    return math.prod(layer.kernel_size) == 1 if layer.padding == "same" else not any(layer.padding)
+
+
+def coverage(layer: Layer, before: Sequence[int], behind: Sequence[int]) -> float:
+    """The share of all taps of all outputs that read an input rather than a zero of the border, or nothing.
+
+    1.0 for a linear layer. Above a half for convolutions whose padding is not larger than their map; for transposed
+    ones about 1 over the product of the strides.
+
+    Args:
+        before, behind: sizes of the map that the layer takes and gives.
+    """
+    if isinstance(layer, nn.Linear) or (not layer.transposed and layer.padding_mode != "zeros"):
+        return 1.0
+    share = 1.0
+    left = layer._reversed_padding_repeated_twice[-2::-2]  # torch fills it for "same" and "valid" too
+    for axis, (taken, given) in enumerate(zip(before, behind, strict=True)):
+        stride, reach = layer.stride[axis], np.arange(layer.kernel_size[axis]) * layer.dilation[axis]
+        origins, most = (np.arange(taken), given) if layer.transposed else (np.arange(given), taken)
+        meets = origins[:, None] * stride - left[axis] + reach
+        share *= float(((meets >= 0) & (meets < most)).sum()) / (given * len(reach))
+    return share
+
+
+def _own(layer: Layer, inputs: int, outputs: int, *, bias: bool) -> Layer:
+    """The layer for other channels."""
+    if isinstance(layer, nn.Linear):
+        return cast(Layer, _skip_init()(nn.Linear, inputs, outputs, bias=bias, **_options(layer)))
+    kept = ["stride", "padding", "dilation", "padding_mode", *(["output_padding"] if layer.transposed else [])]
+    made = _skip_init()(
+        base(layer),
+        inputs,
+        outputs,
+        layer.kernel_size,
+        bias=bias,
+        **{name: getattr(layer, name) for name in kept},
+        **_options(layer),
+    )
+    return cast(Layer, made)
+
+
+def _pointwise(layer: Layer, inputs: int, outputs: int, *, bias: bool) -> Layer:
+    """A matrix over the channels."""
+    if isinstance(layer, nn.Linear):
+        return _own(layer, inputs, outputs, bias=bias)
+    kind = _POINTWISE[len(layer.kernel_size)]
+    return cast(Layer, _skip_init()(kind, inputs, outputs, 1, bias=bias, **_options(layer)))
+
+
+def _inputs(layer: Layer) -> int:
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
+
+def _outputs(layer: Layer) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+def _skip_init() -> Callable[..., Any]:
+    """Draws no random numbers, so the caller's generator stays where it is."""
+    return cast(Callable[..., Any], nn.utils.skip_init)
+
+
+def _options(layer: Layer) -> dict[str, Any]:
+    return {"device": layer.weight.device, "dtype": layer.weight.dtype}
+
+
+def _inputs_first(layer: Layer) -> bool:
     """torch keeps a transposed convolution's weight as (in, out, kernel)."""
     return isinstance(layer, _ConvNd) and layer.transposed

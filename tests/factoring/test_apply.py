@@ -70,12 +70,13 @@ def test_error_is_the_predicted_tail(seed: int, kind: str, alpha: float) -> None
     assert all(later <= earlier * (1 + 1e-9) + 1e-20 for earlier, later in itertools.pairwise(errors))
 
 
-def test_gauge_moves_scale_only() -> None:
+def test_gauge_moves_scale_and_rotation_only() -> None:
     torch.manual_seed(0)
     model, x = _layer("linear")
     outputs, stds = {}, {}
+    rotated, _ = _project(model.double(), x.astype(np.float64), 4)
     for alpha in (0.0, 0.5, 1.0):
-        factored, _ = _project(model.double(), x.astype(np.float64), 4, alpha=alpha)
+        factored, _ = _project(model.double(), x.astype(np.float64), 4, alpha=alpha, rotated=None)
         outputs[alpha] = _outputs(factored, x.astype(np.float64))
         with torch.no_grad():
             stds[alpha] = factored[0].reduce(torch.from_numpy(x).double()).flatten(0, 1).std(dim=0, correction=0)
@@ -83,6 +84,13 @@ def test_gauge_moves_scale_only() -> None:
     assert torch.allclose(outputs[0.0], outputs[1.0])
     assert torch.allclose(stds[1.0], torch.ones(4, dtype=torch.float64))  # every latent channel the same range
     assert torch.allclose(stds[0.5] ** 2, stds[0.0])
+    assert torch.allclose(outputs[0.5], _outputs(rotated, x.astype(np.float64)))
+    assert not torch.allclose(rotated[0].reduce.weight, factored[0].reduce.weight)
+    with torch.no_grad():
+        latent = rotated[0].reduce(torch.from_numpy(x).double()).flatten(0, 1)
+    # the same energy, spread over the channels
+    assert latent.var(dim=0, correction=0).sum() == pytest.approx(float((stds[0.5] ** 2).sum()))
+    assert latent.std(dim=0, correction=0).max() < stds[0.5].max()
 
 
 def test_original_untouched_and_deterministic() -> None:

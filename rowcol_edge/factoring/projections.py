@@ -1,0 +1,246 @@
+"""A layer rewritten through fewer directions: the layers of `splits` with their values.
+
+With ``x ≈ μ + B Dᵀ(x − μ)`` for what a layer takes and ``y ≈ ν + U Vᵀ(y − ν)`` for what it gives (`LayerSpaces`: mean,
+leading columns of basis and dual), and ``W`` its weight, a matrix for each tap of the kernel::
+
+    column    Vᵀ W,  then U                                   bias  U Vᵀ b + (I − U Vᵀ) ν
+    row       Dᵀ,    then W B                                 bias  b + Σ W (I − B Dᵀ) μ, over the taps
+    both      Dᵀ,    then Vᵀ W B,  then U                     bias  that of row as b in that of column
+
+Where a layer pads with zeros the sum over the taps is another one at the border. The bias is that of the inside, where
+it is exact; at the border every tap that reads a zero adds ``W (I − B Dᵀ) μ`` too much. `input_spaces` counts those
+taps when it chooses ``B``, so that little of the mean is beyond the kept directions where borders are much; of
+transposed convolutions it gives spaces about zero, ``μ = 0``, and nothing has to be corrected anywhere. A map of
+constants as a latent channel of its own would be exact at the border, for a channel.
+
+``both`` is the truncated higher-order SVD on the two channel modes (L. De Lathauwer et al., A multilinear singular
+value decomposition, 2000; Y.-D. Kim et al., Compression of deep convolutional neural networks for fast and low power
+mobile applications, 2016), each in its own metric. ``spatial`` is that of M. Jaderberg et al., Speeding up
+convolutional neural networks with low rank expansions, 2014, in the closed form of C. Tai et al., Convolutional neural
+networks with low-rank regularization, 2016: the SVD of the weight as (in · k) × (out · k'), here between roots of
+``C``, the second moment of the input's channels, and ``F``, the metric of the output.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from rowcol_edge.errors import PlanError
+from rowcol_edge.factoring import splits
+from rowcol_edge.factoring.costs import Form, LayerInfo, Split
+from rowcol_edge.factoring.layers import describe
+from rowcol_edge.factoring.spaces import LayerSpaces
+from rowcol_edge.factoring.splits import Layer
+
+Array = NDArray[np.float64]
+
+_FLOOR = 1e-6  # latent scales are floored at this fraction of the largest variance, as in `apply`
+_RIDGE = 1e-8
+"""Share of the mean of ``C``'s diagonal in it: channels that calibration did not show come last, and are not lost."""
+
+
+def project(
+    layer: Layer,
+    split: Split,
+    *,
+    inputs: LayerSpaces | None = None,
+    outputs: LayerSpaces | None = None,
+    alpha: float = 0.5,
+    name: str = "layer",
+) -> nn.Sequential:
+    """The layers that stand in for ``layer``: ``reduce``, (``core``,) ``expand``.
+
+    Computed in float64, stored in the layer's own type on its own device, trainable as its weight is. The layer is left
+    as it was. ``alpha`` scales the latent's channels by their standard deviations to the power −alpha, as in `apply`.
+
+    Args:
+        inputs: spaces of what the layer takes, as `input_spaces` gives them; `ROW` and `BOTH` need them, `SPATIAL`
+            takes the identity without.
+        outputs: those of what it gives, weighed or not; `COLUMN` and `BOTH` need them, `SPATIAL` as above.
+
+    Raises:
+        PlanError: a form that the layer cannot take, a rank out of range, spaces that are missing or of another layer.
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise PlanError("alpha", expected="0 to 1", got=str(alpha))
+    info = describe(name, layer)
+    _check_ranks(info, split)
+    _check_spaces(info, "input", inputs, info.in_features, needed=split.form in (Form.ROW, Form.BOTH))
+    _check_spaces(info, "output", outputs, info.out_features, needed=split.form in (Form.COLUMN, Form.BOTH))
+    if split.form is Form.COLUMN:
+        assert outputs is not None
+        return _column(layer, split.rank, outputs, alpha)
+    if split.form is Form.SPATIAL:
+        assert isinstance(layer, nn.Conv2d)
+        return _spatial(layer, split, inputs, outputs, alpha)
+    assert inputs is not None
+    if split.form is Form.ROW:
+        return _row(layer, split.rank, inputs, alpha)
+    assert outputs is not None
+    return _both(layer, split, inputs, outputs, alpha)
+
+
+def spatial_losses(
+    layer: nn.Conv2d, inputs: LayerSpaces | None, outputs: LayerSpaces | None, *, across_first: bool
+) -> Array:
+    """(ranks + 1,) what a `SPATIAL` split at each rank adds to ``tr(F E[Δy Δyᵀ])``, falling to 0.
+
+    To first order half of that is the loss at the model's output where ``outputs`` are weighed, as the eigenvalues of
+    those are. Exact for inputs that are uncorrelated from tap to tap, which those of pictures are not: neighbours that
+    say the same lose less, or more, together.
+    """
+    energies = np.square(_spatial_svd(layer, inputs, outputs, across_first)[1])
+    return np.asarray(np.concatenate([np.cumsum(energies[::-1])[::-1], [0.0]]))
+
+
+# ---------------------------------------------------------------- the forms
+
+
+def _column(layer: Layer, rank: int, outputs: LayerSpaces, alpha: float) -> nn.Sequential:
+    basis, dual, scale = _leading(outputs, rank, alpha)
+    bias = outputs.mean + basis @ (dual.T @ (_bias(layer) - outputs.mean))
+    values = (dual.T @ splits.matrix(layer)) / scale[:, None], basis * scale
+    return _made(layer, splits.column(layer, rank), values, bias)
+
+
+def _row(layer: Layer, rank: int, inputs: LayerSpaces, alpha: float) -> nn.Sequential:
+    basis, dual, scale = _leading(inputs, rank, alpha)
+    values = dual.T / scale[:, None], _flat(_taps(layer), basis * scale)
+    return _made(layer, splits.row(layer, rank), values, _row_bias(layer, inputs, basis, dual))
+
+
+def _both(layer: Layer, split: Split, inputs: LayerSpaces, outputs: LayerSpaces, alpha: float) -> nn.Sequential:
+    taken = split.taken or 0
+    before, before_dual, before_scale = _leading(inputs, taken, alpha)
+    behind, behind_dual, behind_scale = _leading(outputs, split.rank, alpha)
+    core = (behind_dual.T @ _flat(_taps(layer), before * before_scale)) / behind_scale[:, None]
+    bias = _row_bias(layer, inputs, before, before_dual)
+    bias = outputs.mean + behind @ (behind_dual.T @ (bias - outputs.mean))
+    values = before_dual.T / before_scale[:, None], core, behind * behind_scale
+    return _made(layer, splits.both(layer, taken, split.rank), values, bias)
+
+
+def _spatial(
+    layer: nn.Conv2d, split: Split, inputs: LayerSpaces | None, outputs: LayerSpaces | None, alpha: float
+) -> nn.Sequential:
+    across, rank = split.across_first, split.rank
+    matrix, energies, vectors = _spatial_svd(layer, inputs, outputs, across)
+    root, inverse = _root(outputs, layer.out_channels)
+    # no inverse of the input's: M F½ V Vᵀ F^(−½) is the projection of what the taps of the second layer are given
+    height, width = layer.kernel_size[::-1] if across else layer.kernel_size
+    leading = vectors[:, :rank].reshape(layer.out_channels, width, rank)
+    scale = _scale(np.square(energies[:rank]), alpha)
+    reduce = matrix @ np.einsum("op,pwr->owr", root, leading).reshape(-1, rank) / scale
+    expand = np.einsum("po,pwr->orw", inverse, leading) * scale[:, None]
+    bias = _bias(layer)
+    if inputs is not None and inputs.mean.any():
+        first = reduce.reshape(layer.in_channels, height, rank).sum(1)
+        bias = bias + (_taps(layer).sum(2) - expand.sum(2) @ first.T) @ inputs.mean
+    values = reduce.T, expand.reshape(layer.out_channels, -1)
+    return _made(layer, splits.spatial(layer, rank, across_first=across), values, bias)
+
+
+def _spatial_svd(
+    layer: nn.Conv2d, inputs: LayerSpaces | None, outputs: LayerSpaces | None, across_first: bool
+) -> tuple[Array, Array, Array]:
+    """The weight as (in · k, out · k'), singular values and right vectors of it between the roots."""
+    taps = layer.weight.detach().double().cpu().numpy()
+    taps = taps.transpose(1, 3, 0, 2) if across_first else taps.transpose(1, 2, 0, 3)  # (in, k, out, k')
+    shape = taps.shape
+    before: Array = np.eye(shape[0])
+    if inputs is not None:
+        moment = (inputs.basis * inputs.eigenvalues) @ inputs.basis.T
+        moment += max(_RIDGE * float(np.trace(moment)) / shape[0], 1e-30) * np.eye(shape[0])
+        before = np.asarray(np.linalg.cholesky(moment), np.float64)
+    weighed = np.einsum("ij,ihow,op->jhpw", before, taps, _root(outputs, shape[2])[0], optimize=True)
+    _, values, rows = np.linalg.svd(weighed.reshape(shape[0] * shape[1], -1), full_matrices=False)
+    peaks = rows[np.arange(len(rows)), np.abs(rows).argmax(axis=1)]
+    rows = rows * np.where(peaks < 0, -1.0, 1.0)[:, None]  # a sign per direction makes the factors reproducible
+    return taps.reshape(shape[0] * shape[1], -1), values, rows.T
+
+
+def _root(outputs: LayerSpaces | None, features: int) -> tuple[Array, Array]:
+    """A root of the output's metric ``F``, and its inverse: the dual directions and the transposed basis."""
+    if outputs is None or outputs.dual is None:
+        return np.eye(features), np.eye(features)
+    return outputs.dual, outputs.basis.T
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _made(layer: Layer, parts: Sequence[Layer], values: Sequence[Array], bias: Array) -> nn.Sequential:
+    for part, value in zip(parts, values, strict=True):
+        splits.fill(part, value, layer.weight)
+    last = parts[-1].bias
+    assert last is not None
+    splits.put(last, bias, layer.weight)
+    names = ("reduce", "expand") if len(parts) == 2 else ("reduce", "core", "expand")
+    return nn.Sequential(OrderedDict(zip(names, parts, strict=True))).train(layer.training)
+
+
+def _taps(layer: Layer) -> Array:
+    """The weight as (out, in, taps)."""
+    matrix = splits.matrix(layer)
+    inputs = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    return matrix.reshape(len(matrix), inputs, -1)
+
+
+def _flat(taps: Array, mixed: Array) -> Array:
+    """(out, rank · taps): the weight behind a matrix over its input channels."""
+    return np.asarray(np.einsum("oit,ir->ort", taps, mixed).reshape(len(taps), -1))
+
+
+def _bias(layer: Layer) -> Array:
+    found: torch.Tensor | None = layer._parameters.get("bias")
+    if found is None:
+        return np.zeros(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
+    return np.asarray(found.detach().double().cpu().numpy())
+
+
+def _row_bias(layer: Layer, inputs: LayerSpaces, basis: Array, dual: Array) -> Array:
+    lost = inputs.mean - basis @ (dual.T @ inputs.mean)
+    return np.asarray(_bias(layer) + _taps(layer).sum(axis=2) @ lost)
+
+
+def _leading(spaces: LayerSpaces, rank: int, alpha: float) -> tuple[Array, Array, Array]:
+    """Basis, dual and latent scales of the directions that are kept."""
+    basis = spaces.basis[:, :rank]
+    dual = basis if spaces.dual is None else spaces.dual[:, :rank]
+    return basis, dual, _scale(spaces.eigenvalues[:rank], alpha)
+
+
+def _scale(variances: Array, alpha: float) -> Array:
+    largest = float(variances[0])
+    if largest <= 0.0:
+        return np.ones_like(variances)
+    return np.asarray(np.maximum(variances, _FLOOR * largest) ** (alpha / 2.0))
+
+
+def _check_ranks(info: LayerInfo, split: Split) -> None:
+    rank, taken = info.largest(split.form, across_first=split.across_first)
+    if rank == 0:
+        info.split_parameters(split)  # says why not
+    if split.form is not Form.SPATIAL:
+        rank, taken = info.out_features, info.in_features
+        rank = taken if split.form is Form.ROW else rank
+    for what, found, most in (("rank", split.rank, rank), ("taken", split.taken, taken)):
+        if found is not None and found > most:
+            raise PlanError(f"layer {info.name!r}: {what}", expected=f"1 to {most}", got=str(found))
+
+
+def _check_spaces(info: LayerInfo, what: str, spaces: LayerSpaces | None, features: int, *, needed: bool) -> None:
+    if spaces is None and needed:
+        raise PlanError(f"layer {info.name!r}: the spaces of its {what} were not collected")
+    if spaces is not None and len(spaces.mean) != features:
+        raise PlanError(
+            f"layer {info.name!r}: the spaces of its {what} are of another layer",
+            expected=str(features),
+            got=str(len(spaces.mean)),
+        )

@@ -1,0 +1,371 @@
+"""What holds for every split of every kind of layer, whatever its shape."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from rowcol_edge.errors import PlanError
+from rowcol_edge.factoring import input_spaces, splits
+from rowcol_edge.factoring.costs import Form, LayerInfo, Split
+from rowcol_edge.factoring.graph import trace
+from rowcol_edge.factoring.layers import SUPPORTED, describe, survey
+from rowcol_edge.factoring.projections import project, spatial_losses
+from rowcol_edge.factoring.spaces import LayerSpaces, collect
+
+_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[Any, np.ndarray]:
+    """A layer in double precision, and inputs for it that are not centred."""
+    kind = draw(st.sampled_from(sorted(SUPPORTED.values())))
+    inputs, outputs, bias = draw(st.integers(1, 5)), draw(st.integers(1, 6)), draw(st.booleans())
+    torch.manual_seed(draw(st.integers(0, 10**6)))
+    generator = np.random.default_rng(draw(st.integers(0, 10**6)))
+    if kind == "linear":
+        return nn.Linear(inputs, outputs, bias=bias).double(), generator.normal(2, 1, (4, 3, inputs))
+    axes = int(kind[-2])
+
+    def sides(least: int, most: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(least, most)) for _ in range(axes))
+
+    options: dict[str, Any] = {"kernel_size": sides(1, 3), "stride": sides(1, 3), "dilation": sides(1, 2)}
+    options["padding"] = sides(0, 1)
+    if kind.startswith("convtranspose"):
+        larger = [max(pair) for pair in zip(options["stride"], options["dilation"], strict=True)]
+        options["output_padding"] = tuple(draw(st.integers(0, most - 1)) for most in larger)
+    else:
+        options["padding_mode"] = draw(st.sampled_from(_MODES))
+        if options["stride"] == (1,) * axes and draw(st.booleans()):
+            options["padding"] = draw(st.sampled_from(["same", "valid"]))
+    make = next(make for make, name in SUPPORTED.items() if name == kind)
+    return make(inputs, outputs, bias=bias, **options).double(), generator.normal(2, 1, (3, inputs, *(7, 6)[:axes]))
+
+
+def measured(layer: nn.Module, x: np.ndarray) -> tuple[LayerSpaces, LayerSpaces]:
+    """Spaces of what a layer takes and of what it gives."""
+    model = nn.Sequential(layer)
+    every = 10**6
+    taken = input_spaces.collect(model, [{"input": x}], ["0"], max_positions=every)["0"]
+    return taken, collect(model, [{"input": x}], ["0"], max_positions=every)["0"]
+
+
+def outputs(module: nn.Module, x: np.ndarray) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = module(torch.from_numpy(x))
+    return result
+
+
+def described(layer: nn.Module, x: np.ndarray) -> LayerInfo:
+    model = nn.Sequential(layer)
+    return survey(model, trace(model, {"input": torch.from_numpy(x)}))["0"]
+
+
+def exact(info: LayerInfo) -> list[Split]:
+    """Every split that the layer can take, at the ranks of the spaces' own size or of the weight."""
+    found = [Split(Form.COLUMN, info.out_features), Split(Form.ROW, info.in_features)]
+    if info.largest(Form.BOTH)[0]:
+        found.append(Split(Form.BOTH, info.out_features, info.in_features))
+    spatial = {across: info.largest(Form.SPATIAL, across_first=across)[0] for across in (False, True)}
+    return found + [Split(Form.SPATIAL, rank, across_first=across) for across, rank in spatial.items() if rank]
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+
+@settings(max_examples=60, deadline=None)
+@given(layers(), st.floats(0.0, 1.0))
+def test_full_rank_reproduces_the_layer(case: tuple[Any, np.ndarray], alpha: float) -> None:
+    layer, x = case
+    taken, given_ = measured(layer, x)
+    fresh = 3 * x[..., ::-1].copy() - 1  # not the calibration data
+    before = outputs(layer, fresh)
+    for split in exact(describe("0", layer)):
+        made = project(layer, split, inputs=taken, outputs=given_, alpha=alpha)
+        after = outputs(made, fresh)
+        assert after.shape == before.shape
+        # the latent's scales are floored at 1e-3 of the largest, the spatial root at 1e-4: that much is rounded away
+        assert float((after - before).norm()) <= 1e-9 * float(before.norm()) + 1e-9, split
+
+
+@settings(max_examples=40, deadline=None)
+@given(layers())
+def test_error_falls_with_the_rank(case: tuple[Any, np.ndarray]) -> None:
+    """Of a row split that of its input, which is what it projects, the zeros at the border counted; it is the predicted
+    one."""
+    layer, x = case
+    taken, _ = measured(layer, x)
+    features = taken.mean.size
+    noise = 1e-11 * (taken.variance + float(taken.mean @ taken.mean))
+    axis = -1 if isinstance(layer, nn.Linear) else 1
+    share = splits.coverage(layer, x.shape[2:], outputs(layer, x).shape[2:])
+    errors = []
+    for rank in range(1, features + 1):
+        reduce = project(layer, Split(Form.ROW, rank), inputs=taken, alpha=0.0)[0]
+        with torch.no_grad():
+            latent = reduce(torch.from_numpy(x)).movedim(axis, -1).numpy()
+        wide = np.moveaxis(x, axis, -1)
+        basis = taken.basis[:, :rank]
+        back = taken.mean + (latent - taken.mean @ basis) @ basis.T
+        border = taken.mean - basis @ (basis.T @ taken.mean)  # what taps that read a zero get too much
+        errors.append(float(np.square(back - wide).sum(-1).mean() + (1 - share) / share * border @ border))
+        assert errors[-1] == pytest.approx(float(taken.eigenvalues[rank:].sum()), rel=1e-6, abs=noise)
+    assert all(later <= earlier * (1 + 1e-9) + noise for earlier, later in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize("across", [False, True])
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.booleans())
+def test_spatial_error_falls_with_the_rank_and_is_the_predicted_one_on_white_inputs(
+    across: bool, seed: int, weighed: bool
+) -> None:
+    """Inputs without a neighbour that says the same, whose second moment is known: the identity."""
+    torch.manual_seed(seed)
+    layer = nn.Conv2d(4, 5, (2, 3)).double()
+    x = np.random.default_rng(seed).normal(size=(200, 4, 12, 12))
+    taken = LayerSpaces("0", np.ones(4), np.eye(4), np.zeros(4), 1)
+    root = np.random.default_rng(seed).normal(size=(5, 5)) if weighed else np.eye(5)
+    given_ = LayerSpaces("0", np.ones(5), np.linalg.inv(root).T, np.zeros(5), 1, dual=root)
+    predicted = spatial_losses(layer, taken, given_, across_first=across)
+    before = outputs(layer, x)
+    errors = []
+    for rank in range(1, len(predicted)):
+        made = project(layer, Split(Form.SPATIAL, rank, across_first=across), inputs=taken, outputs=given_)
+        rows = (outputs(made, x) - before).movedim(1, -1).numpy() @ root
+        errors.append(float(np.square(rows).sum(-1).mean()))
+    whole = float(np.square(before.movedim(1, -1).numpy() @ root).sum(-1).mean())
+    np.testing.assert_allclose(errors, predicted[1:], rtol=0.1, atol=1e-6 * whole)
+    assert errors == sorted(errors, reverse=True) or min(errors) < 1e-9 * whole
+    assert errors[-1] < 1e-9 * whole
+
+
+@settings(max_examples=15, deadline=None)
+@given(layers())
+def test_costs_are_those_of_the_layers_that_are_made(case: tuple[Any, np.ndarray]) -> None:
+    layer, x = case
+    taken, given_ = measured(layer, x)
+    info = described(layer, x)
+    for full in exact(info):
+        split = Split(full.form, max(1, full.rank - 1), full.taken, full.across_first)
+        made = project(layer, split, inputs=taken, outputs=given_)
+        assert info.split_parameters(split) == sum(parameter.numel() for parameter in made.parameters())
+        parts = survey(made, trace(made, {"input": torch.from_numpy(x)})).values()
+        assert info.split_macs(split) == sum(part.macs for part in parts), split
+        assert info.split_macs(split) == counted(made, x), split
+    rank = Split(Form.COLUMN, 2)
+    assert info.split_parameters(rank) == info.factored_parameters(2)
+    assert info.split_macs(rank) == info.factored_macs(2)
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("options", [{"padding": 1, "stride": 2}, {"padding": "same"}, {"dilation": 2}])
+def test_what_was_split_is_told_again(across: bool, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(8, 8, 3, **options), np.random.default_rng(0).normal(size=(2, 8, 9, 8)).astype(np.float32)
+    taken, given_ = measured(layer, x)
+    for split in (Split(Form.ROW, 2), Split(Form.BOTH, 2, 2), Split(Form.SPATIAL, 3, across_first=across)):
+        made = project(layer, split, inputs=taken, outputs=given_)
+        parts = survey(made, trace(made, {"input": torch.from_numpy(x)})).values()
+        assert all(part.skip.startswith("already factored: rank") for part in parts), split
+    apart = nn.Sequential(
+        nn.Conv2d(8, 2, (3, 1), padding=(0, 1)), nn.Conv2d(2, 8, (1, 3))
+    )  # pads where the other reads
+    parts = survey(apart, trace(apart, {"input": torch.from_numpy(x)})).values()
+    assert not any(part.skip.startswith("already factored") for part in parts)
+
+
+def counted(module: nn.Module, x: np.ndarray) -> int:
+    """Multiply-accumulates of one sample by torch's own hooks: the weight at each output, or input if transposed."""
+    total = 0
+
+    def hook(layer: Any, args: tuple[torch.Tensor], result: torch.Tensor) -> None:
+        nonlocal total
+        transposed = getattr(layer, "transposed", False)
+        linear = isinstance(layer, nn.Linear)
+        values = args[0] if transposed else result
+        features = values.shape[-1] if linear else values.shape[1]
+        total += layer.weight.numel() * values.numel() // features // len(x)
+
+    handles = [part.register_forward_hook(hook) for part in module.children()]
+    outputs(module, x)
+    for handle in handles:
+        handle.remove()
+    return total
+
+
+# ---------------------------------------------------------------- the border
+
+
+def test_directions_that_hold_the_mean_too_are_exact_at_every_pixel() -> None:
+    generator = np.random.default_rng(0)
+    mean, direction = generator.normal(3, 1, 6), generator.normal(size=6)
+    x = mean[:, None, None] + direction[:, None, None] * generator.normal(size=(8, 1, 7, 6))
+    torch.manual_seed(0)
+    for layer, ranks in (
+        (nn.Conv2d(6, 5, 3, padding=1), 2),
+        (nn.ConvTranspose2d(6, 5, 3, stride=2), 2),
+        (nn.Conv2d(6, 5, 3), 1),  # about the mean one is enough
+        (nn.Conv2d(6, 5, 3, padding=1, padding_mode="reflect"), 1),
+    ):
+        taken, given_ = measured(layer.double(), x)
+        before = outputs(layer, x)
+        for split in (Split(Form.ROW, ranks), Split(Form.BOTH, 5, ranks)):
+            after = outputs(project(layer, split, inputs=taken, outputs=given_), x)
+            assert float((after - before).abs().max()) < 1e-9  # corners, edges and the inside alike
+
+
+@pytest.mark.parametrize("form", [Form.ROW, Form.SPATIAL])
+def test_the_bias_is_exact_inside_and_off_by_the_taps_outside_at_the_border(form: Form) -> None:
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).normal(1, 3, (40, 6, 30, 30))
+    layer = nn.Conv2d(6, 5, 3, padding=1).double()
+    taken, _ = measured(layer, x)
+    constant = np.broadcast_to(taken.mean[:, None, None], (1, 6, 7, 6)).copy()
+    made = project(layer, Split(form, 2), inputs=taken)
+    wrong = (outputs(made, constant) - outputs(layer, constant))[0]
+    assert float(wrong[:, 1:-1, 1:-1].abs().max()) < 1e-12
+    assert float(wrong[:, 0].abs().max()) > 1e-3
+    if form is Form.ROW:  # what a corner has too much: the five taps that it does not reach
+        taps = layer.weight.detach() - torch.einsum("orhw,ri->oihw", made[1].weight.detach(), made[0].weight[..., 0, 0])
+        outside = taps[:, :, 0].sum(2) + taps[:, :, 1:, 0].sum(2)
+        np.testing.assert_allclose(wrong[:, 0, 0], (outside.detach() @ torch.from_numpy(taken.mean)), atol=1e-9)
+
+
+def test_the_border_counts_when_directions_are_chosen() -> None:
+    """Small maps, where a projection about the mean alone is wrong at the border and one about zero spends a direction
+    on the mean: ours loses no more than either, over all pixels."""
+    generator = np.random.default_rng(0)
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 600, 3, padding=1).double()  # so many outputs look at every direction alike
+    for size, level in ((4, 0.5), (4, 2.0), (12, 1.0), (12, 4.0)):
+        scales = np.array([3.0, 2.0, 1.5, 1.0, 0.7, 0.5])[:, None, None]
+        x = (
+            level * np.array([0.1, 0.2, 0.5, 1, 1, 2])[:, None, None]
+            + generator.normal(size=(60, 6, size, size)) * scales
+        )
+        ours, _ = measured(layer, x)
+        inner = nn.Conv2d(6, 5, 1).double()
+        centred, _ = measured(inner, x)
+        second = (centred.basis * centred.eigenvalues) @ centred.basis.T + np.outer(centred.mean, centred.mean)
+        values, vectors = np.linalg.eigh(second)
+        zero = LayerSpaces("0", values[::-1], vectors[:, ::-1], np.zeros(6), 1)
+        before = outputs(layer, x)
+        for rank in (1, 2, 3, 4):
+            found, naive, about_zero = (
+                float((outputs(project(layer, Split(Form.ROW, rank), inputs=space), x) - before).square().mean())
+                for space in (ours, centred, zero)
+            )
+            assert found <= 1.02 * min(naive, about_zero), (size, level, rank)
+
+
+@settings(max_examples=40, deadline=None)
+@given(layers())
+def test_coverage_is_the_share_of_taps_that_read_an_input(case: tuple[Any, np.ndarray]) -> None:
+    """Counted by the layer itself, with weights and inputs of one."""
+    layer, x = case
+    counting = copy.deepcopy(layer)
+    with torch.no_grad():
+        counting.weight.fill_(1.0)
+        if counting.bias is not None:
+            counting.bias.zero_()
+    found = outputs(counting, np.ones_like(x))
+    taps = 1 if isinstance(layer, nn.Linear) else int(np.prod(layer.kernel_size))
+    wanted = float(found.mean()) / (taps * (x.shape[-1] if isinstance(layer, nn.Linear) else x.shape[1]))
+    assert splits.coverage(layer, x.shape[2:], found.shape[2:]) == pytest.approx(wanted)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layers())
+def test_a_constant_fits_where_torch_says_so(case: tuple[Any, np.ndarray]) -> None:
+    """No false promise; that some layers are refused which would have been right costs one direction."""
+    layer, x = case
+    constant = np.broadcast_to(np.arange(1.0, x.shape[1] + 1).reshape(1, -1, *[1] * (x.ndim - 2)), x.shape).copy()
+    if isinstance(layer, nn.Linear) or not splits.constant_fits(layer):
+        return
+    spread = outputs(layer, constant).flatten(2)
+    assert float((spread - spread[..., :1]).abs().max()) < 1e-9 * (1 + float(spread.abs().max()))
+
+
+# ---------------------------------------------------------------- other models
+
+
+@settings(max_examples=25, deadline=None)
+@given(layers())
+def test_the_original_stays_and_the_same_comes_out_again(case: tuple[Any, np.ndarray]) -> None:
+    layer, x = case
+    taken, given_ = measured(layer, x)
+    state = copy.deepcopy(layer.state_dict())
+    generator = torch.get_rng_state()
+    for split in exact(describe("0", layer)):
+        first, second = (project(layer, split, inputs=taken, outputs=given_).state_dict() for _ in range(2))
+        assert list(first) == list(second)
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+
+def test_half_precision_and_channels_last() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 8, 3, stride=2, padding=1).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    layer.weight.requires_grad_(False)
+    layer.eval()
+    x = np.random.default_rng(0).normal(1, 1, (4, 6, 9, 8)).astype(np.float32)
+    taken, given_ = measured(layer, x)
+    inputs = torch.from_numpy(x).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        before = layer(inputs).float()
+    for split in exact(describe("0", layer)):
+        made = project(layer, split, inputs=taken, outputs=given_)
+        assert {p.dtype for p in made.parameters()} == {torch.bfloat16}
+        assert not any(p.requires_grad for p in made.parameters())
+        assert not any(part.training for part in made.modules())
+        with torch.no_grad():
+            after = made(inputs).float()
+        assert float((after - before).norm() / before.norm()) < 0.03, split
+
+
+@pytest.mark.parametrize(
+    ("layer", "split", "match"),
+    [
+        (nn.Linear(4, 3), Split(Form.BOTH, 2, 2), "both split"),
+        (nn.Conv2d(4, 3, 1), Split(Form.BOTH, 2, 2), "both split"),
+        (nn.Conv2d(4, 3, (3, 1)), Split(Form.SPATIAL, 2), "spatial split"),
+        (nn.ConvTranspose2d(4, 3, 3), Split(Form.SPATIAL, 2), "spatial split"),
+        (nn.Linear(4, 3), Split(Form.ROW, 5), "1 to 4"),
+        (nn.Linear(4, 3), Split(Form.COLUMN, 4), "1 to 3"),
+        (nn.Conv2d(4, 3, 3), Split(Form.BOTH, 3, 5), "1 to 4"),
+        (nn.Conv2d(4, 3, (2, 3)), Split(Form.SPATIAL, 9), "1 to 8"),
+        (nn.Linear(4, 3), Split(Form.ROW, 2), "not collected"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(layer: Any, split: Split, match: str) -> None:
+    spaces = None
+    if match != "not collected":
+        spaces = LayerSpaces("x", np.ones(4), np.eye(4), np.zeros(4), 1)
+    given_ = LayerSpaces("x", np.ones(3), np.eye(3), np.zeros(3), 1)
+    with pytest.raises(PlanError, match=match):
+        project(layer, split, inputs=spaces, outputs=given_, name="x")
+
+
+def test_impossible_splits_are_refused() -> None:
+    for make in (
+        lambda: Split(Form.ROW, 0),
+        lambda: Split(Form.BOTH, 3),
+        lambda: Split(Form.ROW, 3, 3),
+        lambda: Split(Form.BOTH, 3, 0),
+        lambda: Split(Form.COLUMN, 3, across_first=True),
+    ):
+        with pytest.raises(PlanError):
+            make()
+    info = LayerInfo("conv", "conv2d", 4, 3, (3, 3), positions=10)
+    with pytest.raises(PlanError, match="sizes of its maps"):
+        info.split_macs(Split(Form.ROW, 2))
