@@ -29,7 +29,7 @@ from benchmark_machine import machine
 from rowcol_edge import config, job, search
 from rowcol_edge.datasets import Feeds
 from rowcol_edge.export.parity import torch_run
-from rowcol_edge.factoring import apply, sensitivity
+from rowcol_edge.factoring import apply
 from rowcol_edge.factoring.ranks import OverBudgetError
 from rowcol_edge.factoring.study import study
 from rowcol_edge.report.progress import reporter
@@ -169,8 +169,8 @@ def measure(name: str, subject: Subject, shares: Sequence[float], progress: job.
     calibration = subject.work.calibration
     studied = study(subject.work.model.module, calibration, progress=progress)
     plain = dict(studied.spaces)
-    samples = calibration.spread(sensitivity.SAMPLES)
-    weighed = sensitivity.weigh(studied.folded, samples, plain, classify=True)
+    ours = study(subject.work.model.module, calibration, classify=True, progress=progress)
+    weighed = dict(ours.spaces)
     reference = _logits(torch_run(studied.folded), subject.test)
     rows = []
     cells = [(way, axis, share) for way in rivals.WAYS for axis in rivals.COSTS for share in shares]
@@ -181,11 +181,11 @@ def measure(name: str, subject: Subject, shares: Sequence[float], progress: job.
             spaces[way.name] = way.spaces(studied, plain, weighed)
         row: dict[str, Any] = {"way": way.name, "axis": axis, "share": share}
         try:
-            plan = rivals.plan(way, studied, spaces[way.name], axis, share)
+            plan = rivals.plan(way, ours if way.whole else studied, spaces[way.name], axis, share)
         except OverBudgetError as e:
             rows.append(row | {"unreachable": round(e.least)})
             continue
-        factored = apply.apply(studied.folded, plan, spaces[way.name])
+        factored = apply.factored(ours, plan) if way.whole else apply.apply(studied.folded, plan, spaces[way.name])
         got = _logits(torch_run(factored), subject.test)
         cost = search.trial(studied, plan, None, None)
         costs = {"parameters": cost.parameters, "macs": cost.macs}

@@ -5,7 +5,8 @@ layers share the cost. All keep `W x ≈ U Vᵀ W x`, so `rowcol_edge.factoring.
 
 `svd`: U of the weight itself (Eckart–Young, 1936). `whitened`: SVD of W Σ^½ with Σ = E[x xᵀ] (SVD-LLM, Wang et al.,
 2024), whose U are the eigenvectors of W Σ Wᵀ, so that no inverse and no Cholesky root is needed. `covariance`: the
-same, centred, with the mean in the bias. `ours`: `rowcol_edge.factoring.sensitivity`.
+same, centred, with the mean in the bias. `ours`: `rowcol_edge.factoring.sensitivity`; without a qualifier with narrowed
+channels and the second pass, as `rowcol-edge factor` makes it.
 
 `uniform`: the same share of its cost for every layer. `by energy`: what is cut off, as a share of the layer's own, adds
 up to the least over all layers (the sort of allocation that BALF uses). Ours: predicted loss at the model's output.
@@ -36,6 +37,7 @@ class Way:
     name: str
     spaces: Callable[[Study, Spaces, Spaces], Spaces]
     uniform: bool
+    whole: bool = False  # with everything that we have, not only other directions and ranks
 
 
 def of_weights(study: Study, plain: Spaces, weighed: Spaces) -> Spaces:
@@ -70,18 +72,28 @@ WAYS = (
     Way("whitened, uniform", of_outputs, uniform=True),
     Way("covariance, uniform", lambda study, plain, weighed: plain, uniform=True),
     Way("covariance, by energy", lambda study, plain, weighed: plain, uniform=False),
-    Way("ours", lambda study, plain, weighed: weighed, uniform=False),
+    Way("ours, project only", lambda study, plain, weighed: weighed, uniform=False),
+    Way("ours", lambda study, plain, weighed: weighed, uniform=False, whole=True),
 )
 
 
 def plan(way: Way, study: Study, spaces: Spaces, axis: str, share: float) -> FactorPlan:
-    """A plan of at most ``share`` of what the layers that can be factored cost; `OverBudgetError` if there is none."""
+    """A plan of at most ``share`` of what the layers that can be factored cost; `OverBudgetError` if there is none.
+
+    ``study`` is a weighed one where the way is whole.
+    """
     infos = {name: study.infos[name] for name in spaces}
     cost = COSTS[axis]
     total = sum(cost(info, 0) for info in infos.values())
     if way.uniform:
         return _uniform(infos, spaces, cost, share * total)
-    return ranks.plan_by_cost(infos, spaces, cost, total=total, limit=share * total, made_by=f"{axis}<={share:g}")
+    found = ranks.plan_by_cost(
+        infos, spaces, cost, total=total, limit=share * total, made_by=f"{axis}<={share:g}",
+        allocator=study.allocator(1, 1.0) if way.whole else None,
+    )  # fmt: skip
+    if not way.whole:
+        return found
+    return replace(ranks.refresh(found, study.infos, spaces, study.channels), refit=True)
 
 
 def _uniform(infos: Mapping[str, LayerInfo], spaces: Spaces, cost: ranks.Cost, limit: float) -> FactorPlan:

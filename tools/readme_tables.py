@@ -240,7 +240,7 @@ def factoring() -> str:
                 dense = ""
             made = {way: row["kl"] for way, row in at.items() if "kl" in row}
             cells += "ours" in made
-            nearest = min(made, key=lambda way: made[way], default="ours")
+            nearest = min(made, key=lambda way: (made[way], way != "ours"), default="ours")
             if nearest != "ours":
                 ours = f"{made['ours']:.4f}" if "ours" in made else "not reached"
                 what = f"{model['title']} at {share:.0%} of the {'MACs' if axis == 'macs' else axis}"
