@@ -253,7 +253,7 @@ def stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stages:
 
         monkeypatch.setattr(place, name, counting)
 
-    count(spaces, "collect", "spaces")
+    count(spaces, "measure", "spaces")
     count(search, "choose", "search")
     count(onnx, "export", "export")
     count(type(BACKEND), "compile", "compile")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rowcol_edge import cli, targets
+from rowcol_edge import cli, samples, targets
 from rowcol_edge.config import DEFAULT_BUDGET, BuildOptions
 
 from .nets import small_net, write_splits
@@ -62,7 +62,8 @@ def test_targets_lists_boards_and_samples(capsys: pytest.CaptureFixture[str]) ->
     assert run("targets", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert [t["name"] for t in found["targets"]] == list(targets.available())
-    assert found["samples"] == ["elpv-resnet18", "fmnist-vit"]
+    assert found["samples"] == list(samples.available())
+    assert {"elpv-resnet18", "fmnist-vit", "halvit-tiny", "minilm"} <= set(found["samples"])
     assert run("targets") == 0
     assert "raspberry-pi-5" in capsys.readouterr().out
 
@@ -150,11 +151,11 @@ def test_too_few_data_to_fill_the_spaces_is_said(tmp_path: Path, capsys: pytest.
     (tmp_path / "wide.py").write_text(
         "import torch\n\n\ndef wide():\n    return torch.nn.Sequential(torch.nn.Linear(40, 30))\n"
     )
-    for samples, said in ((12, True), (64, False)):
-        inputs = np.random.default_rng(0).normal(size=(samples, 40)).astype(np.float32)
-        np.savez(tmp_path / f"{samples}.npz", x=inputs)
-        assert run("inspect", f"{tmp_path / 'wide.py'}:wide", "--calib", str(tmp_path / f"{samples}.npz")) == 0
-        assert (f"{samples} rows cannot fill" in " ".join(capsys.readouterr().out.split())) is said
+    for taken, said in ((12, True), (64, False)):
+        inputs = np.random.default_rng(0).normal(size=(taken, 40)).astype(np.float32)
+        np.savez(tmp_path / f"{taken}.npz", x=inputs)
+        assert run("inspect", f"{tmp_path / 'wide.py'}:wide", "--calib", str(tmp_path / f"{taken}.npz")) == 0
+        assert (f"{taken} rows cannot fill" in " ".join(capsys.readouterr().out.split())) is said
 
 
 def test_what_the_user_named_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
