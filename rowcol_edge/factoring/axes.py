@@ -413,7 +413,8 @@ class _Follower:
         weight, last = node.args[2] if len(node.args) > 2 else None, digits(taken[-1])
         part = self.weights.get(weight.name) if isinstance(weight, fx.Node) else None
         once = part is not None and part.name not in (name for name, _, _ in self.trail.normed)
-        if part is not None and once and not part.held and len(cast(Sequence[int], node.args[1])) == len(last) == 1:
+        whole = len(cast(Sequence[int], node.args[1])) == len(last) == 1 and last[0].root != NOTHING
+        if part is not None and once and not part.held and whole:
             given = self.trail.root(Root(part.name, size(taken[-1]), norm=True))
             self.trail.normed.append((part.name, last[0], len(self.trail.roots) - 1))
             return (*taken[:-1], given)

@@ -98,6 +98,20 @@ def test_what_cannot_be_followed_stays_with_its_reason() -> None:
     assert found["knows"].fixed == "the model's code does not do with fewer"
 
 
+def test_a_layer_norm_over_pixels_is_no_stream() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.tokens, self.last = nn.LayerNorm(7), nn.Linear(7, 12), nn.Linear(12, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.last(F.relu(self.tokens(self.norm(x.transpose(1, 2)))).mean(1))
+            return logits
+
+    found = sets(made(Mixer), TOKENS)
+    assert (found["tokens"].fixed, found["tokens"].size) == ("", 12)
+
+
 class Held(nn.Module):
     """Layers whose weights belong to somebody else."""
 
