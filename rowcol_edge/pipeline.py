@@ -171,7 +171,7 @@ def factor(
     if recovery := recoverer.of(plan):
         plan, module = recovery.plan, recoverer.module(recovery)
     else:
-        module = factored(known, plan)
+        module = factored(known, plan, progress)
     if out is not None:
         _write_factored(out, module, plan, job)
     return Factored(
@@ -353,7 +353,7 @@ class _Line:
             if recovery:
                 made = self.recoverer.module(recovery)
             else:
-                made = factored(self.study, plan) if plan is not None else self.study.dense
+                made = factored(self.study, plan, self.progress) if plan is not None else self.study.dense
             return equalize(made, trace(made, feed(made, self.job.calibration.example()))) if repaired else made
 
         return self.bench.arm(variant, module, plan, parameters, target, runtime, precision, keep_float, repaired)

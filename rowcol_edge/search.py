@@ -192,7 +192,7 @@ def _by_quality(
     trials: dict[int, Trial] = {}
 
     def holds(index: int) -> bool:
-        module = factored(study, plans[index])
+        module = factored(study, plans[index], progress)
         judged = judge(module, f"try {plans[index].made_by}")
         lost = evaluation.drop(job, reference, judged)
         trials[index] = trial(study, plans[index], judged.value, lost)

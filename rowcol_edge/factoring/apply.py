@@ -70,8 +70,9 @@ def apply(
     the best rank-``r`` layer on the calibration inputs, centred: in mean square, or where the spaces are weighed (see
     `sensitivity`) at the model's output. ``alpha`` and ``Q``, an orthogonal matrix drawn with the seed ``rotated``,
     only change what passes between the two (the product is the same): 0 leaves the latent channels their own ranges, 1
-    makes them equal, ``Q`` spreads what is large in one over all. 0.5 and rotated suits int8 best (see `gauge`;
-    measured by tools/benchmark_gauge.py). Computed in float64, stored in the layer's own type on its own device.
+    makes them equal, ``Q`` spreads what is large in one over all. 0.5 and rotated did well at int8 in every runtime on
+    the Fashion-MNIST sample (tools/benchmark_gauge.py; see `gauge`). Computed in float64, stored in the layer's own
+    type on its own device.
 
     Args:
         model: the model ``spaces`` was collected from (batch norms folded), left as it is.
