@@ -79,10 +79,20 @@ class Factored:
         return {
             "model": self.model,
             "plan": [
-                {"name": p.name, "form": p.form, "rank": p.rank, "energy": p.energy, "reason": p.reason}
+                {
+                    "name": p.name,
+                    "form": p.form,
+                    "split": p.split if p.form == "project" else None,
+                    "rank": p.rank,
+                    "taken": p.taken,
+                    "energy": p.energy,
+                    "reason": p.reason,
+                }
                 for p in self.plan.layers
             ],
             "made_by": self.plan.made_by,
+            "predicted_loss": self.plan.loss,
+            "gap": self.plan.gap,
             "plan_digest": self.plan.digest,
             "trials": [t.to_dict() for t in self.trials],
             "parameters_before": self.parameters_before,

@@ -18,9 +18,9 @@ from . import evaluation
 from .budgets import Budget, Budgets
 from .errors import BudgetError
 from .evaluation import Judged
-from .factoring import ranks
+from .factoring import ranks, remainder
 from .factoring.apply import factored
-from .factoring.costs import LayerInfo
+from .factoring.costs import LayerInfo, Split
 from .factoring.plan import ChannelPlan, FactorPlan, LayerPlan
 from .factoring.study import Study
 from .job import Job, Progress
@@ -101,7 +101,9 @@ def choose(
     fixed: FactorPlan | None = None
     if options.plan is not None:
         plan = FactorPlan.read(options.plan)
-        fixed = ranks.refresh(plan, study.infos, study.spaces, study.channels if plan.channels else ())
+        fixed = ranks.refresh(
+            plan, study.infos, study.spaces, study.channels if plan.channels else (), study.input_spaces
+        )
     elif options.energy is not None:
         fixed = ranks.plan_by_energy(study.infos, study.spaces, options.energy, rank_multiple=multiple, model=name)
     elif job.budgets.get("drop") is None:
@@ -142,6 +144,7 @@ def smaller(study: Study, plan: FactorPlan, excess_bytes: float, precision: str)
         rank_multiple=plan.rank_multiple,
         model=plan.model,
         allocator=study.allocator(plan.rank_multiple, 1.0),
+        inputs=study.input_spaces,
     )
     return replace(smaller_plan, refit=plan.refit)
 
@@ -165,8 +168,8 @@ def ladder(study: Study, multiple: int, model: str) -> tuple[FactorPlan, ...]:
     """Distinct plans from careful to bold, each of the least predicted loss at its cost: the mean of its shares of the
     model's parameters and MACs, as both bytes and time count. The first leaves every layer dense."""
 
-    def cost(info: LayerInfo, rank: int) -> float:
-        return (ranks.parameters(info, rank) / study.parameters + ranks.macs(info, rank) / max(1, study.macs)) / 2
+    def cost(info: LayerInfo, split: Split | None) -> float:
+        return (ranks.parameters(info, split) / study.parameters + ranks.macs(info, split) / max(1, study.macs)) / 2
 
     allocator = study.allocator(multiple, BREAK_EVEN)
     plans: list[FactorPlan] = []
@@ -175,6 +178,7 @@ def ladder(study: Study, multiple: int, model: str) -> tuple[FactorPlan, ...]:
             plan = ranks.plan_by_cost(
                 study.infos, study.spaces, cost, total=1.0, limit=float(share), rank_multiple=multiple,
                 break_even=BREAK_EVEN, made_by=f"cost<={share:.3f}", model=model, allocator=allocator,
+                inputs=study.input_spaces,
             )  # fmt: skip
         except ranks.OverBudgetError:
             break
@@ -238,9 +242,11 @@ def _by_cost(study: Study, budgets: Budgets, multiple: int, precision: str, mode
             rank_multiple=multiple,
             model=model,
             allocator=study.allocator(multiple, 1.0),
+            inputs=study.input_spaces,
         )
     except BudgetError as e:
-        raise BudgetError(f"budget {tightest.text}", expected=e.expected, got=e.got, hint=e.hint) from e
+        hint = "; ".join(filter(None, (e.hint, remainder.told(study))))
+        raise BudgetError(f"budget {tightest.text}", expected=e.expected, got=e.got, hint=hint) from e
 
 
 def _by_loss(study: Study, multiple: int, model: str) -> FactorPlan:
@@ -249,16 +255,8 @@ def _by_loss(study: Study, multiple: int, model: str) -> FactorPlan:
         return ranks.plan_by_energy(
             study.infos, study.spaces, DEFAULT_ENERGY, rank_multiple=multiple, break_even=BREAK_EVEN, model=model
         )
-    within = [plan for plan in ladder(study, multiple, model) if _predicted(study, plan) <= DEFAULT_LOSS]
+    within = [plan for plan in ladder(study, multiple, model) if (plan.loss or 0.0) <= DEFAULT_LOSS]
     return replace(within[-1], made_by=f"loss<={DEFAULT_LOSS:g}")
-
-
-def _predicted(study: Study, plan: FactorPlan) -> float:
-    """The losses of layers and channels, each by itself, added up."""
-    losses = [study.spaces[layer.name].losses for layer in plan.projected]
-    pairs = zip(losses, plan.projected, strict=True)
-    channels = sum(float(study.channel_spaces[each.name].losses[each.width]) for each in plan.channels)
-    return channels + sum(float(found[layer.rank or 0]) for found, layer in pairs if found is not None)
 
 
 def _parameter_limit(study: Study, budget: Budget, precision: str) -> int:
@@ -279,6 +277,7 @@ def _by_macs(study: Study, budget: Budget, counts: Sequence[int], multiple: int,
         f"budget {budget.text}",
         expected=f"at most {limit:,.0f} macs",
         got=f"{trials[-1].macs:,} macs, {trials[-1].parameters:,} parameters with the boldest plan",
+        hint=remainder.told(study),
     )
 
 

@@ -75,10 +75,12 @@ def test_every_way_keeps_the_budget_and_uses_most_of_it(
     rivals: ModuleType, studied: Study, inputs: np.ndarray, axis: str
 ) -> None:
     cost = rivals.COSTS[axis]
-    total = sum(cost(info, 0) for info in studied.infos.values())
+    total = sum(cost(info, None) for info in studied.infos.values())
     for name, (way, spaces) in ways(rivals, studied, inputs).items():
         plan = rivals.plan(way, studied, spaces, axis, 0.7)
-        spent = sum(cost(studied.infos[layer.name], layer.rank or 0) for layer in plan.layers)
+        spent = sum(
+            cost(studied.infos[layer.name], layer.how if layer.form == "project" else None) for layer in plan.layers
+        )
         assert 0.5 * total < spent <= 0.7 * total, name
 
 
@@ -87,7 +89,7 @@ def test_uniform_gives_every_layer_its_share(rivals: ModuleType, studied: Study,
     plan = rivals.plan(way, studied, spaces, "macs", 0.7)
     for layer in plan.projected:
         info = studied.infos[layer.name]
-        assert info.factored_macs(layer.rank or 0) <= 0.75 * info.macs
+        assert info.split_macs(layer.how) <= 0.75 * info.macs
 
 
 def test_a_share_that_nothing_reaches_says_so(rivals: ModuleType, studied: Study, inputs: np.ndarray) -> None:

@@ -1,7 +1,7 @@
 """Ways to factor a model without training it, as plans and spaces: ours, and what others do, at the same cost.
 
 A way is what its directions are (of the weights, of the outputs, of what the model makes of the outputs) and how the
-layers share the cost. All keep `W x ≈ U Vᵀ W x`, so `rowcol_edge.factoring.apply` applies every one of them.
+layers share the cost. Those of others keep `W x ≈ U Vᵀ W x`, so `rowcol_edge.factoring.apply` applies every one.
 
 `svd`: U of the weight itself (Eckart–Young, 1936). `whitened`: SVD of W Σ^½ with Σ = E[x xᵀ] (SVD-LLM, Wang et al.,
 2024), whose U are the eigenvectors of W Σ Wᵀ, so that no inverse and no Cholesky root is needed. `covariance`: the
@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rowcol_edge.factoring import ranks, splits
-from rowcol_edge.factoring.costs import LayerInfo
+from rowcol_edge.factoring.costs import Form, LayerInfo, Split
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan
 from rowcol_edge.factoring.spaces import LayerSpaces
 from rowcol_edge.factoring.study import Study
@@ -37,7 +37,8 @@ class Way:
     name: str
     spaces: Callable[[Study, Spaces, Spaces], Spaces]
     uniform: bool
-    whole: bool = False  # with everything that we have, not only other directions and ranks
+    ours: bool = False  # with splits of the row space and of both
+    whole: bool = False  # with narrowed channels and the second pass too
 
 
 def of_weights(study: Study, plain: Spaces, weighed: Spaces) -> Spaces:
@@ -72,28 +73,28 @@ WAYS = (
     Way("whitened, uniform", of_outputs, uniform=True),
     Way("covariance, uniform", lambda study, plain, weighed: plain, uniform=True),
     Way("covariance, by energy", lambda study, plain, weighed: plain, uniform=False),
-    Way("ours, project only", lambda study, plain, weighed: weighed, uniform=False),
-    Way("ours", lambda study, plain, weighed: weighed, uniform=False, whole=True),
+    Way("ours, project only", lambda study, plain, weighed: weighed, uniform=False, ours=True),
+    Way("ours", lambda study, plain, weighed: weighed, uniform=False, ours=True, whole=True),
 )
 
 
 def plan(way: Way, study: Study, spaces: Spaces, axis: str, share: float) -> FactorPlan:
     """A plan of at most ``share`` of what the layers that can be factored cost; `OverBudgetError` if there is none.
 
-    ``study`` is a weighed one where the way is whole.
+    ``study`` is a weighed one where the way is ours.
     """
     infos = {name: study.infos[name] for name in spaces}
     cost = COSTS[axis]
-    total = sum(cost(info, 0) for info in infos.values())
+    total = sum(cost(info, None) for info in infos.values())
     if way.uniform:
         return _uniform(infos, spaces, cost, share * total)
     found = ranks.plan_by_cost(
         infos, spaces, cost, total=total, limit=share * total, made_by=f"{axis}<={share:g}",
-        allocator=study.allocator(1, 1.0) if way.whole else None,
+        allocator=study.allocator(1, 1.0) if way.whole else None, inputs=study.input_spaces if way.ours else None,
     )  # fmt: skip
     if not way.whole:
         return found
-    return replace(ranks.refresh(found, study.infos, spaces, study.channels), refit=True)
+    return replace(ranks.refresh(found, study.infos, spaces, study.channels, study.input_spaces), refit=True)
 
 
 def _uniform(infos: Mapping[str, LayerInfo], spaces: Spaces, cost: ranks.Cost, limit: float) -> FactorPlan:
@@ -112,15 +113,16 @@ def _layers(infos: Mapping[str, LayerInfo], cost: ranks.Cost, share: float) -> t
     """Each layer at the largest rank within the share, at least 1; dense where a rank saves nothing."""
     found = []
     for name, info in infos.items():
-        fitting = [r for r in range(1, info.out_features + 1) if cost(info, r) <= share * cost(info, 0)]
-        rank = max(fitting, default=1)
-        pays = cost(info, rank) < cost(info, 0)
-        found.append(LayerPlan(name, "project", rank) if pays else LayerPlan(name))
+        ladder = [Split(Form.COLUMN, rank) for rank in range(1, info.out_features + 1)]
+        fitting = [split for split in ladder if cost(info, split) <= share * cost(info, None)]
+        split = fitting[-1] if fitting else ladder[0]
+        pays = cost(info, split) < cost(info, None)
+        found.append(LayerPlan(name, "project", rank=split.rank) if pays else LayerPlan(name))
     return tuple(found)
 
 
 def _cost(layers: tuple[LayerPlan, ...], infos: Mapping[str, LayerInfo], cost: ranks.Cost) -> float:
-    return sum(cost(infos[layer.name], layer.rank or 0) for layer in layers)
+    return sum(cost(infos[layer.name], layer.how if layer.form == "project" else None) for layer in layers)
 
 
 def _bias(layer: object, size: int) -> np.ndarray:

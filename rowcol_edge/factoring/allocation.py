@@ -9,7 +9,7 @@ any more, from the widths of the price before. Pure numpy.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 from rowcol_edge.factoring.channels import ChannelSet
 from rowcol_edge.factoring.costs import LayerInfo
+from rowcol_edge.factoring.options import Cost, Options, thinned
 
 Array = NDArray[np.float64]
 
-#: what a layer costs at a rank; 0 is the dense layer
-Cost = Callable[[LayerInfo, int], float]
-
-_PRICES = np.geomspace(1e-7, 1e3, 41)
+_PRICES = np.geomspace(1e-6, 1e3, 28)  # of the whole cost, in units of loss
+_CLOSER = 3  # prices between the two that save too little and enough
 _SWEEPS = 2
-_OPTIONS = 24  # widths of a set, and ranks of a layer, that are looked at
+_OPTIONS = 24  # widths of a set that are looked at
+_RANKS = 12  # ranks of a layer, in each form
 _MEETINGS = 300  # of sets and layers: where there are more, fewer widths are looked at, _FEWEST of them at least
 _FEWEST = 8  # steps that a set should have
 
@@ -79,30 +79,22 @@ def step(size: int, multiple: int) -> int:
     return max(1, multiple)
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What a model's options lose: by rank of a layer (it stays dense if it is not here), by width of a set."""
-
-    ranks: Mapping[str, Array]  # layer → (out + 1,)
-    widths: Mapping[str, Array]  # set → (size + 1,)
-
-
 class Allocator:
     """Widths from careful to bold, for any cost."""
 
-    def __init__(self, widths: Widths, rates: Rates, multiple: int, break_even: float) -> None:
+    def __init__(self, widths: Widths, options: Options, losses: Mapping[str, Array]) -> None:
+        """``losses``: set → (size + 1,), predicted by width; a set that is not here keeps its channels."""
         self.widths = widths
-        self._rates = rates
-        self._multiple = multiple
-        self._break_even = break_even
-        self._paths: dict[Cost, list[tuple[float, dict[str, int]]]] = {}
+        self._layers = options
+        self._losses = losses
+        self._paths: dict[Cost, _Path] = {}
         self._touched = {name: widths.layers(name) for name in widths.sets}
         meetings = sum(map(len, self._touched.values()))
         count = max(_FEWEST, min(_OPTIONS, _OPTIONS * _MEETINGS // max(1, meetings)))
         self._options = {
-            name: _thinned(range(each.size, 0, -step(each.size, multiple)), count)
+            name: thinned(range(each.size, 0, -step(each.size, options.multiple)), count)
             for name, each in widths.sets.items()
-            if name in rates.widths
+            if name in losses
         }
 
     def candidates(self, cost: Cost, total: float, limit: float) -> list[dict[str, int]]:
@@ -110,10 +102,9 @@ class Allocator:
         them; only narrowed sets have a width."""
         path = self._paths.get(cost)
         if path is None:
-            path = self._paths[cost] = self._path(cost)
+            path = self._paths[cost] = _Path(_Layers(self.widths, self._layers, cost, self._options), self._settled)
         found: list[dict[str, int]] = [{}]
-        place = next((i for i, (saved, _) in enumerate(path) if total - saved <= limit), len(path) - 1)
-        for _, widths in path[max(0, place - 2) : place + 3]:
+        for widths in path.around(total - limit):
             narrowed = {name: width for name, width in widths.items() if width < self.widths.sets[name].size}
             if narrowed not in found:
                 found.append(narrowed)
@@ -121,84 +112,117 @@ class Allocator:
 
     def lost(self, widths: Mapping[str, int]) -> float:
         """Predicted for the widths alone."""
-        return sum(float(self._rates.widths[name][width]) for name, width in widths.items())
+        return sum(float(self._losses[name][width]) for name, width in widths.items())
 
-    def _path(self, cost: Cost) -> list[tuple[float, dict[str, int]]]:
-        """For each price what is saved in all, and the widths."""
-        layers = _Layers(self.widths, self._rates, cost, self._multiple, self._break_even)
-        widths = {name: self.widths.sets[name].size for name in self._options}
-        path = []
-        for price in _PRICES:
-            for _ in range(_SWEEPS):
-                before = dict(widths)
-                for name, options in self._options.items():
-                    widths[name] = self._best(name, options, widths, layers, float(price))
-                if widths == before:
-                    break
-            path.append((layers.saved(widths, float(price)), dict(widths)))
-        return path
+    def _settled(self, layers: _Layers, price: float, start: Mapping[str, int]) -> dict[str, int]:
+        """Widths that none alone can better at this price."""
+        widths = {name: start.get(name, self.widths.sets[name].size) for name in self._options}
+        for _ in range(_SWEEPS):
+            before = dict(widths)
+            for name, options in self._options.items():
+                widths[name] = self._best(name, options, widths, layers, price)
+            if widths == before:
+                break
+        return widths
 
     def _best(
         self, name: str, options: Sequence[int], widths: dict[str, int], layers: _Layers, price: float
     ) -> int:  # fmt: skip
-        losses = self._rates.widths[name]
-        touched = self._touched[name]
+        losses, touched = self._losses[name], self._touched[name]
+        trial = dict(widths)
         best, least = widths[name], np.inf
         for width in options:
-            trial = {**widths, name: width}
+            trial[name] = width
             value = float(losses[width]) + sum(layers.value(layer, trial, price) for layer in touched)
             if value < least:
                 best, least = width, value
         return best
 
 
-class _Layers:
-    """``min over ranks of loss + λ · cost`` of a layer at its channels; costs are looked up once."""
+class _Path:
+    """Widths by price, from careful to bold."""
 
-    def __init__(self, widths: Widths, rates: Rates, cost: Cost, multiple: int, break_even: float) -> None:
+    def __init__(self, layers: _Layers, settle: Callable[[_Layers, float, Mapping[str, int]], dict[str, int]]) -> None:
+        self._layers = layers
+        self._settle = settle
+        self._steps: list[_Step] = []
+        widths: Mapping[str, int] = {}
+        for price in (_PRICES / layers.dense).tolist():
+            self._steps.append(self._at(price, widths))
+            widths = self._steps[-1].widths
+
+    def around(self, saving: float) -> list[dict[str, int]]:
+        """Widths at prices that save about so much."""
+        place = next((i for i, step in enumerate(self._steps) if step.saved >= saving), len(self._steps) - 1)
+        found = self._steps[max(0, place - 2) : place + 3]
+        careful, bold = self._steps[max(0, place - 1)], self._steps[place]
+        for _ in range(_CLOSER):
+            between = self._at((careful.price * bold.price) ** 0.5, careful.widths)
+            found.append(between)
+            careful, bold = (careful, between) if between.saved >= saving else (between, bold)
+        return [step.widths for step in found]
+
+    def _at(self, price: float, start: Mapping[str, int]) -> _Step:
+        widths = self._settle(self._layers, price, start)
+        return _Step(price, self._layers.saved(widths, price), widths)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    price: float
+    saved: float  # of the whole cost
+    widths: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """The options of a layer at its channels, and the best of them by price."""
+
+    costs: Array
+    losses: Array
+    best: dict[float, tuple[float, float]]  # price → the least loss + λ · cost, and the cost of the option that has it
+
+    def at(self, price: float) -> tuple[float, float]:
+        found = self.best.get(price)
+        if found is None:
+            values = self.losses + price * self.costs
+            place = int(values.argmin())
+            found = self.best[price] = float(values[place]), float(self.costs[place])
+        return found
+
+
+class _Layers:
+    """``min over forms and ranks of loss + λ · cost`` of layers at their channels; options are looked up once."""
+
+    def __init__(self, widths: Widths, options: Options, cost: Cost, sets: Iterable[str]) -> None:
+        """``sets``: those whose widths are asked about."""
         self._widths = widths
-        self._rates = rates
+        self._options = options
         self._cost = cost
-        self._multiple = multiple
-        self._break_even = break_even
-        self._known: dict[tuple[str, int, int], tuple[Array, Array]] = {}
-        self._values: dict[tuple[str, int, int, float], tuple[float, float]] = {}
+        self.dense = sum(cost(info, None) for info in widths.infos.values())
+        self._sets: dict[str, list[str]] = {name: [] for name in widths.infos}
+        for each in sets:
+            for layer in widths.layers(each):
+                self._sets[layer].append(each)
+        self._entries: dict[str, dict[tuple[int, ...], _Entry]] = {name: {} for name in widths.infos}
 
     def value(self, name: str, widths: Mapping[str, int], price: float) -> float:
-        return self._entry(name, widths, price)[0]
+        return self._entry(name, widths).at(price)[0]
 
     def saved(self, widths: Mapping[str, int], price: float) -> float:
         """Of the whole model's cost, against all dense and full."""
-        infos = self._widths.infos
-        return sum(self._cost(infos[name], 0) - self._entry(name, widths, price)[1] for name in infos)
+        return self.dense - sum(self._entry(name, widths).at(price)[1] for name in self._entries)
 
-    def _entry(self, name: str, widths: Mapping[str, int], price: float) -> tuple[float, float]:
-        key = (name, *self._widths.lost(name, widths), price)
-        found = self._values.get(key)
-        if found is None:
-            costs, losses = self._table(name, self._widths.info(name, widths))
-            values = losses + price * costs
-            best = int(values.argmin())
-            found = self._values[key] = (float(values[best]), float(costs[best]))
-        return found
-
-    def _table(self, name: str, info: LayerInfo) -> tuple[Array, Array]:
-        key = (name, info.in_features, info.out_features)
-        if key not in self._known:
-            ranks = [0]
-            losses = self._rates.ranks.get(name)
-            if losses is not None and not info.skip:
-                limit = int(info.break_even * self._break_even)
-                ranks += _thinned(range(limit // self._multiple * self._multiple, 0, -self._multiple))
-            costs = np.array([self._cost(info, rank) for rank in ranks])
-            lost = np.array([0.0 if rank == 0 or losses is None else float(losses[rank]) for rank in ranks])
-            self._known[key] = (costs, lost)
-        return self._known[key]
-
-
-def _thinned(options: range, count: int = _OPTIONS) -> list[int]:
-    """At most so many of them, the first and the last among them."""
-    if len(options) <= count:
-        return list(options)
-    places = np.unique(np.rint(np.linspace(0, len(options) - 1, count)).astype(int))
-    return [options[place] for place in places]
+    def _entry(self, name: str, widths: Mapping[str, int]) -> _Entry:
+        key = tuple([widths[each] for each in self._sets[name]])
+        entries = self._entries[name]
+        if key not in entries:
+            info = self._widths.info(name, widths)
+            found = self._options.of(info, _RANKS)
+            costs = np.array([self._cost(info, option.split) for option in found])
+            entries[key] = entry = _Entry(costs, np.array([option.loss for option in found]), {})
+            values = entry.losses + (_PRICES / self.dense)[:, None] * costs
+            best = values.argmin(axis=1).tolist()
+            pairs = zip(values.min(axis=1).tolist(), costs[best].tolist(), strict=True)
+            entry.best.update(zip((_PRICES / self.dense).tolist(), pairs, strict=True))
+        return entries[key]

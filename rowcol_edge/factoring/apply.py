@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -12,21 +12,21 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from rowcol_edge.errors import PlanError
-from rowcol_edge.factoring import splits
 from rowcol_edge.factoring.channel_spaces import ChannelSpaces
 from rowcol_edge.factoring.channels import ChannelSet, Slot
-from rowcol_edge.factoring.gauge import rotation
 from rowcol_edge.factoring.layers import held, skip_reasons
 from rowcol_edge.factoring.narrow import Narrowing, narrow, narrowing
 from rowcol_edge.factoring.opening import leave_fused_paths
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan, nearest
+from rowcol_edge.factoring.projections import project
 from rowcol_edge.factoring.refit import refit
 from rowcol_edge.factoring.spaces import LayerSpaces, Progress, directions
 from rowcol_edge.factoring.study import Study
 
 Array = NDArray[np.float64]
 
-_FLOOR = 1e-6  # latent scales are floored at this fraction of the largest eigenvalue
+_Kept = tuple[Array, Slot]  # (groups, width, size) of a slot's channels
+_RIDGE = 1e-6  # share of the mean variance: what is kept may not vary in every direction
 
 
 def factored(study: Study, plan: FactorPlan, progress: Progress | None = None) -> nn.Module:
@@ -36,14 +36,11 @@ def factored(study: Study, plan: FactorPlan, progress: Progress | None = None) -
         return study.dense
     channels = study.channels if plan.channels else ()
     found = study.channel_spaces if plan.channels else {}
-    model = apply(study.folded, plan, study.spaces, channels=channels, channel_spaces=found)
+    model = apply(study.folded, plan, study.spaces, inputs=study.input_spaces, channels=channels, channel_spaces=found)
     if not plan.refit:
         return model
-    kept = {
-        slot.name: _whole(each.rows(slot), slot, study.infos[slot.name].out_features)
-        for each in _narrowings(plan, channels, found)
-        for slot in each.channels.producers
-    }
+    gives, _ = _kept(_narrowings(plan, channels, found))
+    kept = {name: _whole(narrowed, study.infos[name].out_features) for name, narrowed in gives.items()}
     reasons = held(study.folded, study.graph)
     names = [name for name in study.infos if not reasons[name]]
     return refit(study.folded, model, study.samples(), names, kept, classify=study.classify, progress=progress)
@@ -54,51 +51,51 @@ def apply(
     plan: FactorPlan,
     spaces: Mapping[str, LayerSpaces],
     *,
+    inputs: Mapping[str, LayerSpaces] | None = None,
     channels: Sequence[ChannelSet] = (),
     channel_spaces: Mapping[str, ChannelSpaces] | None = None,
     alpha: float = 0.5,
     rotated: int | None = 0,
 ) -> nn.Module:
-    """A copy of ``model`` with the plan's channels, each ``project`` layer ``nn.Sequential(reduce=…, expand=…)``.
+    """A copy of ``model`` with the plan's channels, each ``project`` layer in the parts of its split.
 
-    Channels come first (see `narrow`); a layer is then split in the spaces of the channels that are left to it. With
-    ``U`` the leading ``r`` directions of the spaces' basis, ``V`` those of its dual, ``D = diag(λ^(α/2))``::
-
-        reduce = Q D⁻¹ Vᵀ W      (no bias; a convolution keeps its kernel, stride, padding and dilation)
-        expand = U D Qᵀ          (1×1 for a convolution, transposed or not; bias  U Vᵀ b + (I − U Vᵀ) E[y])
-
-    the best rank-``r`` layer on the calibration inputs, centred: in mean square, or where the spaces are weighed (see
-    `sensitivity`) at the model's output. ``alpha`` and ``Q``, an orthogonal matrix drawn with the seed ``rotated``,
-    only change what passes between the two (the product is the same): 0 leaves the latent channels their own ranges, 1
-    makes them equal, ``Q`` spreads what is large in one over all. 0.5 and rotated did well at int8 in every runtime on
-    the Fashion-MNIST sample (tools/benchmark_gauge.py; see `gauge`). Computed in float64, stored in the layer's own
-    type on its own device.
+    Channels come first (see `narrow`); a layer is then split in the spaces of the channels that are left to it (see
+    `projections`): of a column split the best layer of its rank on the calibration inputs, centred, in mean square or,
+    where the spaces are weighed (see `sensitivity`), at the model's output. ``alpha`` and ``rotated`` only change what
+    passes between the parts. 0.5 and rotated did well at int8 in every runtime on the Fashion-MNIST sample
+    (tools/benchmark_gauge.py; see `gauge`).
 
     Args:
         model: the model ``spaces`` was collected from (batch norms folded), left as it is.
+        inputs: spaces of what layers take (see `input_spaces`), for the splits that need them.
         channels, channel_spaces: its sets of channels and what they are worth, for a plan that narrows some.
 
     Raises:
-        PlanError: a layer or set that the model has not or that cannot be changed, a rank out of range, missing spaces.
+        PlanError: a layer or set that the model has not or that cannot be changed, a split that a layer cannot take, a
+            rank out of range, missing spaces.
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise PlanError("alpha", expected="0 to 1", got=str(alpha))
     reasons = skip_reasons(model)
     narrowings = _narrowings(plan, channels, channel_spaces or {})
-    taken = {slot.name: (slot, each) for each in narrowings for slot in each.channels.producers}
     for layer in plan.projected:
         _check(layer, reasons, spaces)
     result = narrow(model, narrowings)
+    gives, takes = _kept(narrowings)
     for layer in plan.projected:
         module = result.get_submodule(layer.name)
         assert isinstance(module, nn.Linear | _ConvNd)  # skip_reasons lists no other kind without a reason
-        seen = spaces[layer.name]
-        if layer.name in taken:
-            slot, each = taken[layer.name]
-            seen = _through(seen, _whole(each.rows(slot), slot, len(seen.mean)))
-        if layer.rank is None or layer.rank > len(seen.mean):
-            raise PlanError(f"layer {layer.name!r}: rank", expected=f"1 to {len(seen.mean)}", got=str(layer.rank))
-        result.set_submodule(layer.name, _project(module, layer, seen, alpha, rotated))
+        taken = (inputs or {}).get(layer.name)
+        result.set_submodule(
+            layer.name,
+            project(
+                module,
+                layer.how,
+                inputs=taken if taken is None else _through(taken, takes.get(layer.name)),
+                outputs=_through(spaces[layer.name], gives.get(layer.name)),
+                alpha=alpha,
+                rotated=rotated,
+                name=layer.name,
+            ),
+        )
     changed = {layer.name for layer in plan.projected} | {name for each in narrowings for name in each.channels.layers}
     leave_fused_paths(result, changed)
     return result
@@ -125,27 +122,45 @@ def _narrowings(
     return found
 
 
-def _whole(take: Array | None, slot: Slot, outputs: int) -> Array:
-    """(kept outputs, outputs) of a layer whose channels ``take`` keeps, in the order that `narrow` leaves them."""
-    assert take is not None  # only `plain` narrowings have none
-    whole = np.eye(outputs)
+def _kept(narrowings: Sequence[Narrowing]) -> tuple[dict[str, list[_Kept]], dict[str, list[_Kept]]]:
+    """By layer what is kept of its outputs, and of its inputs where they are channels of the set itself."""
+    gives: dict[str, list[_Kept]] = defaultdict(list)
+    takes: dict[str, list[_Kept]] = defaultdict(list)
+    for each in narrowings:
+        for slot in each.channels.producers:
+            rows = each.rows(slot)
+            assert rows is not None  # only `plain` narrowings have none
+            gives[slot.name].append((rows, slot))
+        if not each.channels.norms:
+            for slot in each.channels.uses:
+                takes[slot.name].append((each.take, slot))
+    return gives, takes
+
+
+def _whole(kept: Sequence[_Kept], size: int) -> Array:
+    """(kept channels, channels) that a layer gives or takes, in the order that `narrow` leaves them."""
+    whole = np.eye(size)
     dropped = []
-    for rows, part in zip(slot.index[:, :, 0], take, strict=True):
-        width = len(part)
-        whole[rows[:width]] = 0.0
-        whole[np.ix_(rows[:width], rows)] = part
-        dropped.append(rows[width:])
+    for take, slot in kept:
+        for places, part in zip(slot.index[:, :, 0], take, strict=True):
+            width = len(part)
+            whole[places[:width]] = 0.0
+            whole[np.ix_(places[:width], places)] = part
+            dropped.append(places[width:])
     return np.delete(whole, np.concatenate(dropped), axis=0)
 
 
-def _through(spaces: LayerSpaces, take: Array) -> LayerSpaces:
-    """The spaces of ``take · y``: what is dropped is predicted from what is kept, and gradients come back that way."""
+def _through(spaces: LayerSpaces, kept: Sequence[_Kept] | None) -> LayerSpaces:
+    """The spaces of what is kept: what is dropped is predicted from that, and gradients come back that way."""
+    if not kept:
+        return spaces
+    take = _whole(kept, len(spaces.mean))
     covariance = (spaces.basis * spaces.eigenvalues) @ spaces.basis.T
     dual = spaces.basis if spaces.dual is None else spaces.dual
-    kept = take @ covariance @ take.T
-    ridge = _FLOOR * max(float(np.trace(kept)) / len(kept), 1e-300) * np.eye(len(kept))
-    back = covariance @ take.T @ np.linalg.inv(kept + ridge)
-    values, basis, dual = directions(kept, back.T @ (dual @ dual.T) @ back)
+    left = take @ covariance @ take.T
+    ridge = _RIDGE * max(float(np.trace(left)) / len(left), 1e-300) * np.eye(len(left))
+    back = covariance @ take.T @ np.linalg.inv(left + ridge)
+    values, basis, dual = directions(left, back.T @ (dual @ dual.T) @ back)
     return replace(spaces, eigenvalues=values, basis=basis, dual=dual, mean=take @ spaces.mean, losses=None)
 
 
@@ -157,40 +172,3 @@ def _check(layer: LayerPlan, reasons: Mapping[str, str], spaces: Mapping[str, La
         raise PlanError(what, hint='set its form to "dense"')
     if layer.name not in spaces:
         raise PlanError(f"layer {layer.name!r}: its spaces were not collected")
-    size = len(spaces[layer.name].mean)
-    if layer.rank is None or not 1 <= layer.rank <= size:
-        raise PlanError(f"layer {layer.name!r}: rank", expected=f"1 to {size}", got=str(layer.rank))
-
-
-def _project(
-    module: nn.Linear | _ConvNd, layer: LayerPlan, spaces: LayerSpaces, alpha: float, rotated: int | None
-) -> nn.Sequential:
-    rank = layer.rank or 0
-    weight = module.weight
-    dense = splits.matrix(module)
-    if len(spaces.mean) != dense.shape[0]:
-        raise PlanError(
-            f"layer {layer.name!r}: its spaces are of another model",
-            expected=str(dense.shape[0]),
-            got=str(len(spaces.mean)),
-        )
-    basis = spaces.basis[:, :rank]
-    dual = basis if spaces.dual is None else spaces.dual[:, :rank]
-    scale = _latent_scale(spaces.eigenvalues[:rank], alpha)
-    bias = np.zeros(dense.shape[0]) if module.bias is None else module.bias.detach().double().cpu().numpy()
-    bias = spaces.mean + basis @ (dual.T @ (bias - spaces.mean))
-    reduce, expand = splits.column(module, rank)
-    turn = np.eye(rank) if rotated is None else rotation(rank, rotated)
-    splits.fill(reduce, turn @ ((dual.T @ dense) / scale[:, None]), weight)
-    splits.fill(expand, (basis * scale) @ turn.T, weight)
-    assert expand.bias is not None
-    splits.put(expand.bias, bias, weight)
-    return nn.Sequential(OrderedDict(reduce=reduce, expand=expand)).train(module.training)
-
-
-def _latent_scale(eigenvalues: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
-    """λ^(α/2); an eigenvalue near zero would blow up what the calibration data never showed, so they are floored."""
-    largest = float(eigenvalues[0])
-    if largest <= 0.0:
-        return np.ones_like(eigenvalues)
-    return np.asarray(np.maximum(eigenvalues, _FLOOR * largest) ** (alpha / 2.0), dtype=np.float64)

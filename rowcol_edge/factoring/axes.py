@@ -20,6 +20,8 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from rowcol_edge.factoring.graph import inside
+
 NOTHING = -1  # the root of digits that no layer gives: samples, pixels, tokens
 
 
@@ -214,14 +216,17 @@ class Part:
     held: str = ""
 
 
-def follow(program: torch.export.ExportedProgram, weights: Mapping[str, Part]) -> Trail:
+def follow(
+    program: torch.export.ExportedProgram, weights: Mapping[str, Part], layers: Mapping[str, Part] | None = None
+) -> Trail:
     """The trail of a graph.
 
     Args:
         program: traced with fixed sizes.
         weights: placeholder → the layer or batch norm whose weight (or running statistic) it is.
+        layers: name → layer, for those whose weight is no placeholder because it is computed (parametrizations).
     """
-    return _Follower(program, weights).read()
+    return _Follower(program, weights, layers or {}).read()
 
 
 _SAME = frozenset(
@@ -268,10 +273,13 @@ _REDUCES = frozenset(("aten::mean", "aten::sum", "aten::amax", "aten::amin"))
 
 
 class _Follower:
-    def __init__(self, program: torch.export.ExportedProgram, weights: Mapping[str, Part]) -> None:
+    def __init__(
+        self, program: torch.export.ExportedProgram, weights: Mapping[str, Part], layers: Mapping[str, Part]
+    ) -> None:
         self.trail = Trail()
         self.program = program
         self.weights = weights
+        self.layers = layers
         self.axes: dict[fx.Node, Any] = {}
         signature = program.graph_signature
         self.stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -359,6 +367,7 @@ class _Follower:
         taken = self._of(node.args[0])
         weight = node.args[1]
         part = self.weights.get(weight.name) if isinstance(weight, fx.Node) else None
+        part = part or self.layers.get(inside(node))
         others = [self._of(extra) for extra in node.args[1:] if isinstance(extra, fx.Node)]
         if part is None or (isinstance(part.module, _ConvNd) and value.dim() != len(part.module.kernel_size) + 2):
             for axes in (taken, *others):
@@ -427,6 +436,11 @@ class _Follower:
 
     def _op_embedding(self, node: fx.Node) -> Axes:
         table, places = (self._of(each) for each in node.args[:2])
+        weight = cast(fx.Node, node.args[0])
+        part = self.weights.get(weight.name)
+        if part is not None:  # tied to the layer that tells words
+            table = (table[0], self.trail.root(Root(self.stored[weight.name], size(table[1]), 1)))
+            self.trail.pin(table[1], f"read by {part.name}: {part.held}")
         self.trail.pin(table[0], "rows are picked out of it")
         return (*places, table[1])
 

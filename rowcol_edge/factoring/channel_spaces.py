@@ -148,15 +148,15 @@ def _stream(
     for slot, found, metric in zip(channels.uses, moments, metrics, strict=True):
         scale, shift = affine(model, channels, slot.name)
         mean, covariance = (each[0] for each in found.numpy())
-        safe = np.where(np.abs(scale) > 1e-4 * np.abs(scale).max(), scale, np.inf)
+        safe = _safe(scale)
         second = covariance / np.outer(safe, safe)
-        parts.append((mean, second, metric[0] * np.outer(scale, scale), scale, safe, shift))
+        parts.append((mean, second, metric[0] * np.outer(scale, scale), scale, shift))
     # without the mean: a layer norm takes it away
     centre = np.eye(size) - 1.0 / size
     weights = [float(np.trace(metric)) / max(float(np.trace(second)), 1e-300) for _, second, metric, *_ in parts]
     guesses = (
         sum(weight * second for weight, (_, second, *_) in zip(weights, parts, strict=True)),
-        sum(metric @ second + second @ metric for _, second, metric, *_ in parts),
+        sum((product := metric @ second) + product.T for _, second, metric, *_ in parts),
     )
 
     def axes(guess: Array | int) -> Array:
@@ -167,15 +167,31 @@ def _stream(
 
     def lost(frame: Array) -> float:
         rest = frame[:, size // 2 :]
-        away = rest @ rest.T
-        return sum(float(np.trace(metric @ away @ second @ away)) for _, second, metric, *_ in parts)
+        return sum(
+            float(((rest.T @ metric @ rest) * (rest.T @ second @ rest)).sum()) for _, second, metric, *_ in parts
+        )
 
     frame = min(map(axes, guesses), key=lost)
-    reads = tuple(
-        Read(mean[None], (scale[:, None] * frame)[None], (frame / safe[:, None])[None], shift[None])
-        for mean, _, _, scale, safe, shift in parts
-    )
+    reads = tuple(_seen(frame, mean, scale, shift) for mean, _, _, scale, shift in parts)
     return ChannelSpaces(channels.name, None, reads, np.zeros(0), frame)
+
+
+def unmeasured(model: nn.Module, channels: ChannelSet) -> ChannelSpaces:
+    """A stream whose directions are all alike: those of the cosine transform."""
+    frame = np.concatenate([_layout(channels.size), np.full((channels.size, 1), channels.size**-0.5)], axis=1)
+    found = [affine(model, channels, slot.name) for slot in channels.uses]
+    reads = tuple(_seen(frame, shift, scale, shift) for scale, shift in found)
+    return ChannelSpaces(channels.name, None, reads, np.zeros(0), frame)
+
+
+def _seen(frame: Array, mean: Array, scale: Array, shift: Array) -> Read:
+    """Directions of a stream as a reader sees them behind its norm."""
+    return Read(mean[None], (scale[:, None] * frame)[None], (frame / _safe(scale)[:, None])[None], shift[None])
+
+
+def _safe(scale: Array) -> Array:
+    """Scales to divide by: what hardly gets through is not made up for."""
+    return np.where(np.abs(scale) > 1e-4 * np.abs(scale).max(), scale, np.inf)
 
 
 def affine(model: nn.Module, channels: ChannelSet, reader: str) -> tuple[Array, Array]:

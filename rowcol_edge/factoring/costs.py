@@ -41,8 +41,7 @@ class Split:
 class LayerInfo:
     """Shape, use and cost of one layer.
 
-    The factored form is the column split of ``project``: ``W (out × in·k²) ≈ B (out × r) · A (r × in·k²)``, the second
-    part with a bias whether or not the layer had one (it takes up the mean of what is cut off).
+    The last part of a split has a bias whether or not the layer had one: it takes up the mean of what is cut off.
     """
 
     name: str
@@ -79,17 +78,11 @@ class LayerInfo:
         """
         return self.out_features * self.fan_in * self.positions
 
-    def factored_parameters(self, rank: int) -> int:
-        """Weight and bias entries at this rank."""
-        return rank * (self.fan_in + self.out_features) + self.out_features
-
-    def factored_macs(self, rank: int) -> int:
-        """Multiply-accumulates at this rank, one sample.
-
-        The first part strides, so both see the same positions; of a transposed convolution the second sees more.
-        """
-        outputs = self.positions if self.outputs is None else self.outputs
-        return rank * (self.fan_in * self.positions + self.out_features * outputs)
+    def takes(self, form: Form) -> bool:
+        """Whether the layer can be split so: of a single matrix both would be two splits of one space."""
+        if form is Form.BOTH:
+            return prod(self.kernel) > 1
+        return form is not Form.SPATIAL or (self.kind == "conv2d" and min(self.kernel) > 1)
 
     def largest(self, form: Form, *, across_first: bool = False) -> tuple[int, int]:
         """Ranks (``rank``, ``taken``) of the weight itself, beyond which a split only costs more.
@@ -102,12 +95,23 @@ class LayerInfo:
             return columns, 0
         if form is Form.ROW:
             return rows, 0
-        if form is Form.BOTH:
-            return (columns, rows) if taps > 1 else (0, 0)  # of a single matrix it is two splits of one space
-        if self.kind != "conv2d" or min(self.kernel) < 2:
+        if not self.takes(form):
             return 0, 0
+        if form is Form.BOTH:
+            return columns, rows
         first, second = self.kernel[::-1] if across_first else self.kernel
         return min(self.in_features * first, self.out_features * second), 0
+
+    def check(self, split: Split) -> None:
+        """PlanError where the layer cannot be split so: the form, or a rank beyond the space that it cuts down."""
+        self._check_form(split.form)
+        rank, taken = self.largest(split.form, across_first=split.across_first)
+        if split.form is not Form.SPATIAL:
+            taken = self.in_features
+            rank = taken if split.form is Form.ROW else self.out_features
+        for what, found, most in (("rank", split.rank, rank), ("taken", split.taken, taken)):
+            if found is not None and found > most:
+                raise PlanError(f"layer {self.name!r}: {what}", expected=f"1 to {most}", got=str(found))
 
     def split_parameters(self, split: Split) -> int:
         """Weight and bias entries of the layers that a split makes.
@@ -125,12 +129,15 @@ class LayerInfo:
         """
         return sum(weights * self._rows(where) for weights, where in self._parts(split))
 
+    def _check_form(self, form: Form) -> None:
+        if not self.takes(form):
+            raise PlanError(f"layer {self.name!r}: a {form} split", expected=_TAKERS[form], got=self._said)
+
     def _parts(self, split: Split) -> list[tuple[int, str]]:
         """Of each layer its weights, and what they are applied to: ``taken``, the layer's own inputs; ``given``, its
         outputs; ``own``, what its kernel is applied to; ``down`` or ``across``, maps convolved along one axis only."""
         taken, given, taps = self.in_features, self.out_features, prod(self.kernel)
-        if self.largest(split.form) == (0, 0):
-            raise PlanError(f"layer {self.name!r}: a {split.form} split", expected=_TAKERS[split.form], got=self._said)
+        self._check_form(split.form)
         rank = split.rank
         if split.form is Form.COLUMN:
             return [(rank * taken * taps, "own"), (rank * given, "given")]
@@ -166,7 +173,7 @@ class LayerInfo:
 
     @property
     def break_even(self) -> int:
-        """Largest rank with fewer parameters than dense; 0 if there is none.
+        """Largest rank of a column split with fewer parameters than dense; 0 if there is none.
 
         From ``r · (in·k² + out) + out < out · (in·k² + bias)``.
         """

@@ -33,7 +33,14 @@ def find(model: nn.Module, graph: LayerGraph, example: Mapping[str, torch.Tensor
         holder: Part(name, module := model.get_submodule(name), _norm_reason(module, reasons.get(name, "")))
         for holder, name in owners.items()
     }
-    return tuple(replace(each, loose=_loose(model, each)) for each in _Sets(axes.follow(program, parts)).all())
+    known = {part.name for part in parts.values()}
+    computed = {
+        name: Part(name, model.get_submodule(name), reason)
+        for name, reason in reasons.items()
+        if reason and name not in known
+    }
+    trail = axes.follow(program, parts, computed)
+    return tuple(replace(each, loose=_loose(model, each)) for each in _Sets(trail).all())
 
 
 def _loose(model: nn.Module, channels: ChannelSet) -> int:

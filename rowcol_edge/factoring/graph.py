@@ -133,6 +133,12 @@ def weight_owners(model: nn.Module, program: torch.export.ExportedProgram) -> di
     return _owners(model, program.graph_signature, owner)
 
 
+def inside(node: fx.Node) -> str:
+    """Path of the innermost module whose forward called the operator, ``""`` for the model itself."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]).partition("@")[0] if stack else ""
+
+
 def _export(
     model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
 ) -> torch.export.ExportedProgram:
@@ -173,6 +179,13 @@ class _Reader:
         self.modules = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
         owner = {id(tensor): name for name, module in reversed(self.modules.items()) for tensor in _tensors(module)}
         self.owners = _owners(model, program.graph_signature, owner)
+        # Parametrizations and hooks compute these weights: no parameter tells whose they are.
+        first = {module: name for name, module in model.named_modules()}
+        self.computed = {
+            path: first[module]
+            for path, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, nn.Linear | _ConvNd) and module._parameters.get("weight") is None
+        }
         self.nodes: dict[str, list[fx.Node]] = {}
         for node in program.graph.nodes:
             name = self._module_of(node)
@@ -187,12 +200,17 @@ class _Reader:
             name = self.owners.get(value.name, "") if isinstance(value, fx.Node) else ""
             if name and isinstance(self.modules[name], _BatchNorm) == (node.target in _NORM_OPS):
                 return name
-        return ""
+        return self.computed.get(inside(node), "") if node.target in _LAYER_OPS else ""
 
     def read(self) -> LayerGraph:
         names = [*self.nodes, *(name for name in self.modules if name not in self.nodes)]
         layers = tuple(self._layer(name) for name in names)
-        once = {layer.name: layer for layer in layers if layer.calls == layer.own_calls == 1 and not layer.elsewhere}
+        held = set(self.computed.values())  # what is put into such a weight is computed anew
+        once = {
+            layer.name: layer
+            for layer in layers
+            if layer.calls == layer.own_calls == 1 and not layer.elsewhere and layer.name not in held
+        }
         norms = tuple(
             BatchNormPair(layer.name, layer.consumer)
             for layer in once.values()

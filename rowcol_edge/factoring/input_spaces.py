@@ -13,18 +13,16 @@ outputs) it is ``E[xxᵀ]``, with a mean of 0 in the record.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
-from rowcol_edge.factoring import sensitivity, spaces, splits
+from rowcol_edge.factoring import borders, sensitivity, spaces, splits
 from rowcol_edge.factoring.sensitivity import Feeds
-from rowcol_edge.factoring.spaces import LayerSpaces, Moments, Place, Progress, channel_axis
+from rowcol_edge.factoring.spaces import LayerSpaces, Moments, Place, Progress
 
 
 def collect(
@@ -45,12 +43,9 @@ def collect(
     layers = {name: cast(splits.Layer, spaces.submodule(model, name)) for name in names}
     places = [Place(name, given=False) for name in layers]
     report = _as("row spaces", progress)
-    with _coverages(layers) as seen:
+    with borders.coverages(layers) as seen:
         found = spaces.measure(model, batches, places, max_positions=max_positions, progress=report)
-    return {
-        place.name: spaces.decompose(place.name, _with_border(found.pop(place), float(np.mean(seen[place.name]))))
-        for place in places
-    }
+    return {p.name: spaces.decompose(p.name, with_border(found.pop(p), seen[p.name])) for p in places}
 
 
 def weigh(
@@ -61,35 +56,19 @@ def weigh(
     classify: bool,
     progress: Progress | None = None,
 ) -> dict[str, LayerSpaces]:
-    """`sensitivity.weigh` of the layers' inputs: directions by their worth at the model's output through the layer, and
-    what cutting off the others costs there.
-
-    Deterministic; the model is left as it was. Spaces are returned as they are where no gradient comes back. Memory:
-    ``16 · in²`` bytes a layer, and the activations of 4 samples.
-    """
+    """`sensitivity.weigh_all` of the layers' inputs only: directions by their worth at the model's output through the
+    layer, and what cutting off the others costs there. One half of the samples finds the directions, the other judges
+    them."""
+    parts = sensitivity.halves(samples)
     report = _as("input sensitivity", progress)
-    with bordered(model, found):
-        return sensitivity.weigh(model, samples, found, classify=classify, given=False, progress=report)
+    moments = {name: space.moments for name, space in found.items()}
+    weighed = sensitivity.weigh_all(model, *parts, {}, {}, (), inputs=moments, classify=classify, progress=report)
+    return {name: weighed.inputs.get(name, space) for name, space in found.items()}
 
 
-@contextlib.contextmanager
-def bordered(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Convolutions of these names that pad with zeros get them with their input, where `sensitivity` sees them."""
-    layers = dict.fromkeys(model.get_submodule(name) for name in names)
-    padding = [(layer, layer.padding) for layer in layers if isinstance(layer, _ConvNd) and _border(layer)]
-    handles = [layer.register_forward_pre_hook(_pad(_border(layer)), with_kwargs=True) for layer, _ in padding]
-    try:
-        for layer, _ in padding:
-            layer.padding = "valid"
-        yield
-    finally:
-        for layer, own in padding:
-            layer.padding = own
-        for handle in handles:
-            handle.remove()
-
-
-def _with_border(moments: Moments, share: float) -> Moments:
+def with_border(moments: Moments, coverages: Sequence[float]) -> Moments:
+    """What was measured inside, with what the border adds; ``coverages``: share of taps that read an input, by call."""
+    share = float(np.mean(coverages))
     if share == 1.0:
         return moments
     about_mean = share > 0.5
@@ -97,46 +76,6 @@ def _with_border(moments: Moments, share: float) -> Moments:
     square = moments.mean.unsqueeze(2) * moments.mean.unsqueeze(1)
     mean = moments.mean if about_mean else torch.zeros_like(moments.mean)
     return Moments(mean, moments.covariance + weight * square, moments.samples)
-
-
-@contextlib.contextmanager
-def _coverages(layers: Mapping[str, splits.Layer]) -> Iterator[dict[str, list[float]]]:
-    """`splits.coverage` at each call, by layer."""
-    seen: dict[str, list[float]] = {name: [] for name in layers}
-
-    def observe(name: str, layer: splits.Layer) -> Callable[..., None]:
-        axis = channel_axis(layer)
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor) -> None:
-            taken = args[0] if args else kwargs["input"]
-            before, behind = (values.shape[axis + 1 :] if axis < -1 else () for values in (taken, result))
-            seen[name].append(splits.coverage(layer, before, behind))
-
-        return hook
-
-    handles = [layer.register_forward_hook(observe(name, layer), with_kwargs=True) for name, layer in layers.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _border(layer: _ConvNd) -> list[int]:
-    """Zeros that the layer pads with, as `torch.nn.functional.pad` takes them; none for a transposed convolution."""
-    if layer.transposed or layer.padding_mode != "zeros":
-        return []
-    zeros = list(layer._reversed_padding_repeated_twice)
-    return zeros if any(zeros) else []
-
-
-def _pad(border: list[int]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (nn.functional.pad(args[0], border), *args[1:]), kwargs
-        return args, {**kwargs, "input": nn.functional.pad(kwargs["input"], border)}
-
-    return hook
 
 
 def _as(stage: str, progress: Progress | None) -> Progress | None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from rowcol_edge.errors import PlanError
-from rowcol_edge.factoring import input_spaces, sensitivity, splits
+from rowcol_edge.factoring import sensitivity, splits
 from rowcol_edge.factoring.costs import Form, Split
 from rowcol_edge.factoring.layers import describe
 from rowcol_edge.factoring.projections import project
@@ -57,7 +57,7 @@ def spatial_losses(
             split = Split(Form.SPATIAL, rank, across_first=across_first)
             full[name] = project(layer, split, inputs=taken, outputs=outputs.get(name), name=name)
             losses[name] = Losses()
-            watched[Place(f"{name}.expand", given=False)] = losses[name].at(*_channels(full[name], taken))
+            watched[Place(f"{name}.expand", given=False, border=True)] = losses[name].at(*_channels(full[name], taken))
     if not full:
         return {}
     whole = copy.deepcopy(model)
@@ -73,8 +73,7 @@ def spatial_losses(
             progress("spatial splits", done, len(chunks))
 
     try:
-        with input_spaces.bordered(whole, (place.name for place in watched)):
-            sensitivity.stream(whole, chunks, watched, sensitivity.Objective(classify=classify), advance)
+        sensitivity.stream(whole, chunks, watched, sensitivity.Objective(classify=classify), advance)
     except (RuntimeError, NotImplementedError):  # no backward pass through some operator
         return {}
     return {name: found.by_rank() for name, found in losses.items() if found.samples}

@@ -24,9 +24,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from rowcol_edge.calling import bind, evaluating, quiet
 from rowcol_edge.errors import PlanError
-from rowcol_edge.factoring.channel_spaces import ChannelSpaces, affine, choose
+from rowcol_edge.factoring.channel_spaces import ChannelSpaces, unmeasured
 from rowcol_edge.factoring.channels import ChannelSet, Slot
-from rowcol_edge.factoring.spaces import Moments
 
 Array = NDArray[np.float64]
 
@@ -84,7 +83,7 @@ def _scale(channels: ChannelSet, width: int) -> float:
 def plain(model: nn.Module, channels: ChannelSet, width: int) -> Narrowing:
     """The first ``width`` channels, the others as if nobody read them."""
     if channels.norms:
-        spaces = _unmeasured(model, channels)
+        spaces = unmeasured(model, channels)
         return Narrowing(channels, spaces.take(width), tuple(spaces.give(i, width) for i in range(len(channels.uses))))
     return Narrowing(channels, np.eye(width, channels.size)[None], None, None, _scale(channels, width))
 
@@ -353,20 +352,10 @@ def _alike(model: nn.Module, sets: Sequence[ChannelSet], share: float, example: 
     return len(wanted) == len(got) and all(map(_close, wanted, got))
 
 
-def _unmeasured(model: nn.Module, channels: ChannelSet) -> ChannelSpaces:
-    """A stream whose directions are all alike."""
-    even = np.eye(channels.size)[None]
-    moments = [
-        Moments(torch.from_numpy(affine(model, channels, slot.name)[1])[None], torch.from_numpy(even), 1)
-        for slot in channels.uses
-    ]
-    return choose(model, channels, moments, [even] * len(moments))
-
-
 def _unread(model: nn.Module, channels: ChannelSet, width: int) -> None:
     """In place: nobody reads the channels behind the first ``width``."""
     if channels.norms:
-        frame = _unmeasured(model, channels).stream
+        frame = unmeasured(model, channels).stream
         assert frame is not None
         inside = frame[:, : width - 1] @ frame[:, : width - 1].T
         editor = _Editor(model)

@@ -11,14 +11,17 @@ learning, 2013).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
 _AT_ONCE = 32  # channels a round: the whole residual is brought up to date once for them
 _CANDIDATES = 4  # times as many are looked at
+_CROWDED = 0.8  # share of the channels that is left when the others are put away
 _FLOOR = 1e-10  # of the largest variance: what is left of a channel that others explain
 
 
@@ -29,84 +32,98 @@ def order(moments: Sequence[Array], metrics: Sequence[Array]) -> NDArray[np.int6
         moments: (n, n) of the channels, where each of their readers sees them.
         metrics: (n, n) of the gradients there.
 
-    Time: ``O(n³)`` for each reader, nearly all of it in matrix products; memory ``16 · n²`` bytes a reader.
+    Time: ``O(n³)`` for each reader, nearly all of it in matrix products; memory ``24 · n²`` bytes a reader.
     """
     count = len(moments[0])
-    residuals = [np.array(each, dtype=np.float64) for each in moments]
-    weighed = [metric @ residual for metric, residual in zip(metrics, residuals, strict=True)]
-    floors = [_FLOOR * max(float(each.diagonal().max()), 1e-300) for each in moments]
+    readers = [
+        _Reader(
+            np.array(each, dtype=np.float64), metric, metric @ each, _FLOOR * max(float(each.diagonal().max()), 1e-300)
+        )
+        for each, metric in zip(moments, metrics, strict=True)
+    ]
+    places = np.arange(count)  # of what is left
     left = np.ones(count, dtype=bool)
     found: list[int] = []
     step = max(1, min(_AT_ONCE, count // 16))
-    while len(found) < count:
-        gains = sum(
-            _gains(residual, each, floor) for residual, each, floor in zip(residuals, weighed, floors, strict=True)
-        )
-        assert not isinstance(gains, int)
+    while left.any():
+        gains = np.sum([each.gains() for each in readers], axis=0)
         gains[~left] = -1.0
         if gains.max() <= 0.0:  # nothing is missing any more
-            found += [int(place) for place in np.flatnonzero(left)]
+            found += places[left].tolist()
             break
         several = min(int(left.sum()), step * _CANDIDATES)
         candidates = np.argsort(-gains, kind="stable")[:several]
-        taken = _among(candidates, residuals, weighed, floors, min(step, several))
-        for residual, each, metric, floor in zip(residuals, weighed, metrics, floors, strict=True):
-            factor = _take(residual, taken, floor)
-            each -= (metric @ factor) @ factor.T
+        taken = _among(candidates, readers, min(step, several))
+        for each in readers:
+            each.take(taken)
         left[taken] = False
-        found += taken
+        found += places[taken].tolist()
+        if left.sum() < _CROWDED * len(left):  # of what is taken nothing is left to explain: rows of zeros
+            readers = [each.only(left) for each in readers]
+            places, left = places[left], left[left]
     return np.asarray(found, dtype=np.int64)
 
 
-def _gains(residual: Array, weighed: Array, floor: float) -> Array:
-    variance = residual.diagonal()
-    gains = np.einsum("ij,ij->j", residual, weighed)
-    return np.where(variance > floor, gains / np.maximum(variance, floor), 0.0)
+@dataclass(slots=True, eq=False)
+class _Reader:
+    """One reader of the channels that are left."""
+
+    residual: Array  # R
+    metric: Array  # F
+    weighed: Array  # F R
+    floor: float  # variance below which a channel is explained
+
+    def gains(self) -> Array:
+        return self.share(self.residual.diagonal(), np.einsum("ij,ij->j", self.residual, self.weighed))
+
+    def share(self, variance: Array, product: Array) -> Array:
+        """What taking in a channel would explain."""
+        return np.where(variance > self.floor, product / np.maximum(variance, self.floor), 0.0)
+
+    def take(self, channels: Sequence[int]) -> None:
+        """Brings the residual up to date in place."""
+        factor = np.zeros((len(self.residual), len(channels)))
+        for place, channel in enumerate(channels):
+            column = self.residual[channel] - factor[:, :place] @ factor[channel, :place]
+            if column[channel] > self.floor:
+                factor[:, place] = column / np.sqrt(column[channel])
+        _subtract(self.residual, factor, factor)
+        _subtract(self.weighed, self.metric @ factor, factor)
+
+    def only(self, left: NDArray[np.bool_]) -> _Reader:
+        inside = np.ix_(left, left)
+        return _Reader(self.residual[inside], self.metric[inside], self.weighed[inside], self.floor)
 
 
-def _among(
-    candidates: NDArray[np.int64],
-    residuals: Sequence[Array],
-    weighed: Sequence[Array],
-    floors: Sequence[float],
-    count: int,
-) -> list[int]:
-    """The best ``count`` of a few channels, exactly: only their own columns are brought up to date after each."""
-    columns = [residual[:, candidates].copy() for residual in residuals]
-    images = [each[:, candidates].copy() for each in weighed]
+def _subtract(matrix: Array, left: Array, right: Array) -> None:
+    """``left · rightᵀ``, in one go over the matrix, which numpy would go over three times."""
+    torch.from_numpy(matrix).addmm_(torch.from_numpy(left), torch.from_numpy(right).T, alpha=-1.0)
+
+
+def _among(candidates: NDArray[np.int64], readers: Sequence[_Reader], count: int) -> list[int]:
+    """The best ``count`` of a few channels, exactly: only what is between them is brought up to date after each."""
+    inside = np.ix_(candidates, candidates)
+    variances = [each.residual[inside] for each in readers]
+    # Rᵀ F R: taking a channel in takes its part off on both sides
+    products = [each.residual[:, candidates].T @ each.weighed[:, candidates] for each in readers]
     open_ = np.ones(len(candidates), dtype=bool)
     taken: list[int] = []
     for _ in range(count):
-        gains = np.zeros(len(candidates))
-        for column, image, floor in zip(columns, images, floors, strict=True):
-            variance = column[candidates, np.arange(len(candidates))]
-            numerators = np.einsum("ij,ij->j", column, image)
-            gains += np.where(variance > floor, numerators / np.maximum(variance, floor), 0.0)
+        every = zip(readers, variances, products, strict=True)
+        gains = np.sum([each.share(own.diagonal(), seen.diagonal()) for each, own, seen in every], axis=0)
         gains[~open_] = -1.0
         best = int(gains.argmax())
         if gains[best] <= 0.0 and taken:
             break
         open_[best] = False
         taken.append(int(candidates[best]))
-        for column, image, floor in zip(columns, images, floors, strict=True):
-            own, seen = column[:, best].copy(), image[:, best].copy()
-            variance = own[candidates[best]]
-            if variance > floor:
-                row = column[candidates[best]] / variance
-                column -= np.outer(own, row)
-                image -= np.outer(seen, row)
+        for each, variance, product in zip(readers, variances, products, strict=True):
+            if variance[best, best] > each.floor:
+                share = variance[best] / variance[best, best]
+                cross = np.outer(product[:, best] - 0.5 * product[best, best] * share, share)
+                product -= cross + cross.T
+                variance -= np.outer(variance[:, best].copy(), share)
     return taken
-
-
-def _take(residual: Array, taken: Sequence[int], floor: float) -> Array:
-    """Brings the residual up to date in place; the factor whose square was taken off."""
-    factor = np.zeros((len(residual), len(taken)))
-    for place, channel in enumerate(taken):
-        column = residual[:, channel] - factor[:, :place] @ factor[channel, :place]
-        if column[channel] > floor:
-            factor[:, place] = column / np.sqrt(column[channel])
-    residual -= factor @ factor.T
-    return factor
 
 
 def innovations(moments: Array, ordered: NDArray[np.int64], shrinkage: float) -> tuple[Array, Array]:
@@ -126,5 +143,8 @@ def innovations(moments: Array, ordered: NDArray[np.int64], shrinkage: float) ->
     lower = lower / lower.diagonal()
     basis, dual = np.empty_like(lower), np.empty_like(lower)
     basis[ordered] = lower
-    dual[ordered] = np.linalg.inv(lower).T
+    even = torch.eye(len(lower), dtype=torch.float64)
+    dual[ordered] = torch.linalg.solve_triangular(
+        torch.from_numpy(lower), even, upper=False, unitriangular=True
+    ).T.numpy()
     return basis, dual

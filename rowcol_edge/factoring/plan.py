@@ -15,15 +15,20 @@ from typing import Any
 import tomli_w
 
 from rowcol_edge.errors import PlanError
+from rowcol_edge.factoring.costs import Form, Split
 
-SCHEMA = 2  # 1: forms dense and project; 2: channels and the form narrow (a plan of schema 1 has none, and is read)
+SCHEMA = 3  # 1: forms dense and project; 2: channels and the form narrow; 3: other splits than column; all are read
 FORMS = ("dense", "narrow", "project")
 
 _HEADER = """\
 # Factor plan of rowcol-edge. Edit `form` ("dense" or "project") and `rank` of a layer, `width` of a set of
 # channels, then apply the plan again; a layer without a table stays dense, channels without one keep their width.
-# The form "narrow" (a layer whose channels got fewer and that is else dense), energy, parameters_*, macs_*, of
-# and reason are derived: they are computed anew when the plan is applied. macs_* are per sample.
+# `split` says which spaces a layer of form "project" keeps `rank` directions of: "column" (what it gives; if nothing
+# is said), "row" (what it takes), "both" (Tucker-2: `rank` of what it gives, `taken` of what it takes) or "spatial"
+# (k×1, then 1×k; with `across_first = true` the other way round).
+# The form "narrow" (a layer whose channels got fewer and that is else dense), energy, parameters_*, macs_*, of and
+# reason are derived: they are computed anew when the plan is applied; loss and gap are left out then. macs_* are per
+# sample.
 
 """
 
@@ -35,12 +40,26 @@ class LayerPlan:
     name: str
     form: str = "dense"
     rank: int | None = None  # of the project form, else None
-    energy: float = 1.0  # share kept of what the output is worth at the model's own (of its variance if not known)
+    energy: float | None = 1.0  # share kept of what the spaces cut down are worth (of variance if not known)
     parameters_before: int = 0
     parameters_after: int = 0
     macs_before: int = 0
     macs_after: int = 0
     reason: str = ""  # why it stays dense
+    split: str = "column"  # of the project form
+    taken: int | None = None  # of a split of both: what is kept of the layer's input
+    across_first: bool = False  # of a spatial split
+
+    @property
+    def how(self) -> Split:
+        """The split of the project form; PlanError where it is none."""
+        if self.split not in list(Form):
+            hint = nearest(self.split, map(str, Form))
+            raise PlanError(f"layer {self.name!r}: split", expected=" or ".join(Form), got=repr(self.split), hint=hint)
+        try:
+            return Split(Form(self.split), self.rank or 0, self.taken, self.across_first)
+        except PlanError as error:
+            raise PlanError(f"layer {self.name!r}: {error.what}", expected=error.expected, got=error.got) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +82,8 @@ class FactorPlan:
     model: str = ""
     channels: tuple[ChannelPlan, ...] = ()  # narrowed sets only
     refit: bool = False  # fit the weights once more, to inputs that are already compressed
+    loss: float | None = None  # predicted at the model's output
+    gap: float | None = None  # at most so much of it could be saved by other forms and ranks at these widths
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
@@ -82,7 +103,7 @@ class FactorPlan:
 
     @property
     def projected(self) -> tuple[LayerPlan, ...]:
-        """The layers that become two."""
+        """The layers that become two or three."""
         return tuple(layer for layer in self.layers if layer.form == "project")
 
     @property
@@ -98,10 +119,12 @@ class FactorPlan:
 
     @property
     def digest(self) -> str:
-        """sha256 of what the plan decides: name, form and rank of the layers that become two, widths of channels.
+        """sha256 of what the plan decides: name, split and ranks of layers that become several, widths of channels.
         Derived numbers, order, comments and dense layers have no part in it, so plans that do the same have the same
         digest."""
-        decisions = sorted((layer.name, layer.form, layer.rank) for layer in self.projected)
+        decisions = sorted(
+            (layer.name, layer.split, layer.rank, layer.taken or 0, layer.across_first) for layer in self.projected
+        )
         widths = sorted((each.name, each.width) for each in self.channels)
         return hashlib.sha256(
             json.dumps([SCHEMA, decisions, widths, self.refit], separators=(",", ":")).encode()
@@ -112,11 +135,10 @@ class FactorPlan:
         content: dict[str, Any] = {"schema": SCHEMA, "model": self.model, "made_by": self.made_by}
         content["rank_multiple"] = self.rank_multiple
         content["refit"] = self.refit
+        content |= {key: value for key in ("loss", "gap") if (value := getattr(self, key)) is not None}
         if self.channels:
             content["channels"] = [asdict(each) for each in self.channels]
-        content["layers"] = [
-            {key: value for key, value in asdict(layer).items() if value not in (None, "")} for layer in self.layers
-        ]
+        content["layers"] = [_table(layer) for layer in self.layers]
         return _HEADER + tomli_w.dumps(content)
 
     def write(self, path: str | Path) -> None:
@@ -157,15 +179,31 @@ class FactorPlan:
         except tomllib.TOMLDecodeError as error:
             raise PlanError(where, expected="TOML", got=str(error)) from error
         schema = content.pop("schema", None)
-        if schema not in (1, SCHEMA):
-            raise PlanError(f"{where}: schema", expected=f"1 or {SCHEMA}", got=repr(schema))
+        if schema not in range(1, SCHEMA + 1):
+            raise PlanError(f"{where}: schema", expected=f"1 to {SCHEMA}", got=repr(schema))
         tables, sets = _tables(content, "layers", where), _tables(content, "channels", where)
-        _check_keys(content, {"model": str, "made_by": str, "rank_multiple": int, "refit": bool}, where)
+        _check_keys(content, _PLAN_TYPES, where)
         return cls(
             layers=tuple(_layer(table, where) for table in tables),
             channels=tuple(_channels(table, where) for table in sets),
             **content,
         )
+
+
+_PLAN_TYPES: dict[str, type] = {
+    "model": str,
+    "made_by": str,
+    "rank_multiple": int,
+    "refit": bool,
+    "loss": float,
+    "gap": float,
+}
+
+
+def _table(layer: LayerPlan) -> dict[str, Any]:
+    """What there is to say of a layer."""
+    said = {key: getattr(layer, key) for key in _LAYER_TYPES if key != "split" or layer.form == "project"}
+    return {key: value for key, value in said.items() if value is not None and value != "" and value is not False}
 
 
 def _tables(content: dict[str, Any], key: str, where: str) -> list[dict[str, Any]]:
@@ -175,10 +213,14 @@ def _tables(content: dict[str, Any], key: str, where: str) -> list[dict[str, Any
     return tables
 
 
+#: in the order in which a layer's table has them
 _LAYER_TYPES: dict[str, type] = {
     "name": str,
     "form": str,
+    "split": str,
     "rank": int,
+    "taken": int,
+    "across_first": bool,
     "energy": float,
     "parameters_before": int,
     "parameters_after": int,
@@ -186,7 +228,7 @@ _LAYER_TYPES: dict[str, type] = {
     "macs_after": int,
     "reason": str,
 }
-assert tuple(_LAYER_TYPES) == tuple(field.name for field in fields(LayerPlan))
+assert set(_LAYER_TYPES) == {field.name for field in fields(LayerPlan)}
 
 
 def _layer(table: dict[str, Any], where: str) -> LayerPlan:
@@ -198,7 +240,10 @@ def _layer(table: dict[str, Any], where: str) -> LayerPlan:
     _check_keys(table, _LAYER_TYPES, f"{where}: layer {name!r}")
     if table.get("form", "dense") != "project":
         # Turning a layer back to dense should not need a second edit.
-        table.pop("rank", None)
+        for key in ("split", "rank", "taken", "across_first"):
+            table.pop(key, None)
+    elif "energy" not in table:
+        table["energy"] = None
     return LayerPlan(**table)
 
 
@@ -226,8 +271,11 @@ def _check_form(layer: LayerPlan) -> None:
     if layer.form not in FORMS:
         hint = nearest(layer.form, FORMS)
         raise PlanError(f"layer {layer.name!r}: form", expected=" or ".join(FORMS), got=repr(layer.form), hint=hint)
-    if layer.form == "project" and (layer.rank is None or layer.rank < 1):
+    if layer.form != "project":
+        return
+    if layer.rank is None or layer.rank < 1:
         raise PlanError(f"layer {layer.name!r}: rank", expected="at least 1", got=str(layer.rank))
+    _ = layer.how
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

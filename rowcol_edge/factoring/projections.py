@@ -23,6 +23,7 @@ networks with low-rank regularization, 2016: the SVD of the weight as (in · k) 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -34,13 +35,14 @@ from torch import nn
 from rowcol_edge.errors import PlanError
 from rowcol_edge.factoring import splits
 from rowcol_edge.factoring.costs import Form, LayerInfo, Split
+from rowcol_edge.factoring.gauge import rotation
 from rowcol_edge.factoring.layers import describe
 from rowcol_edge.factoring.spaces import LayerSpaces
 from rowcol_edge.factoring.splits import Layer
 
 Array = NDArray[np.float64]
 
-_FLOOR = 1e-6  # latent scales are floored at this fraction of the largest variance, as in `apply`
+_FLOOR = 1e-6  # latent scales are floored at this fraction of the largest variance
 _RIDGE = 1e-8
 """Share of the mean of ``C``'s diagonal in it: channels that calibration did not show come last, and are not lost."""
 
@@ -52,12 +54,14 @@ def project(
     inputs: LayerSpaces | None = None,
     outputs: LayerSpaces | None = None,
     alpha: float = 0.5,
+    rotated: int | None = None,
     name: str = "layer",
 ) -> nn.Sequential:
     """The layers that stand in for ``layer``: ``reduce``, (``core``,) ``expand``.
 
     Computed in float64, stored in the layer's own type on its own device, trainable as its weight is. The layer is left
-    as it was. ``alpha`` scales the latent's channels by their standard deviations to the power −alpha, as in `apply`.
+    as it was. ``alpha`` scales the latent's channels by their standard deviations to the power −alpha, and an
+    orthogonal matrix of the seed ``rotated`` mixes them (see `gauge`): the product of the layers is the same.
 
     Args:
         inputs: spaces of what the layer takes, as `input_spaces` gives them; `ROW` and `BOTH` need them, `SPATIAL`
@@ -70,20 +74,23 @@ def project(
     if not 0.0 <= alpha <= 1.0:
         raise PlanError("alpha", expected="0 to 1", got=str(alpha))
     info = describe(name, layer)
-    _check_ranks(info, split)
+    info.check(split)
     _check_spaces(info, "input", inputs, info.in_features, needed=split.form in (Form.ROW, Form.BOTH))
     _check_spaces(info, "output", outputs, info.out_features, needed=split.form in (Form.COLUMN, Form.BOTH))
     if split.form is Form.COLUMN:
         assert outputs is not None
-        return _column(layer, split.rank, outputs, alpha)
-    if split.form is Form.SPATIAL:
+        found = _column(layer, split.rank, outputs, alpha)
+    elif split.form is Form.SPATIAL:
         assert isinstance(layer, nn.Conv2d)
-        return _spatial(layer, split, inputs, outputs, alpha)
-    assert inputs is not None
-    if split.form is Form.ROW:
-        return _row(layer, split.rank, inputs, alpha)
-    assert outputs is not None
-    return _both(layer, split, inputs, outputs, alpha)
+        found = _spatial(layer, split, inputs, outputs, alpha)
+    elif split.form is Form.ROW:
+        assert inputs is not None
+        found = _row(layer, split.rank, inputs, alpha)
+    else:
+        assert inputs is not None
+        assert outputs is not None
+        found = _both(layer, split, inputs, outputs, alpha)
+    return _made(layer, *_levelled(found if rotated is None else _turned(found, rotated)))
 
 
 def spatial_losses(
@@ -101,21 +108,24 @@ def spatial_losses(
 
 # ---------------------------------------------------------------- the forms
 
+#: the layers, their weights as `splits.matrix` reads them, and the bias of the last
+_Found = tuple[Sequence[Layer], Sequence[Array], Array]
 
-def _column(layer: Layer, rank: int, outputs: LayerSpaces, alpha: float) -> nn.Sequential:
+
+def _column(layer: Layer, rank: int, outputs: LayerSpaces, alpha: float) -> _Found:
     basis, dual, scale = _leading(outputs, rank, alpha)
     bias = outputs.mean + basis @ (dual.T @ (_bias(layer) - outputs.mean))
     values = (dual.T @ splits.matrix(layer)) / scale[:, None], basis * scale
-    return _made(layer, splits.column(layer, rank), values, bias)
+    return splits.column(layer, rank), values, bias
 
 
-def _row(layer: Layer, rank: int, inputs: LayerSpaces, alpha: float) -> nn.Sequential:
+def _row(layer: Layer, rank: int, inputs: LayerSpaces, alpha: float) -> _Found:
     basis, dual, scale = _leading(inputs, rank, alpha)
     values = dual.T / scale[:, None], _flat(_taps(layer), basis * scale)
-    return _made(layer, splits.row(layer, rank), values, _row_bias(layer, inputs, basis, dual))
+    return splits.row(layer, rank), values, _row_bias(layer, inputs, basis, dual)
 
 
-def _both(layer: Layer, split: Split, inputs: LayerSpaces, outputs: LayerSpaces, alpha: float) -> nn.Sequential:
+def _both(layer: Layer, split: Split, inputs: LayerSpaces, outputs: LayerSpaces, alpha: float) -> _Found:
     taken = split.taken or 0
     before, before_dual, before_scale = _leading(inputs, taken, alpha)
     behind, behind_dual, behind_scale = _leading(outputs, split.rank, alpha)
@@ -123,12 +133,12 @@ def _both(layer: Layer, split: Split, inputs: LayerSpaces, outputs: LayerSpaces,
     bias = _row_bias(layer, inputs, before, before_dual)
     bias = outputs.mean + behind @ (behind_dual.T @ (bias - outputs.mean))
     values = before_dual.T / before_scale[:, None], core, behind * behind_scale
-    return _made(layer, splits.both(layer, taken, split.rank), values, bias)
+    return splits.both(layer, taken, split.rank), values, bias
 
 
 def _spatial(
     layer: nn.Conv2d, split: Split, inputs: LayerSpaces | None, outputs: LayerSpaces | None, alpha: float
-) -> nn.Sequential:
+) -> _Found:
     across, rank = split.across_first, split.rank
     matrix, energies, vectors = _spatial_svd(layer, inputs, outputs, across)
     root, inverse = _root(outputs, layer.out_channels)
@@ -143,7 +153,7 @@ def _spatial(
         first = reduce.reshape(layer.in_channels, height, rank).sum(1)
         bias = bias + (_taps(layer).sum(2) - expand.sum(2) @ first.T) @ inputs.mean
     values = reduce.T, expand.reshape(layer.out_channels, -1)
-    return _made(layer, splits.spatial(layer, rank, across_first=across), values, bias)
+    return splits.spatial(layer, rank, across_first=across), values, bias
 
 
 def _spatial_svd(
@@ -185,6 +195,30 @@ def _made(layer: Layer, parts: Sequence[Layer], values: Sequence[Array], bias: A
     return nn.Sequential(OrderedDict(zip(names, parts, strict=True))).train(layer.training)
 
 
+def _turned(found: _Found, seed: int) -> _Found:
+    parts, values, bias = found
+    turned = list(values)
+    for place in range(len(turned) - 1):
+        turn = rotation(len(turned[place]), seed)
+        behind = turned[place + 1]
+        turned[place] = turn @ turned[place]
+        turned[place + 1] = _flat(behind.reshape(len(behind), len(turn), -1), turn.T)
+    return parts, turned, bias
+
+
+def _levelled(found: _Found) -> _Found:
+    """Weights of one size in all parts, by powers of two: spaces that are worth next to nothing, or were hardly filled,
+    would leave one part far outside of float16 and the other one vanishing."""
+    parts, values, bias = found
+    sizes = [float(np.abs(each).max()) for each in values]
+    if min(sizes) <= 0.0:
+        return found
+    logs = [math.log2(size) for size in sizes]
+    levels = [round(sum(logs) / len(logs) - log) for log in logs[:-1]]
+    levels.append(-sum(levels))  # together they change nothing
+    return parts, [np.ldexp(each, level) for each, level in zip(values, levels, strict=True)], bias
+
+
 def _taps(layer: Layer) -> Array:
     """The weight as (out, in, taps)."""
     matrix = splits.matrix(layer)
@@ -221,18 +255,6 @@ def _scale(variances: Array, alpha: float) -> Array:
     if largest <= 0.0:
         return np.ones_like(variances)
     return np.asarray(np.maximum(variances, _FLOOR * largest) ** (alpha / 2.0))
-
-
-def _check_ranks(info: LayerInfo, split: Split) -> None:
-    rank, taken = info.largest(split.form, across_first=split.across_first)
-    if rank == 0:
-        info.split_parameters(split)  # says why not
-    if split.form is not Form.SPATIAL:
-        rank, taken = info.out_features, info.in_features
-        rank = taken if split.form is Form.ROW else rank
-    for what, found, most in (("rank", split.rank, rank), ("taken", split.taken, taken)):
-        if found is not None and found > most:
-            raise PlanError(f"layer {info.name!r}: {what}", expected=f"1 to {most}", got=str(found))
 
 
 def _check_spaces(info: LayerInfo, what: str, spaces: LayerSpaces | None, features: int, *, needed: bool) -> None:

@@ -1,38 +1,22 @@
-"""Ranks and widths from spectra: by energy, or by a budget at the least predicted loss. Pure numpy."""
+"""Forms, ranks and widths from spectra: by energy, or by a budget at the least predicted loss. Pure numpy."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rowcol_edge.errors import BudgetError, ConfigError, PlanError
-from rowcol_edge.factoring.allocation import Allocator, Cost, Widths
+from rowcol_edge.factoring.allocation import Allocator, Widths
 from rowcol_edge.factoring.channels import ChannelSet
-from rowcol_edge.factoring.costs import LayerInfo
+from rowcol_edge.factoring.costs import Form, LayerInfo, Split
+from rowcol_edge.factoring.options import Cost, Option, Options, Spectrum, kept
 from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan, LayerPlan, nearest
 
 Array = NDArray[np.float64]
-
-
-class Spectrum(Protocol):
-    """What ranks need to know of a layer's output (``spaces.LayerSpaces`` is one)."""
-
-    @property
-    def eigenvalues(self) -> Array:
-        """(out,) descending, ≥ 0."""
-
-    @property
-    def constant(self) -> bool:
-        """The output does not vary."""
-
-    @property
-    def losses(self) -> Array | None:
-        """(out + 1,) predicted at the model's output, by rank; None: the share of the variance that is cut off."""
 
 
 def plan_by_energy(
@@ -44,7 +28,8 @@ def plan_by_energy(
     break_even: float = 1.0,
     model: str = "",
 ) -> FactorPlan:
-    """The smallest rank, rounded up to ``rank_multiple``, that keeps ``energy`` of each layer's centred variance.
+    """The smallest rank of a column split, rounded up to ``rank_multiple``, that keeps ``energy`` of each layer's
+    centred variance.
 
     A layer stays dense where that rank saves too little: above ``break_even`` times its break-even rank (1.0 = no
     parameter saved). A lower energy never gives more parameters. A layer without spaces stays dense.
@@ -61,14 +46,13 @@ def plan_by_energy(
         if reason:
             layers.append(_dense(info, reason))
             continue
-        kept = _kept(spaces[name].eigenvalues)
-        needed = int(np.searchsorted(kept, energy * (1 - 1e-14))) + 1
+        needed = int(np.searchsorted(kept(spaces[name].eigenvalues), energy * (1 - 1e-14))) + 1
         rank = -(-min(needed, info.out_features) // rank_multiple) * rank_multiple
         limit = int(info.break_even * break_even)
         if rank > limit:
             layers.append(_dense(info, f"needs rank {rank}, break-even is {limit}"))
         else:
-            layers.append(_project(info, rank, kept))
+            layers.append(_project(info, Split(Form.COLUMN, rank), spaces, {}))
     return FactorPlan(tuple(layers), rank_multiple, f"energy={energy:.10g}", model)
 
 
@@ -83,6 +67,7 @@ def plan_by_parameters(
     break_even: float = 1.0,
     model: str = "",
     allocator: Allocator | None = None,
+    inputs: Mapping[str, Spectrum] | None = None,
 ) -> FactorPlan:
     """Meets a parameter budget over the whole model at the least predicted loss (see `plan_by_cost`).
 
@@ -99,7 +84,7 @@ def plan_by_parameters(
     try:
         return plan_by_cost(
             infos, spaces, parameters, total=model_parameters, limit=budget, rank_multiple=rank_multiple,
-            break_even=break_even, made_by=f"parameters<={budget}", model=model, allocator=allocator,
+            break_even=break_even, made_by=f"parameters<={budget}", model=model, allocator=allocator, inputs=inputs,
         )  # fmt: skip
     except OverBudgetError as e:
         least = round(e.least)
@@ -107,18 +92,18 @@ def plan_by_parameters(
             "the parameter budget cannot be met by factoring",
             expected=f"at most {budget:,} parameters",
             got=f"{least:,} at the smallest ranks, {least - budget:,} too many",
-            hint=f"allow at least {least:,}, or a smaller rank multiple",
+            hint=f"allow at least {least:,}" + (", or a smaller rank multiple" if rank_multiple > 1 else ""),
         ) from e
 
 
-def parameters(info: LayerInfo, rank: int) -> float:
+def parameters(info: LayerInfo, split: Split | None) -> float:
     """Parameters as a cost."""
-    return info.factored_parameters(rank) if rank else info.parameters
+    return info.split_parameters(split) if split else info.parameters
 
 
-def macs(info: LayerInfo, rank: int) -> float:
+def macs(info: LayerInfo, split: Split | None) -> float:
     """Multiply-accumulates of one sample as a cost."""
-    return info.factored_macs(rank) if rank else info.macs
+    return info.split_macs(split) if split else info.macs
 
 
 class OverBudgetError(BudgetError):
@@ -141,52 +126,57 @@ def plan_by_cost(
     made_by: str = "",
     model: str = "",
     allocator: Allocator | None = None,
+    inputs: Mapping[str, Spectrum] | None = None,
 ) -> FactorPlan:
     """Brings the whole model's cost from ``total`` down to ``limit`` at the least predicted loss.
 
     Lagrangian allocation (Everett, Generalized Lagrange multiplier method, 1963): each layer moves along the lower
     convex hull of its (cost, loss) options, always the step with the least loss for what it saves first; the last step
-    is then taken back as far as the budget allows.
+    is then taken back as far as the budget allows. The plan says what it is predicted to lose, and how far that may be
+    above the best forms and ranks at its widths.
 
     Args:
         allocator: proposes widths of channels; of those the one is taken whose widths and ranks lose least in all.
+        inputs: what layers take, of those for which other forms than `column` are to be thought of.
 
     Raises:
         ConfigError: options out of range.
         OverBudgetError: below the least that can be reached.
     """
     _check_options(rank_multiple, break_even)
+    rows = inputs or {}
+    options = Options(spaces, rows, rank_multiple, break_even)
     proposals = [{}] if allocator is None else allocator.candidates(cost, total, limit)
-    best: tuple[float, FactorPlan] | None = None
+    best: FactorPlan | None = None
     over: list[OverBudgetError] = []
     for widths in proposals:
         known = {name: infos[name] if allocator is None else allocator.widths.info(name, widths) for name in infos}
-        ladders = {
-            name: _ladder(info, spaces[name], cost, rank_multiple, break_even)
-            for name, info in known.items()
-            if not _reason(info, spaces.get(name))
-        }
-        saved = sum(cost(infos[name], 0) - cost(known[name], 0) for name in infos if known[name] is not infos[name])
+        ladders = {name: _ladder(info, options, cost) for name, info in known.items()}
+        saved = sum(
+            cost(infos[name], None) - cost(known[name], None) for name in infos if known[name] is not infos[name]
+        )
         try:
-            chosen = _allocate(ladders, total - saved, limit)
+            chosen, gap = _allocate(ladders, total - saved, limit)
         except OverBudgetError as error:
             over.append(error)
             continue
-        lost = sum(option.loss for option in chosen.values())
+        lost = sum(step.option.loss for step in chosen.values())
         if allocator is not None:
             lost += allocator.lost(widths)
-        if best is None or lost < best[0]:
-            ranks = {name: option.rank for name, option in chosen.items()}
-            best = lost, _planned(infos, spaces, ranks, widths, None if allocator is None else allocator.widths)
+        if best is None or lost < (best.loss or 0.0):
+            taken = {name: step.option.split for name, step in chosen.items()}
+            plan = _planned(infos, spaces, rows, taken, widths, None if allocator is None else allocator.widths)
+            best = replace(plan, loss=lost, gap=gap)
     if best is None:
         raise min(over, key=lambda error: error.least)
-    return replace(best[1], rank_multiple=rank_multiple, made_by=made_by, model=model)
+    return replace(best, rank_multiple=rank_multiple, made_by=made_by, model=model)
 
 
 def _planned(
     infos: Mapping[str, LayerInfo],
     spaces: Mapping[str, Spectrum],
-    ranks: Mapping[str, int],
+    inputs: Mapping[str, Spectrum],
+    chosen: Mapping[str, Split | None],
     widths: Mapping[str, int],
     channels: Widths | None,
 ) -> FactorPlan:
@@ -194,8 +184,8 @@ def _planned(
     for name, info in infos.items():
         reason = _reason(info, spaces.get(name))
         left = info if channels is None else channels.info(name, widths)
-        if ranks.get(name, 0):
-            layers.append(_project(info, ranks[name], _kept(spaces[name].eigenvalues), left))
+        if split := chosen.get(name):
+            layers.append(_project(info, split, spaces, inputs, left))
         else:
             layers.append(_dense(info, reason or "the budget does not need it", left))
     return FactorPlan(tuple(layers), channels=_channels(channels, widths))
@@ -216,12 +206,13 @@ def refresh(
     infos: Mapping[str, LayerInfo],
     spaces: Mapping[str, Spectrum],
     sets: Sequence[ChannelSet] = (),
+    inputs: Mapping[str, Spectrum] | None = None,
 ) -> FactorPlan:
     """The plan checked against the model, its derived numbers computed anew; layers it leaves out are added as dense.
 
     Raises:
-        PlanError: an unknown layer or set (with the nearest names), one that must stay as it is, a rank or width out of
-            range.
+        PlanError: an unknown layer or set (with the nearest names), one that must stay as it is, a split that the layer
+            cannot take, a rank or width out of range.
     """
     listed = {layer.name: layer for layer in plan.layers}
     for name in listed:
@@ -236,13 +227,15 @@ def refresh(
             continue
         if info.skip:
             raise PlanError(f"layer {name!r} cannot be factored: {info.skip}", hint='set its form to "dense"')
-        rank = layer.rank or 0
-        if not 1 <= rank <= left.out_features:
-            raise PlanError(f"layer {name!r}: rank", expected=f"1 to {left.out_features}", got=str(rank))
+        left.check(layer.how)
         if name not in spaces:
             raise PlanError(f"layer {name!r}: its spaces were not collected")
-        layers.append(_project(info, rank, _kept(spaces[name].eigenvalues), left))
-    return replace(plan, layers=tuple(layers), channels=_channels(channels, widths))
+        if layer.how.form in (Form.ROW, Form.BOTH) and name not in (inputs or {}):
+            hint = "of a single matrix row and column splits are one" if not info.kernel else ""
+            raise PlanError(f"layer {name!r}: the spaces of its input were not collected", hint=hint)
+        layers.append(_project(info, layer.how, spaces, inputs or {}, left))
+    # what it is predicted to lose is known of the plan as it was made
+    return replace(plan, layers=tuple(layers), channels=_channels(channels, widths), loss=None, gap=None)
 
 
 def _widths(plan: FactorPlan, sets: Sequence[ChannelSet]) -> dict[str, int]:
@@ -285,12 +278,6 @@ def _reason(info: LayerInfo, spectrum: Spectrum | None) -> str:
     return ""
 
 
-def _kept(eigenvalues: Array) -> Array:
-    """kept[r − 1] = fraction of the variance in the first r directions (ones for a zero spectrum)."""
-    total = float(eigenvalues.sum())
-    return np.minimum(np.cumsum(eigenvalues) / total, 1.0) if total > 0.0 else np.ones_like(eigenvalues)
-
-
 def _dense(info: LayerInfo, reason: str, left: LayerInfo | None = None) -> LayerPlan:
     """``left``: the layer with the channels that are left to it."""
     left = left or info
@@ -306,58 +293,87 @@ def _dense(info: LayerInfo, reason: str, left: LayerInfo | None = None) -> Layer
     )
 
 
-def _project(info: LayerInfo, rank: int, kept: Array, left: LayerInfo | None = None) -> LayerPlan:
+def _project(
+    info: LayerInfo,
+    split: Split,
+    spaces: Mapping[str, Spectrum],
+    inputs: Mapping[str, Spectrum],
+    left: LayerInfo | None = None,
+) -> LayerPlan:
     left = left or info
     return LayerPlan(
         name=info.name,
         form="project",
-        rank=rank,
-        energy=float(kept[rank - 1]),
+        split=str(split.form),
+        rank=split.rank,
+        taken=split.taken,
+        across_first=split.across_first,
+        energy=_energy(split, spaces.get(info.name), inputs.get(info.name)),
         parameters_before=info.parameters,
-        parameters_after=left.factored_parameters(rank),
+        parameters_after=left.split_parameters(split),
         macs_before=info.macs,
-        macs_after=left.factored_macs(rank),
+        macs_after=left.split_macs(split),
     )
 
 
+def _energy(split: Split, output: Spectrum | None, taken: Spectrum | None) -> float | None:
+    """Share kept of what the spaces that are cut down are worth; None where that is not known."""
+    cut = {
+        Form.COLUMN: [(output, split.rank)],
+        Form.ROW: [(taken, split.rank)],
+        Form.BOTH: [(output, split.rank), (taken, split.taken or 0)],
+    }.get(split.form, [(None, 0)])
+    shares = [None if spectrum is None else float(kept(spectrum.eigenvalues)[rank - 1]) for spectrum, rank in cut]
+    return None if None in shares else float(np.prod([share for share in shares if share is not None]))
+
+
 @dataclass(frozen=True, slots=True)
-class _Option:
-    rank: int  # 0 = dense
+class _Step:
+    """An option at its cost."""
+
+    option: Option
     cost: float
-    loss: float
+
+    @property
+    def loss(self) -> float:
+        return self.option.loss
 
 
-def _ladder(info: LayerInfo, spectrum: Spectrum, cost: Cost, multiple: int, break_even: float) -> list[_Option]:
-    """Dense, then every allowed rank that costs less, from the largest to the smallest."""
-    losses = spectrum.losses
-    if losses is None:
-        losses = np.concatenate([[1.0], 1.0 - _kept(spectrum.eigenvalues)])
-    dense = _Option(0, cost(info, 0), 0.0)
-    limit = int(info.break_even * break_even)
-    ranks = range(limit // multiple * multiple, 0, -multiple)
-    options = [_Option(rank, cost(info, rank), float(losses[rank])) for rank in ranks]
-    return [dense, *(option for option in options if option.cost < dense.cost)]
+def _ladder(info: LayerInfo, options: Options, cost: Cost) -> list[_Step]:
+    """Dense, then what costs less, each step of more loss than the one before."""
+    steps = [_Step(option, cost(info, option.split)) for option in options.of(info)]
+    dense, rest = steps[0], sorted(steps[1:], key=lambda step: (step.cost, step.loss))
+    found: list[_Step] = []
+    for step in rest:
+        if step.cost < dense.cost and (not found or step.loss < found[-1].loss):
+            found.append(step)
+    return [dense, *reversed(found)]
 
 
-def _hull(options: list[_Option]) -> list[_Option]:
+def _hull(ladder: list[_Step]) -> list[_Step]:
     """Lower convex hull of (cost, loss), cost falling: slopes (loss for what is saved) rise along it."""
-    hull: list[_Option] = []
-    for option in options:
-        while len(hull) > 1 and _slope(hull[-1], option) <= _slope(hull[-2], hull[-1]):
+    hull: list[_Step] = []
+    for step in ladder:
+        while len(hull) > 1 and _slope(hull[-1], step) <= _slope(hull[-2], hull[-1]):
             hull.pop()
-        hull.append(option)
+        hull.append(step)
     return hull
 
 
-def _slope(dearer: _Option, cheaper: _Option) -> float:
+def _slope(dearer: _Step, cheaper: _Step) -> float:
     return (cheaper.loss - dearer.loss) / (dearer.cost - cheaper.cost)
 
 
-def _allocate(ladders: Mapping[str, list[_Option]], total: float, limit: float) -> dict[str, _Option]:
-    least = total - sum(options[0].cost - options[-1].cost for options in ladders.values())
+def _allocate(ladders: Mapping[str, list[_Step]], total: float, limit: float) -> tuple[dict[str, _Step], float]:
+    """A step of each layer, and how much more than the least that any choice can lose they may lose together.
+
+    That least is bounded by Lagrange duality: ``Σ min (loss + λ cost) − λ · limit`` for any price λ ≥ 0, here that of
+    the last step taken.
+    """
+    least = total - sum(ladder[0].cost - ladder[-1].cost for ladder in ladders.values())
     if least > limit:
         raise OverBudgetError("the budget cannot be met by factoring", least)
-    hulls = {name: _hull(options) for name, options in ladders.items()}
+    hulls = {name: _hull(ladder) for name, ladder in ladders.items()}
     steps = [
         (_slope(dearer, cheaper), name, dearer, cheaper)
         for name, hull in hulls.items()
@@ -365,18 +381,25 @@ def _allocate(ladders: Mapping[str, list[_Option]], total: float, limit: float) 
     ]
     # Slopes rise along each hull, so a stable sort keeps a layer's steps in order.
     steps.sort(key=lambda step: step[0])
-    chosen = {name: options[0] for name, options in ladders.items()}
-    for _, name, dearer, cheaper in steps:
+    chosen = {name: ladder[0] for name, ladder in ladders.items()}
+    fixed = total - sum(step.cost for step in chosen.values())
+    price = 0.0
+    for slope, name, dearer, cheaper in steps:
         if total <= limit:
             break
         room = limit - (total - dearer.cost)
         between = _between(ladders[name], dearer, cheaper)
-        fitting = next((option for option in between if option.cost <= room), cheaper)
+        fitting = next((step for step in between if step.cost <= room), cheaper)
         chosen[name] = fitting
         total += fitting.cost - dearer.cost
-    return chosen
+        price = slope
+    lost = sum(step.loss for step in chosen.values())
+    bound = sum(min(step.loss + price * step.cost for step in hull) for hull in hulls.values()) + price * (
+        fixed - limit
+    )
+    return chosen, max(0.0, lost - bound)
 
 
-def _between(options: list[_Option], dearer: _Option, cheaper: _Option) -> list[_Option]:
-    """The options from just below ``dearer`` down to ``cheaper``."""
-    return [option for option in options if cheaper.cost <= option.cost < dearer.cost]
+def _between(ladder: list[_Step], dearer: _Step, cheaper: _Step) -> list[_Step]:
+    """The steps from just below ``dearer`` down to ``cheaper``."""
+    return [step for step in ladder if cheaper.cost <= step.cost < dearer.cost]

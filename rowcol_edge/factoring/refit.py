@@ -8,7 +8,7 @@ to give on ``x̂`` what the original's layer gives (of that what is kept):
 
 (asymmetric reconstruction: X. Zhang, J. Zou, K. He and J. Sun, Accelerating very deep convolutional networks for
 classification and detection, 2016, section 3.2; the ridge pulls towards the weights that the spaces gave). Of a layer
-in two parts the second is fitted. ``ρ`` is the one that does best on samples that the fit has not seen; a layer that
+in parts the last is fitted. ``ρ`` is the one that does best on samples that the fit has not seen; a layer that
 nothing does better for keeps its weights, and so does the whole model where its output does not come a fifth closer to
 the original's.
 """
@@ -73,7 +73,7 @@ def refit(
 
     Args:
         samples: input name → calibration samples.
-        names: layers to fit, in call order; in ``model`` each is a layer or ``nn.Sequential(reduce, expand)``.
+        names: layers to fit, in call order; in ``model`` each is a layer, or the parts of its split in sequence.
         kept: layer → (kept outputs, outputs), where it gives fewer than the original's.
     """
     count = min(len(array) for array in samples.values())
@@ -176,8 +176,8 @@ def _fitting(
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fit: _Fit = fit) -> None:
             part, taken = _part(module), args[0] if args else kwargs["input"]
-            if part is not module:
-                taken = module.get_submodule("reduce")(taken)
+            if isinstance(module, nn.Sequential):
+                taken = module[:-1](taken)
             assert fit.wanted is not None
             _solve(part, _inputs(part, taken, fit.positions), fit.wanted, unseen)
             fit.wanted = None

@@ -14,8 +14,7 @@ their own size, which gives half the squared relative error.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,26 +22,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from rowcol_edge.calling import bind, evaluating, feed
-from rowcol_edge.factoring import channel_spaces
+from rowcol_edge.factoring import borders, channel_spaces
+from rowcol_edge.factoring.arrivals import frozen, watching
 from rowcol_edge.factoring.channel_spaces import ChannelSpaces
 from rowcol_edge.factoring.channels import ChannelSet
-from rowcol_edge.factoring.spaces import LayerSpaces, Moments, Place, Progress, directions, rows
+from rowcol_edge.factoring.metrics import Gradients, Metrics
+from rowcol_edge.factoring.places import Moments, Place, pointwise
+from rowcol_edge.factoring.spaces import LayerSpaces, Progress, directions
 
 Array = NDArray[np.float64]
 Feeds = Mapping[str, NDArray[Any]]
 
-SAMPLES = 64
-"""Calibration samples whose gradients directions are found with."""
 _AT_ONCE = 4  # samples whose activations are held
 
 
 @dataclass(frozen=True, slots=True)
 class Weighed:
-    """Spaces in the order of their worth, by layer and by channel set."""
+    """Spaces in the order of their worth, by layer what it gives and what it takes, and by channel set."""
 
     layers: dict[str, LayerSpaces]
+    inputs: dict[str, LayerSpaces]
     channels: dict[str, ChannelSpaces]
 
 
@@ -52,12 +54,20 @@ def weigh(
     spaces: Mapping[str, LayerSpaces],
     *,
     classify: bool,
-    given: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, LayerSpaces]:
-    """`weigh_all` of layers only, one half of the samples for the directions and the other to judge them."""
+    """`weigh_all` of layers only, one half of the samples for the directions and the other to judge them.
+
+    Spaces are returned as they are where no gradient reaches a layer, or where the model cannot be differentiated: then
+    the variance of its own output is all that is known.
+    """
+    moments = {name: space.moments for name, space in spaces.items()}
     parts = halves(samples)
-    return weigh_all(model, *parts, spaces, {}, (), classify=classify, given=given, progress=progress).layers
+    found = weigh_all(model, *parts, moments, {}, (), classify=classify, progress=progress).layers
+    return {
+        name: replace(found[name], row_eigenvalues=space.row_eigenvalues) if name in found else space
+        for name, space in spaces.items()
+    }
 
 
 def halves(samples: Feeds) -> tuple[Feeds, Feeds]:
@@ -72,29 +82,29 @@ def weigh_all(
     model: nn.Module,
     samples: Feeds,
     judges: Feeds,
-    spaces: Mapping[str, LayerSpaces],
-    moments: Mapping[Place, Moments],
+    layers: MutableMapping[str, Moments],
+    moments: MutableMapping[Place, Moments],
     sets: Sequence[ChannelSet],
     *,
+    inputs: Mapping[str, Moments] | None = None,
     classify: bool,
-    given: bool = True,
     progress: Progress | None = None,
 ) -> Weighed:
-    """The spaces with directions in the order of their worth, and what cutting off the others costs at the output.
+    """Directions in the order of their worth, and what cutting off the others costs at the output.
 
-    Deterministic. The model is left as it was. Spaces are returned as they are where no gradient reaches a layer, or
-    where the model cannot be differentiated: then the variance of its own output is all that is known, and there are no
-    channel spaces.
+    Deterministic. The model is left as it was. Layers and sets that no gradient reaches are left out; all are where the
+    model cannot be differentiated.
 
-    Memory: ``16 · size²`` bytes a layer and a reader of channels, and the activations of 4 samples, as in training.
+    Memory: ``24 · size²`` bytes a layer and a reader of channels, and the activations of 4 samples, as in training.
 
     Args:
         samples: input name → samples that directions are found with.
-        judges: samples that they are judged on. Spaces must not come from these: a wide layer's space that few samples
+        judges: samples that they are judged on. Moments must not come from these: a wide layer's space that few samples
             filled seems to lose nothing on the same ones.
-        moments: at the places where `sets` are read.
+        layers: of what they give; those that are weighed are taken out, as memory counts.
+        moments: at the places where `sets` are read; taken out too.
+        inputs: of what layers take (see `input_spaces`); of these gradients are those through each layer alone.
         classify: the first output is logits or probabilities of classes, if it is (samples, classes).
-        given: ``spaces`` are of what layers give; False: of what they take, and gradients those through each alone.
     """
     parts = [chunked(samples), chunked(judges)]
     total = sum(map(len, parts))
@@ -106,49 +116,71 @@ def weigh_all(
         if progress is not None:
             progress("sensitivity", done, total)
 
-    places = {name: Place(name, given) for name in spaces}
     reads = {each.name: channel_spaces.places(each) for each in sets}
+    outputs = [Place(name) for name in layers]
+    taken = [Place(name, given=False, border=True) for name in inputs or ()]
+    objective = Objective(classify=classify)
+    metrics = Metrics(model, [*outputs, *taken, *(place for found in reads.values() for place in found)])
     try:
-        objective = Objective(classify=classify)
-        gradients = {
-            place: Gradients() for place in (*places.values(), *(p for found in reads.values() for p in found))
-        }
-        stream(model, parts[0], gradients, objective, advance)
-        weighed = {name: _directions(spaces[name], gradients[place].mean()[0]) for name, place in places.items()}
-        chosen = {
-            each.name: channel_spaces.choose(model, each, [moments[p] for p in reads[each.name]], metrics)
-            for each in sets
-            if (metrics := [gradients[p].mean() for p in reads[each.name]]) and all(map(_usable, metrics))
-        }
-        losses = {name: Losses() for name in (*places, *(_key(name) for name in chosen))}
-        watched = {place: losses[name].at(*_frame(weighed[name])) for name, place in places.items()}
-        for name, found in chosen.items():
-            for place, read in zip(reads[name], found.reads, strict=True):
-                watched[place] = losses[_key(name)].at(read.mean, read.basis, read.dual)
-        stream(model, parts[1], watched, objective, advance)
+        stream(model, parts[0], metrics.watched, objective, advance)
     except (RuntimeError, NotImplementedError):  # no backward pass through some operator
-        return Weighed(dict(spaces), {})
-    layers = {
-        name: space if space.dual is None else replace(space, losses=losses[name].by_rank())
-        for name, space in weighed.items()
-    }
-    channels = {
-        name: replace(found, losses=found.by_width(losses[_key(name)].by_rank())) for name, found in chosen.items()
-    }
-    return Weighed(layers, channels)
-
-
-def _key(name: str) -> str:
-    return f"channels {name}"
+        return Weighed({}, {}, {})
+    most = {place: _rank(model, place) for place in (*outputs, *taken)}
+    weighed: dict[Place, LayerSpaces] = {}
+    for place, rank in most.items():
+        own = layers[place.name] if place.given or inputs is None else inputs[place.name]
+        found = _directions(place.name, own, metrics[place], rank)
+        if found is not None:
+            weighed[place] = found
+            if place.given:
+                del layers[place.name]
+    chosen = {}
+    for each in sets:
+        read, seen = [moments.pop(place) for place in reads[each.name]], [metrics[place] for place in reads[each.name]]
+        if any(map(_usable, seen)):  # to a reader with zero weights nothing is worth anything
+            chosen[each.name] = channel_spaces.choose(model, each, read, seen)
+    del metrics
+    keys: list[Place | str] = [*weighed, *chosen]
+    losses = {key: Losses() for key in keys}
+    watched = {place: losses[place].at(*_frame(each, most[place])) for place, each in weighed.items()}
+    for name, channels in chosen.items():
+        for place, frame in zip(reads[name], channels.reads, strict=True):
+            watched[place] = losses[name].at(frame.mean, frame.basis, frame.dual, _matrix(model, place))
+    stream(model, parts[1], watched, objective, advance)
+    judged = {place: replace(each, losses=losses[place].by_rank(len(each.mean))) for place, each in weighed.items()}
+    return Weighed(
+        {place.name: each for place, each in judged.items() if place.given},
+        {place.name: each for place, each in judged.items() if not place.given},
+        {name: replace(found, losses=found.by_width(losses[name].by_rank())) for name, found in chosen.items()},
+    )
 
 
 def _usable(metric: Array) -> bool:
     return bool(np.isfinite(metric).all()) and float(np.trace(metric.sum(0))) > 0.0
 
 
-def _frame(spaces: LayerSpaces) -> tuple[Array, Array, Array]:
+def _frame(spaces: LayerSpaces, rank: int | None) -> tuple[Array, Array, Array]:
+    """Mean, basis and dual of the directions that something is in."""
     dual = spaces.basis if spaces.dual is None else spaces.dual
-    return spaces.mean[None], spaces.basis[None], dual[None]
+    return spaces.mean[None], spaces.basis[None, :, :rank], dual[None, :, :rank]
+
+
+def _matrix(model: nn.Module, place: Place) -> Array | None:
+    """What a layer does to channels that it takes, if it does so at each position by itself; of one group only."""
+    if place.given or place.channels is None or place.channels.shape[::2] != (1, 1):
+        return None
+    found = pointwise(model.get_submodule(place.name))
+    return None if found is None else found.cpu().numpy()[:, place.channels[0, :, 0]]
+
+
+def _rank(model: nn.Module, place: Place) -> int | None:
+    """Most directions that what passes there can have: of what a layer gives, the inputs of one output."""
+    layer = model.get_submodule(place.name)
+    if not place.given or not isinstance(layer, nn.Linear | _ConvNd):
+        return None
+    if isinstance(layer, _ConvNd) and (layer.transposed or layer.groups > 1):
+        return None
+    return layer.weight[0].numel()
 
 
 def chunked(samples: Feeds) -> list[Feeds]:
@@ -157,33 +189,8 @@ def chunked(samples: Feeds) -> list[Feeds]:
     return [{n: array[start : start + _AT_ONCE] for n, array in samples.items()} for start in range(0, count, _AT_ONCE)]
 
 
-class Gradients:
-    """``F``: the second moment of the gradients, summed over a sample's positions."""
-
-    needs_values = False
-
-    def __init__(self) -> None:
-        self.samples = 0
-        self._total: torch.Tensor | None = None
-
-    def add(self, values: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Both (samples, positions, groups, size)."""
-        wide = gradients.flatten(0, 1).transpose(0, 1)
-        found = (wide.transpose(1, 2) @ wide).double()
-        self._total = found if self._total is None else self._total + found
-
-    def flush(self, samples: int) -> None:
-        self.samples += samples
-
-    def mean(self) -> Array:
-        """(groups, size, size)"""
-        if self._total is None:
-            return np.zeros((1, 1, 1))
-        return np.asarray(self._total.cpu().numpy() / max(1, self.samples))
-
-
 class Losses:
-    """What each direction adds to the output to first order, and the second moments of that over the samples.
+    """What directions add to the output to first order, from each rank on, and its mean square over the samples.
 
     One place has one frame; channels that several layers read are looked at in several, which add up.
     """
@@ -193,56 +200,64 @@ class Losses:
         self._pending: torch.Tensor | None = None
         self._total: torch.Tensor | None = None
 
-    def at(self, mean: Array, basis: Array, dual: Array) -> Frame:
-        """(groups, size), (groups, size, directions) twice."""
-        return Frame(self, mean, basis, dual)
+    def at(self, mean: Array, basis: Array, dual: Array, matrix: Array | None = None) -> Frame:
+        """(groups, size), (groups, size, directions) twice; of a taken place ``matrix`` (out, size) is what the layer
+        does to each position, where that is known."""
+        return Frame(self, mean, basis, dual, matrix)
 
     def add(self, added: torch.Tensor) -> None:
         self._pending = added if self._pending is None else self._pending + added
 
     def flush(self, samples: int) -> None:
         if self._pending is not None:
-            found = self._pending.T @ self._pending
+            cut = self._pending.flip(1).cumsum(1)  # all directions from each rank on, the last one first
+            found = cut.square().sum(0)
             self._total = found if self._total is None else self._total + found
             self._pending = None
             self.samples += samples
 
-    def by_rank(self) -> Array:
-        """(directions + 1,): half the mean square of all that the directions from each rank on add, falling."""
+    def by_rank(self, size: int = 0) -> Array:
+        """(directions + 1,), or ``size + 1`` where there could be more: half the mean square of all that the directions
+        from each rank on add, falling."""
         assert self._total is not None
-        cut = (self._total / max(1, self.samples)).numpy()[::-1, ::-1]
-        losses = 0.5 * cut.cumsum(0).cumsum(1).diagonal()
-        return np.maximum.accumulate(np.concatenate([[0.0], losses]))[::-1]
+        losses = 0.5 * (self._total / max(1, self.samples)).numpy()
+        rest = np.zeros(max(1, size + 1 - len(losses)))
+        return np.maximum.accumulate(np.concatenate([rest, losses]))[::-1]
 
 
 class Frame:
     """Directions at one place."""
 
-    needs_values = True
-
-    def __init__(self, losses: Losses, mean: Array, basis: Array, dual: Array) -> None:
+    def __init__(self, losses: Losses, mean: Array, basis: Array, dual: Array, matrix: Array | None) -> None:
         self._losses = losses
+        self.behind = matrix is not None and len(matrix) < basis.shape[1]
+        basis = matrix @ basis if matrix is not None and self.behind else basis
         self._mean, self._basis, self._dual = (torch.from_numpy(each).float() for each in (mean, basis, dual))
 
-    def add(self, values: torch.Tensor, gradients: torch.Tensor) -> None:
-        count = len(values)
-        # (groups, samples · positions, size)
-        seen = (values - self._mean).flatten(0, 1).transpose(0, 1) @ self._dual
-        seen *= gradients.flatten(0, 1).transpose(0, 1) @ self._basis
-        self._losses.add(seen.reshape(len(seen), count, -1, seen.shape[-1]).sum((0, 2)).double())
+    def see(self, values: torch.Tensor) -> torch.Tensor:
+        """How much of each direction: (groups, samples, positions, directions)."""
+        parts: torch.Tensor = (values - self._mean).flatten(0, 1).transpose(0, 1) @ self._dual
+        return parts.reshape(len(parts), *values.shape[:2], -1)
+
+    def add(self, seen: torch.Tensor | None, gradients: torch.Tensor) -> None:
+        assert seen is not None  # it was asked for
+        arrived = gradients.flatten(0, 1).transpose(0, 1) @ self._basis
+        self._losses.add(arrived.view_as(seen).mul_(seen).sum((0, 2)).double())
 
     def flush(self, samples: int) -> None:
         self._losses.flush(samples)
 
 
-Watched = Mapping[Place, Gradients] | Mapping[Place, Frame]
+Watched = Mapping[Place, Gradients | Frame]
 
 
 def stream(
     model: nn.Module, chunks: Iterable[Feeds], watched: Watched, objective: Objective, advance: Callable[[], None]
 ) -> None:
     """One backward pass a chunk; RuntimeError where there is none."""
-    with evaluating(model), _frozen(model), _hooks(model, watched):
+    inside, bordered = ({p: each for p, each in watched.items() if p.border is border} for border in (False, True))
+    padded = borders.padded(model, [place.name for place in bordered])
+    with evaluating(model), frozen(model), watching(model, inside), padded, watching(model, bordered):
         for chunk in chunks:
             args, kwargs = bind(model, feed(model, chunk))
             with torch.enable_grad():
@@ -290,71 +305,10 @@ class Objective:
         return (signs * output).sum().div(size)
 
 
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Gradients of activations only."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def _hooks(model: nn.Module, watched: Watched) -> Iterator[None]:
-    """What is given is watched behind the layer; what is taken on a way of the layer's own, so that the gradient that
-    comes back is what arrives through this layer alone."""
-    handles = []
-    given, taken = ({p: entry for p, entry in watched.items() if p.given is side} for side in (True, False))
-    try:
-        for place, entry in given.items():
-            layer = model.get_submodule(place.name)
-
-            def behind(
-                module: nn.Module, args: tuple[Any, ...], result: torch.Tensor, seen: Any = ((place, entry),)
-            ) -> torch.Tensor:
-                return _watch(result, module, seen)
-
-            handles.append(layer.register_forward_hook(behind))
-        for name in dict.fromkeys(place.name for place in taken):
-            seen = tuple((place, entry) for place, entry in taken.items() if place.name == name)
-
-            def before(
-                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Any = seen
-            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-                if args:
-                    return (_watch(args[0], module, seen), *args[1:]), kwargs
-                return args, {**kwargs, "input": _watch(kwargs["input"], module, seen)}
-
-            handles.append(model.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _watch(value: torch.Tensor, layer: nn.Module, seen: Iterable[tuple[Place, Gradients | Frame]]) -> torch.Tensor:
-    # what follows may work in place: on no leaf, and not on what is needed later
-    kept = value.detach().clone() if any(entry.needs_values for _, entry in seen) else value.detach()
-    if not value.requires_grad:  # the first layer on its way: gradients begin here
-        value = value.detach().requires_grad_()
-    value = value.clone()
-
-    def arrived(gradients: torch.Tensor) -> None:
-        for place, entry in seen:
-            entry.add(rows(kept, layer, place).float(), rows(gradients, layer, place).float())
-
-    value.register_hook(arrived)  # type: ignore[no-untyped-call]
-    return value
-
-
-def _directions(spaces: LayerSpaces, gradients: Array) -> LayerSpaces:
-    """Basis and dual in the order of what they are worth; as they are where no gradient came."""
-    if gradients.shape[0] != len(spaces.mean) or not _usable(gradients[None]):
-        return spaces
-    covariance = (spaces.basis * spaces.eigenvalues) @ spaces.basis.T
-    values, basis, dual = directions(covariance, gradients)
-    return replace(spaces, eigenvalues=values, dual=dual, basis=basis)
+def _directions(name: str, moments: Moments, gradients: Array, rank: int | None) -> LayerSpaces | None:
+    """Basis and dual in the order of what they are worth; None where no gradient came."""
+    mean, covariance = (each[0] for each in moments.numpy())
+    if gradients.shape[1] != len(mean) or not _usable(gradients):
+        return None
+    values, basis, dual = directions(covariance, gradients[0], rank=rank)
+    return LayerSpaces(name, values, basis, mean, moments.samples, dual=dual)

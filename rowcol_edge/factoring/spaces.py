@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Sized
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rowcol_edge.calling import bind, evaluating, feed
 from rowcol_edge.errors import DataError, ModelError
 from rowcol_edge.factoring.layers import SUPPORTED, base
+from rowcol_edge.factoring.places import Moments, Place, channel_axis, derived, rows, sources, spread
+from rowcol_edge.factoring.sums import Part, Sums
+
+__all__ = [
+    "LayerSpaces", "Moments", "Place", "Progress", "blended", "channel_axis", "collect", "decompose", "directions",
+    "from_arrays", "measure", "rows", "spread", "submodule", "to_arrays", "utilised_rank",
+]  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
 Array = NDArray[np.float64]
 
-_CHUNK_VALUES = 1 << 21  # activation values widened to float64 at a time: 16 MB
 _SHRINKAGE = 0.01
 """Share of its prior in a metric."""
 _LEAST = 1e-5  # of the mean, so that a metric can be inverted
@@ -53,71 +58,24 @@ class LayerSpaces:
         return float(np.square(self.basis).sum(axis=0) @ self.eigenvalues)
 
     @property
+    def moments(self) -> Moments:
+        """What the spaces were made from."""
+        covariance = (self.basis * self.eigenvalues) @ self.basis.T
+        return Moments(torch.from_numpy(self.mean)[None], torch.from_numpy(covariance)[None], self.samples)
+
+    @property
     def constant(self) -> bool:
         """The output does not vary: its variance is rounding noise beside its size."""
         return _is_constant(self.variance, self.mean)
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where values are looked at: what a layer gives or takes.
-
-    Attributes:
-        name: of the layer.
-        given: its output; False: its input.
-        channels: (groups, size, taps): the features to look at, each group by itself; None: all, as one group.
-    """
-
-    name: str
-    given: bool = True
-    channels: NDArray[np.int64] | None = field(default=None, compare=False)
-    key: str = ""  # tells places of one layer apart
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Moments:
-    """First and second moments at a place, float64, on the model's device."""
-
-    mean: torch.Tensor  # (groups, size)
-    covariance: torch.Tensor  # (groups, size, size), biased
-    samples: int  # rows counted
-
-    def numpy(self) -> tuple[Array, Array]:
-        """Mean and covariance."""
-        return self.mean.cpu().numpy(), self.covariance.cpu().numpy()
-
-
-def rows(values: torch.Tensor, layer: nn.Module, place: Place, limit: int | None = None) -> torch.Tensor:
-    """(samples, positions, groups, size) of what a layer takes or gives.
-
-    Of more than ``limit`` positions that many, spread evenly. A value without a batch axis is one sample.
-    """
-    axis = channel_axis(layer)
-    if axis == -1:
-        maps = values.flatten(1, -2) if values.dim() > 2 else values.reshape(-1, 1, values.shape[-1])
-    else:
-        maps = values.reshape(-1, *values.shape[axis:]).flatten(2).transpose(1, 2)
-    if limit is not None and maps.shape[1] > limit:
-        maps = maps.index_select(1, spread(maps.shape[1], limit).to(maps.device))
-    if place.channels is None:
-        return maps.unsqueeze(2)
-    groups, size, taps = place.channels.shape
-    index = torch.from_numpy(place.channels.transpose(2, 0, 1).reshape(-1)).to(maps.device)
-    if taps == groups == 1 and size == maps.shape[2] and bool((index == torch.arange(size)).all()):
-        return maps.unsqueeze(2)
-    return maps.index_select(2, index).reshape(maps.shape[0], -1, groups, size)
-
-
-def channel_axis(layer: nn.Module) -> int:
-    """Where features are in a layer's output: the last axis, or before the spatial ones, batched or not."""
-    return -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
 
 
 def _is_constant(variance: float, mean: Array) -> bool:
     return variance <= _NOISE * float(mean @ mean)
 
 
-def directions(covariance: Array, metric: Array, prior: Array | None = None) -> tuple[Array, Array, Array]:
+def directions(
+    covariance: Array, metric: Array, prior: Array | None = None, rank: int | None = None
+) -> tuple[Array, Array, Array]:
     """(values, basis, dual): directions in the order of what they are worth, ``covariance = basis · values · basisᵀ``.
 
     The projector ``basis_r · dual_rᵀ`` loses least of ``tr(metric (I − P) covariance (I − P)ᵀ)``: Eckart–Young in the
@@ -125,15 +83,42 @@ def directions(covariance: Array, metric: Array, prior: Array | None = None) -> 
 
     Args:
         prior: what a metric of few samples is blended with; None: all directions alike.
+        rank: that of the covariance at most, which saves most of the time where it is low.
     """
-    sizes, axes = np.linalg.eigh(blended(metric, prior))
-    sizes = np.sqrt(np.maximum(sizes, _ROUNDING * float(sizes[-1])))
-    root = axes * sizes  # metric = root · rootᵀ; a Cholesky factor does not exist where rounding makes it indefinite
-    values, vectors = np.linalg.eigh(root.T @ covariance @ root)
-    values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
-    peaks = vectors[np.abs(vectors).argmax(axis=0), np.arange(len(vectors))]
-    vectors = vectors * np.where(peaks < 0, -1.0, 1.0)
-    return values, (axes / sizes) @ vectors, root @ vectors
+    seen, root = torch.from_numpy(covariance), _root(torch.from_numpy(blended(metric, prior)))
+    values, vectors = _leading(seen, root, len(seen) if rank is None else rank)
+    peaks = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    vectors = torch.where(peaks < 0, -vectors, vectors)  # a sign per column makes the factors reproducible
+    basis = torch.linalg.solve_triangular(root.T, vectors, upper=True)
+    return values.clamp_(min=0.0).numpy(), basis.numpy(), (root @ vectors).numpy()
+
+
+def _root(metric: torch.Tensor) -> torch.Tensor:
+    """``metric = root · rootᵀ``, lower triangular."""
+    factor: torch.Tensor
+    factor, failed = torch.linalg.cholesky_ex(metric)
+    if int(failed):  # rounding has made it indefinite
+        sizes, axes = torch.linalg.eigh(metric)
+        factor = torch.linalg.qr((axes * sizes.clamp_(min=_ROUNDING * float(sizes[-1])).sqrt()).T).R.T
+    return factor
+
+
+def _leading(covariance: torch.Tensor, root: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, falling, and eigenvectors of ``rootᵀ · covariance · root``, within its range where that is small.
+
+    As many random combinations of its columns span the range (N. Halko, P. Martinsson and J. Tropp, Finding structure
+    with randomness, 2011): nothing is left over, but values below 1e-10 of the largest are not told from zero.
+    """
+    size = len(covariance)
+    if rank > size // 2:
+        values, vectors = torch.linalg.eigh(root.T @ (covariance @ root))
+        return values.flip(0), vectors.flip(1)
+    random = torch.randn(size, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    inside = torch.linalg.qr(root.T @ (covariance @ random)).Q
+    part = root @ inside
+    values, vectors = torch.linalg.eigh(part.T @ (covariance @ part))
+    every = torch.linalg.qr(inside @ vectors.flip(1), mode="complete").Q
+    return torch.cat([values.flip(0), values.new_zeros(size - rank)]), every
 
 
 def blended(metric: Array, prior: Array | None = None) -> Array:
@@ -168,12 +153,12 @@ def collect(
 ) -> dict[str, LayerSpaces]:
     """Streams the batches through the model and accumulates sums and Gram matrices of the named layers' outputs.
 
-    Runs in eval mode under ``inference_mode``; hooks are removed also after an error and the model is left as it was.
-    Sums are float64, shifted by the first batch's mean. Of more than ``max_positions`` pixels or tokens that many
-    are used, spread evenly and the same for every sample: neighbours say nearly the same.
+    Runs in eval mode without gradients; hooks are removed also after an error and the model is left as it was. Sums are
+    float64, see `sums`. Of more than ``max_positions`` pixels or tokens that many are used, spread evenly and the same
+    for every sample: neighbours say nearly the same.
 
-    Memory: ``8 · out²`` bytes a layer (``row_space`` adds ``8 · in²``) plus one 16 MB chunk; no activation is held. The
-    decomposition at the end needs ``16 · out²`` more for one layer at a time.
+    Memory: ``8 · out²`` bytes a layer (``row_space`` adds ``8 · in²``), as much again for the largest, and a chunk of
+    16 MB; no activation is held. The decomposition at the end needs ``16 · out²`` more for one layer at a time.
 
     Raises:
         ModelError: no such layer, or the model fails on a batch.
@@ -203,17 +188,21 @@ def measure(
 ) -> dict[Place, Moments]:
     """Mean and covariance at each place, in one pass; otherwise as `collect`.
 
-    Memory: ``8 · groups · size²`` bytes a place and a chunk of 16 MB.
+    A tensor that several layers read is multiplied once. What a plain linear layer gives is not looked at where it
+    takes no more features: ``cov(W x + b) = W cov(x) Wᵀ``.
+
+    Memory: ``8 · groups · size²`` bytes a place, as much again for the largest, and a chunk of 16 MB.
     """
     watched = {place.name: submodule(model, place.name) for place in places}
-    sums = {place: _Sums() for place in places}
+    found = sources(watched, places)
+    sums = {source: Sums() for source in found.values()}
     total = len(batches) if isinstance(batches, Sized) else 0
     with evaluating(model), _hooks(watched, sums, max_positions):
         done = 0
         for done, batch in enumerate(batches, start=1):
             args, kwargs = bind(model, tensors := feed(model, batch))
             try:
-                with torch.inference_mode():
+                with torch.no_grad():  # not inference mode, in which tensors do not count their changes
                     model(*args, **kwargs)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
@@ -226,7 +215,8 @@ def measure(
     for place, entry in sums.items():
         if not entry.count:
             raise DataError(f"layer {place.name!r} was not reached by any calibration batch")
-    return {place: sums.pop(place).moments() for place in places}
+    measured = {source: Moments(*entry.moments(), entry.count) for source, entry in sums.items()}
+    return {place: derived(watched[place.name], place, source, measured[source]) for place, source in found.items()}
 
 
 def to_arrays(spaces: Mapping[str, LayerSpaces]) -> dict[str, NDArray[Any]]:
@@ -263,61 +253,13 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def spread(positions: int, count: int) -> torch.Tensor:
-    """``count`` distinct positions out of ``positions``, spread evenly and always the same ones.
-
-    A stride coprime to ``positions`` visits every column and row of a map alike, where a plain stride would see only
-    some columns.
-    """
-    step = max(1, positions // count)
-    while math.gcd(step, positions) != 1:
-        step += 1
-    return torch.arange(count) * step % positions
-
-
-class _Sums:
-    """Running count, sum and Gram matrix of rows, all shifted by the mean of the first rows seen."""
-
-    __slots__ = ("count", "gram", "shift", "total")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.shift: torch.Tensor | None = None
-        self.total = torch.zeros(0, dtype=torch.float64)
-        self.gram = torch.zeros(0, dtype=torch.float64)
-
-    def add(self, values: torch.Tensor) -> None:
-        """``values``: (samples, positions, groups, size)."""
-        groups, size = values.shape[2:]
-        flat = values.reshape(-1, groups, size)
-        if self.shift is None:
-            self.shift = flat.mean(dim=0, dtype=torch.float64)
-            self.total = torch.zeros(groups, size, dtype=torch.float64, device=values.device)
-            self.gram = torch.zeros(groups, size, size, dtype=torch.float64, device=values.device)
-        step = max(1, _CHUNK_VALUES // (groups * size))
-        for start in range(0, len(flat), step):
-            wide = flat[start : start + step].double() - self.shift  # not in place: it may be the activation itself
-            self.total += wide.sum(dim=0)
-            if groups == 1:
-                self.gram[0].addmm_(wide[:, 0].T, wide[:, 0])
-            else:
-                self.gram += torch.einsum("rga,rgb->gab", wide, wide)
-        self.count += len(flat)
-
-    @torch.inference_mode()
-    def moments(self) -> Moments:
-        assert self.shift is not None  # the caller has checked count > 0
-        offset = self.total / self.count
-        covariance = self.gram.div_(self.count).sub_(offset.unsqueeze(2) * offset.unsqueeze(1))
-        return Moments(self.shift + offset, covariance, self.count)
-
-
 @contextlib.contextmanager
-def _hooks(watched: Mapping[str, nn.Module], sums: Mapping[Place, _Sums], limit: int) -> Iterator[None]:
+def _hooks(watched: Mapping[str, nn.Module], sums: Mapping[Place, Sums], limit: int) -> Iterator[None]:
     handles = []
     try:
+        known: _Known = WeakTensorKeyDictionary()
         for place, entry in sums.items():
-            observer = _observer(place, entry, limit)
+            observer = _observer(place, entry, limit, known)
             handles.append(watched[place.name].register_forward_hook(observer, with_kwargs=True))
         yield
     finally:
@@ -325,15 +267,25 @@ def _hooks(watched: Mapping[str, nn.Module], sums: Mapping[Place, _Sums], limit:
             handle.remove()
 
 
-def _observer(place: Place, entry: _Sums, limit: int) -> Callable[..., None]:
+#: what was found of the tensors that are still there, by where their features are and how often they were changed
+_Known = MutableMapping[torch.Tensor, dict[tuple[int, int], Part]]
+
+
+def _observer(place: Place, entry: Sums, limit: int, known: _Known) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor) -> None:
-        taken = args[0] if args else kwargs["input"]
-        entry.add(rows(result if place.given else taken, module, place, limit))
+        values = result if place.given else (args[0] if args else kwargs["input"])
+        if place.channels is not None:
+            entry.add(entry.part(rows(values, module, place, limit)))
+            return
+        found, key = known.setdefault(values, {}), (channel_axis(module), values._version)
+        if key not in found or not entry.fits(found[key]):
+            found[key] = entry.part(rows(values, module, place, limit))
+        entry.add(found[key])
 
     return hook
 
 
-def _finite(sums: Mapping[Place, _Sums]) -> None:
+def _finite(sums: Mapping[Place, Sums]) -> None:
     for place, entry in sums.items():
         # A sum is finite only if every value was: float64 does not overflow from sums of narrower types.
         if entry.count and not bool(torch.isfinite(entry.total).all()):

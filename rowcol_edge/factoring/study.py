@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from torch import nn
@@ -14,30 +15,38 @@ from rowcol_edge import calling
 from rowcol_edge.cache import Arrays
 from rowcol_edge.datasets import Split, evenly
 from rowcol_edge.factoring import (
+    borders,
     channel_spaces,
     coupling,
     fold,
     graph,
+    input_spaces,
     layers,
     narrow,
     opening,
     refit,
     sensitivity,
     spaces,
+    splits,
 )
-from rowcol_edge.factoring.allocation import Allocator, Rates, Widths
+from rowcol_edge.factoring.allocation import Allocator, Widths
 from rowcol_edge.factoring.channel_spaces import ChannelSpaces
 from rowcol_edge.factoring.channels import ChannelSet
 from rowcol_edge.factoring.costs import LayerInfo
 from rowcol_edge.factoring.graph import LayerGraph
+from rowcol_edge.factoring.options import Options
 from rowcol_edge.factoring.spaces import LayerSpaces, Place, Progress
+
+_T = TypeVar("_T")
 
 #: returns what the function makes, or what it made in another build
 Keep = Callable[[Callable[[], Arrays]], Arrays]
 
 
-JUDGES = 64
-"""Calibration samples at most, and a quarter of them at most, that spaces are judged on and do not come from."""
+_GRADIENTS = 64
+"""Samples that spaces are weighed with, and as many again, but not more than a quarter of all, that they are judged on
+and do not come from."""
+_ROWS, _POSITIONS = 49152, (64, 1024)  # pixels or tokens of all samples that spaces come from, and of each
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,8 @@ class Study:
         infos: shape, cost and skip reason of each layer, in call order.
         spaces: column spaces of the layers that can be factored, measured when the first is asked for: a build that
             finds its plan and its files in the cache needs none.
+        input_spaces: row spaces of the convolutions that `row` and `both` may split (see `options`); none where nothing
+            was weighed.
         channel_spaces: what the channels of each set are worth, by its name; none where nothing was weighed.
         parameters: unique parameters of the folded model.
         macs: multiply-accumulates of its layers, one sample.
@@ -65,6 +76,7 @@ class Study:
     graph: LayerGraph
     infos: Mapping[str, LayerInfo]
     spaces: Mapping[str, LayerSpaces]
+    input_spaces: Mapping[str, LayerSpaces]
     channel_spaces: Mapping[str, ChannelSpaces]
     parameters: int
     macs: int
@@ -82,8 +94,8 @@ class Study:
         widths = {name: space.losses for name, space in self.channel_spaces.items()}
         if not widths:
             return None
-        ranks = {n: space.losses for n, space in self.spaces.items() if space.losses is not None and not space.constant}
-        return Allocator(Widths(self.infos, self.channels), Rates(ranks, widths), multiple, break_even)
+        options = Options(self.spaces, self.input_spaces, multiple, break_even)
+        return Allocator(Widths(self.infos, self.channels), options, widths)
 
 
 def study(
@@ -125,14 +137,14 @@ def study(
         if classify is None:
             batches = _Batches(calibration)
             return spaces.to_arrays(spaces.collect(folded, batches, names, row_space=row_space, progress=progress))
-        return _weighed(folded, calibration, names, coupled(), classify=classify, progress=progress)
+        kernels = [name for name in names if math.prod(infos[name].kernel) > 1]
+        return _weighed(
+            folded, calibration, names, kernels, coupled(), _GRADIENTS, classify=classify, progress=progress
+        )
 
     @cache
-    def known() -> tuple[dict[str, LayerSpaces], dict[str, ChannelSpaces]]:
-        arrays = keep(measured) if keep else measured()
-        sets = {key.removeprefix(_CHANNELS): array for key, array in arrays.items() if key.startswith(_CHANNELS)}
-        rest = {key: array for key, array in arrays.items() if not key.startswith(_CHANNELS)}
-        return spaces.from_arrays(rest), channel_spaces.from_arrays(sets)
+    def known() -> _Known:
+        return _Known.from_arrays(keep(measured) if keep else measured())
 
     return Study(
         dense=dense,
@@ -140,8 +152,9 @@ def study(
         closed=found.closed,
         graph=traced,
         infos=infos,
-        spaces=_WhenAsked(names, lambda: known()[0]),
-        channel_spaces=_WhenMeasured(lambda: known()[1]),
+        spaces=_WhenAsked(names, lambda: known().outputs),
+        input_spaces=_WhenMeasured(lambda: known().inputs),
+        channel_spaces=_WhenMeasured(lambda: known().channels),
         parameters=sum(p.numel() for p in folded.parameters()),
         macs=sum(info.macs for info in infos.values()),
         classify=bool(classify),
@@ -154,43 +167,75 @@ def _weighed(
     folded: nn.Module,
     calibration: Split,
     names: Sequence[str],
+    kernels: Sequence[str],
     sets: Sequence[ChannelSet],
+    count: int,
     *,
     classify: bool,
     progress: Progress | None,
 ) -> Arrays:
-    """Spaces and channel spaces in one pass over most samples, judged on the others."""
+    """Spaces, row spaces of ``kernels`` and channel spaces in one pass over most samples, weighed with ``count`` of
+    them and judged on others."""
     free = [each for each in sets if not each.fixed]
     if not names and not free:
         return {}
-    judges = evenly(len(calibration), min(JUDGES, len(calibration) // 4)).tolist()
+    judges = evenly(len(calibration), min(count, len(calibration) // 4)).tolist()
     pool = sorted(set(range(len(calibration))) - set(judges))
     outputs = {name: Place(name) for name in names}
+    # the readers of a narrowed stream see it through a layer norm: what is left to them is not a part of what they took
+    behind_norms = {slot.name for each in free if each.norms for slot in each.uses}
+    inputs = {name: Place(name, given=False) for name in kernels if name not in behind_norms}
     reads = [place for each in free for place in channel_spaces.places(each)]
     batches = _Batches(calibration, pool)
-    moments = spaces.measure(folded, batches, [*outputs.values(), *reads], progress=progress)
-    found = {}
-    for count, (name, place) in enumerate(outputs.items(), start=1):
-        found[name] = spaces.decompose(name, moments.pop(place))
-        if progress is not None:
-            progress("spectra", count, len(outputs))
-    samples = calibration.spread(sensitivity.SAMPLES, pool)
-    judged = calibration.spread(JUDGES, judges or pool)
-    weighed = sensitivity.weigh_all(folded, samples, judged, found, moments, free, classify=classify, progress=progress)
-    arrays = spaces.to_arrays(weighed.layers)
-    return arrays | {_CHANNELS + key: array for key, array in channel_spaces.to_arrays(weighed.channels).items()}
+    most = max(_POSITIONS[0], min(_POSITIONS[1], _ROWS // len(pool)))
+    places = [*outputs.values(), *inputs.values(), *reads]
+    with borders.coverages({name: cast(splits.Layer, folded.get_submodule(name)) for name in inputs}) as coverages:
+        moments = spaces.measure(folded, batches, places, max_positions=most, progress=progress)
+    taken = {n: input_spaces.with_border(moments.pop(place), coverages[n]) for n, place in inputs.items()}
+    layers = {name: moments.pop(place) for name, place in outputs.items()}
+    given, judged = calibration.spread(count, pool), calibration.spread(count, judges or pool)
+    weighed = sensitivity.weigh_all(
+        folded, given, judged, layers, moments, free, inputs=taken, classify=classify, progress=progress
+    )
+    # of a layer that no gradient reaches the variance of its own output is all that is known
+    rest = {name: spaces.decompose(name, left) for name, left in layers.items()}
+    found = {name: weighed.layers.get(name) or rest[name] for name in names}
+    return _Known(found, weighed.inputs, weighed.channels).to_arrays()
 
 
-_CHANNELS = "channels/"
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What was measured, as arrays for a file."""
+
+    outputs: dict[str, LayerSpaces]
+    inputs: dict[str, LayerSpaces]
+    channels: dict[str, ChannelSpaces]
+
+    def to_arrays(self) -> Arrays:
+        parts = {
+            "": spaces.to_arrays(self.outputs),
+            "inputs/": spaces.to_arrays(self.inputs),
+            "channels/": channel_spaces.to_arrays(self.channels),
+        }
+        return {prefix + key: array for prefix, arrays in parts.items() for key, array in arrays.items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> _Known:
+        parts: dict[str, Arrays] = {"": {}, "inputs/": {}, "channels/": {}}
+        for key, array in arrays.items():
+            prefix = next((each for each in ("inputs/", "channels/") if key.startswith(each)), "")
+            parts[prefix][key.removeprefix(prefix)] = array
+        outputs, inputs = spaces.from_arrays(parts[""]), spaces.from_arrays(parts["inputs/"])
+        return cls(outputs, inputs, channel_spaces.from_arrays(parts["channels/"]))
 
 
-class _WhenMeasured(Mapping[str, ChannelSpaces]):
-    """Channel spaces by set, measured at the first look."""
+class _WhenMeasured(Mapping[str, _T]):
+    """Spaces by name, measured at the first look."""
 
-    def __init__(self, measure: Callable[[], dict[str, ChannelSpaces]]) -> None:
+    def __init__(self, measure: Callable[[], dict[str, _T]]) -> None:
         self._measure = measure
 
-    def __getitem__(self, name: str) -> ChannelSpaces:
+    def __getitem__(self, name: str) -> _T:
         return self._measure()[name]
 
     def __iter__(self) -> Iterator[str]:

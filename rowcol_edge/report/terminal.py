@@ -218,15 +218,20 @@ def factored(result: Factored) -> None:
     for layer in result.plan.layers:
         table.add_row(
             layer.name,
-            layer.form,
-            str(layer.rank or "–"),
-            f"{layer.energy:.3%}" if layer.form != "dense" else "–",
+            f"{layer.form} {layer.split}" if layer.form == "project" else layer.form,
+            f"{layer.taken} → {layer.rank}" if layer.taken else str(layer.rank or "–"),
+            f"{layer.energy:.3%}" if layer.form == "project" and layer.energy is not None else "–",
             f"{layer.parameters_before:,}",
             f"{layer.parameters_after:,}",
             layer.reason,
         )
     console = _console()
     console.print(table)
+    if result.plan.loss is not None and result.plan.gap is not None:
+        console.print(
+            f"predicted loss {result.plan.loss:.3g}; other forms and ranks at these widths could save "
+            f"at most {result.plan.gap:.1g} of it"
+        )
     _trials(console, [t.to_dict() for t in result.trials])
     if result.recovery is not None:
         console.print(result.recovery.note)

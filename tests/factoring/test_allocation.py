@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 
 from rowcol_edge.errors import PlanError
 from rowcol_edge.factoring import ranks
-from rowcol_edge.factoring.allocation import Allocator, Rates, Widths, step
+from rowcol_edge.factoring.allocation import Allocator, Widths, step
 from rowcol_edge.factoring.channels import ChannelSet, Slot
-from rowcol_edge.factoring.costs import LayerInfo
+from rowcol_edge.factoring.costs import Form, LayerInfo, Split
+from rowcol_edge.factoring.options import Options
 from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan, LayerPlan
 from rowcol_edge.factoring.spaces import LayerSpaces
 
@@ -38,7 +40,11 @@ SETS = (
 TOTAL = sum(info.parameters for info in INFOS.values())
 
 
-def spectra(seed: int) -> tuple[dict[str, LayerSpaces], Rates]:
+Losses = dict[str, np.ndarray]
+
+
+def spectra(seed: int) -> tuple[dict[str, LayerSpaces], Losses]:
+    """What layers give, and what the widths of sets lose."""
     rng = np.random.default_rng(seed)
 
     def losses(size: int) -> np.ndarray:
@@ -49,7 +55,11 @@ def spectra(seed: int) -> tuple[dict[str, LayerSpaces], Rates]:
         for name in ("a", "b", "c")
     }
     widths = {each.name: losses(each.size) for each in SETS if not each.fixed}
-    return spaces, Rates({name: space.losses for name, space in spaces.items() if space.losses is not None}, widths)
+    return spaces, widths
+
+
+def allocator_of(spaces: dict[str, LayerSpaces], widths: Losses, kind: type[Allocator] = Allocator) -> Allocator:
+    return kind(Widths(INFOS, SETS), Options(spaces, {}), widths)
 
 
 def test_a_width_changes_every_layer_that_it_meets() -> None:
@@ -75,29 +85,33 @@ def test_small_sets_have_a_choice(size: int, multiple: int, wanted: int) -> None
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1000), share=st.floats(0.15, 1.0))
 def test_plans_keep_the_budget_and_their_own_books(seed: int, share: float) -> None:
-    spaces, rates = spectra(seed)
-    allocator = Allocator(Widths(INFOS, SETS), rates, 1, 1.0)
+    spaces, losses = spectra(seed)
+    allocator = allocator_of(spaces, losses)
     plan = ranks.plan_by_parameters(
         INFOS, spaces, model_parameters=TOTAL, ratio=share, allocator=allocator
     )  # fmt: skip
     assert TOTAL - sum(p.parameters_before - p.parameters_after for p in plan.layers) <= TOTAL * share
-    assert ranks.refresh(plan, INFOS, spaces, SETS) == plan
+    assert ranks.refresh(plan, INFOS, spaces, SETS) == replace(plan, loss=None, gap=None)
+    assert plan.gap is not None
+    assert plan.loss is not None
+    assert 0.0 <= plan.gap <= plan.loss + 1e-12
     for layer in plan.layers:
         left = Widths(INFOS, SETS).info(layer.name, {each.name: each.width for each in plan.channels})
-        wanted = left.factored_parameters(layer.rank) if layer.rank else left.parameters
+        wanted = left.split_parameters(Split(Form.COLUMN, layer.rank)) if layer.rank else left.parameters
         assert layer.parameters_after == wanted
 
 
 def test_widths_are_near_the_best_of_every_combination() -> None:
     gaps = []
     for seed in range(8):
-        spaces, rates = spectra(seed)
-        widths = Widths(INFOS, SETS)
+        spaces, losses = spectra(seed)
         limit = 0.4 * TOTAL
 
-        def value(plan: FactorPlan, rates: Rates = rates) -> float:
-            channels = sum(rates.widths[each.name][each.width] for each in plan.channels)
-            return float(channels + sum(rates.ranks[p.name][p.rank or 0] for p in plan.projected))
+        def value(plan: FactorPlan, losses: Losses = losses, spaces: dict[str, LayerSpaces] = spaces) -> float:
+            channels = sum(losses[each.name][each.width] for each in plan.channels)
+            of_ranks = sum(spaces[p.name].losses[p.rank or 0] for p in plan.projected)  # type: ignore[index]
+            assert channels + of_ranks == pytest.approx(plan.loss)
+            return float(channels + of_ranks)
 
         best = np.inf
         for a, b in itertools.product(range(1, 17), range(1, 25)):
@@ -109,13 +123,17 @@ def test_widths_are_near_the_best_of_every_combination() -> None:
 
             try:
                 plan = ranks.plan_by_parameters(
-                    INFOS, spaces, model_parameters=TOTAL, count=int(limit), allocator=Fixed(widths, rates, 1, 1.0)
+                    INFOS,
+                    spaces,
+                    model_parameters=TOTAL,
+                    count=int(limit),
+                    allocator=allocator_of(spaces, losses, Fixed),
                 )
             except ranks.BudgetError:
                 continue
             best = min(best, value(plan))
         found = ranks.plan_by_parameters(
-            INFOS, spaces, model_parameters=TOTAL, count=int(limit), allocator=Allocator(widths, rates, 1, 1.0)
+            INFOS, spaces, model_parameters=TOTAL, count=int(limit), allocator=allocator_of(spaces, losses)
         )
         gaps.append(value(found) / best)
     assert min(gaps) >= 1.0 - 1e-9
@@ -123,8 +141,8 @@ def test_widths_are_near_the_best_of_every_combination() -> None:
 
 
 def test_channels_go_further_than_ranks_alone() -> None:
-    spaces, rates = spectra(3)
-    allocator = Allocator(Widths(INFOS, SETS), rates, 1, 1.0)
+    spaces, losses = spectra(3)
+    allocator = allocator_of(spaces, losses)
     least = 0.12
     with pytest.raises(ranks.BudgetError):
         ranks.plan_by_parameters(INFOS, spaces, model_parameters=TOTAL, ratio=0.02)

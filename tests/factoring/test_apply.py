@@ -172,5 +172,5 @@ def test_refusals() -> None:
         apply(model, plan, {})
     with pytest.raises(PlanError, match="alpha"):
         apply(model, plan, spaces, alpha=2.0)
-    with pytest.raises(PlanError, match="another model"):
+    with pytest.raises(PlanError, match="another layer"):
         apply(nn.Sequential(nn.Linear(7, 9)), plan, spaces)

@@ -128,7 +128,50 @@ class Held(nn.Module):
 def test_layers_that_cannot_be_replaced_hold_their_channels() -> None:
     found = sets(made(Held), TOKENS)
     assert found["twice"].fixed.endswith("shared: called 2 times")
+    assert found["first"].fixed == "given by first: its weight is parametrized"
     assert all(each.fixed for each in found.values())
+
+
+def test_a_stream_of_tied_embeddings_stays_with_the_name_of_its_layer() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.told = nn.Embedding(20, 16), nn.Linear(16, 20, bias=False)
+            self.told.weight = self.words.weight
+            self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
+            self.expand, self.contract = nn.Linear(16, 40), nn.Linear(40, 16)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.words(ids)
+            x = x + self.contract(F.gelu(self.expand(self.norm1(x))))
+            logits: torch.Tensor = self.told(self.norm2(x))
+            return logits
+
+    model, example = Words().eval(), {"ids": torch.arange(12).reshape(2, 6)}
+    found = coupling.find(model, graph.trace(model, example), example)
+    fixed = {each.name: each.fixed for each in found}
+    assert fixed["contract"] == "read by told: its weight is tied to another module"
+    assert fixed["expand"] == ""
+
+
+def test_a_linear_bottleneck_is_factored_already_and_can_still_get_narrower() -> None:
+    """Two inverted residuals where nothing is added, as in `sample:elpv-padim`: no nonlinearity lies between them."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 12, 3), nn.ReLU6(), nn.Conv2d(12, 4, 1), nn.Conv2d(4, 24, 1), nn.ReLU6(),
+        nn.Conv2d(24, 24, 3, groups=24), nn.ReLU6(), nn.Conv2d(24, 6, 1),
+    )  # fmt: skip
+    example = {"input": torch.randn(2, *PICTURE)}
+    traced = graph.trace(model, example)
+    assert traced.factored == (graph.FactoredPair("2", "3", 4),)
+    first, second = (model.get_submodule(name) for name in ("2", "3"))
+    both = nn.Conv2d(12, 24, 1)
+    with torch.no_grad():
+        both.weight.copy_((second.weight.flatten(1) @ first.weight.flatten(1))[:, :, None, None])
+        both.bias.copy_(second.weight.flatten(1) @ first.bias + second.bias)
+        x = torch.randn(2, 12, 5, 5)
+        torch.testing.assert_close(second(first(x)), both(x))
+    found = {each.name: each for each in coupling.find(model, traced, example)}
+    assert (found["2"].size, found["2"].linear, found["2"].fixed) == (4, True, "")
 
 
 def test_parameters_and_norms_go_with_their_channels() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rowcol_edge.factoring.apply import apply
+from rowcol_edge.factoring.costs import Form, Split
 from rowcol_edge.factoring.graph import trace
 from rowcol_edge.factoring.layers import SUPPORTED, survey
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan
@@ -129,8 +130,8 @@ def test_costs_are_those_of_the_layers_that_are_made(layer: nn.Module, shape: tu
         "already factored: rank 2 with 0.expand",
         "already factored: rank 2 with 0.reduce",
     ]
-    assert info.factored_parameters(2) == sum(part.parameters for part in parts)
-    assert info.factored_macs(2) == sum(part.macs for part in parts)
+    assert info.split_parameters(Split(Form.COLUMN, 2)) == sum(part.parameters for part in parts)
+    assert info.split_macs(Split(Form.COLUMN, 2)) == sum(part.macs for part in parts)
 
 
 def test_a_single_sample_without_a_batch_axis() -> None:

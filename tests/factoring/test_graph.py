@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -120,6 +122,16 @@ def test_already_factored(layers: list[nn.Module], shape: tuple[int, ...], rank:
     graph = trace(nn.Sequential(*layers), {"input": torch.randn(shape)})
     expected = (FactoredPair("0", str(len(layers) - 1), rank),) if rank else ()
     assert graph.factored == expected
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_layer_whose_weight_is_computed_is_called_and_keeps_its_batch_norm(norm: Callable[..., nn.Module]) -> None:
+    model = nn.Sequential(norm(nn.Conv1d(3, 8, 3)), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 8, 3)).eval()
+    graph = trace(model, {"input": torch.randn(2, 3, 9)})
+    assert [layer.name for layer in graph.layers] == ["0", "1", "3"]
+    layer = graph.layers[0]
+    assert (layer.calls, layer.own_calls, layer.positions, layer.elsewhere) == (1, 1, 7, False)
+    assert (graph.batchnorms, graph.couplings) == ((), ())  # what is written into such a weight does not stay there
 
 
 def test_attention_projection_is_seen_but_not_called() -> None:

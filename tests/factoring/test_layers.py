@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rowcol_edge.factoring.costs import LayerInfo
+from rowcol_edge.factoring.costs import Form, LayerInfo, Split
 from rowcol_edge.factoring.graph import trace
 from rowcol_edge.factoring.layers import describe, skip_reasons, survey
 
@@ -127,13 +127,17 @@ def test_costs_match_modules(
     info = describe("x", module, positions=7, outputs=outputs)
     assert info.parameters == sum(p.numel() for p in module.parameters())
     assert info.macs == module.weight.numel() * 7
-    assert info.factored_parameters(3) == sum(p.numel() for part in (first, expand) for p in part.parameters())
-    assert info.factored_macs(3) == first.weight.numel() * 7 + expand.weight.numel() * outputs
+    assert info.split_parameters(Split(Form.COLUMN, 3)) == sum(
+        p.numel() for part in (first, expand) for p in part.parameters()
+    )
+    assert info.split_macs(Split(Form.COLUMN, 3)) == first.weight.numel() * 7 + expand.weight.numel() * outputs
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_break_even_is_the_last_rank_that_saves(bias: bool) -> None:
     for inputs, outputs in [(1, 1), (2, 3), (16, 16), (15, 40), (64, 10), (100, 1)]:
         info = LayerInfo("x", "linear", inputs, outputs, bias=bias)
-        saving = [rank for rank in range(1, outputs + 1) if info.factored_parameters(rank) < info.parameters]
+        saving = [
+            rank for rank in range(1, outputs + 1) if info.split_parameters(Split(Form.COLUMN, rank)) < info.parameters
+        ]
         assert info.break_even == max(saving, default=0)

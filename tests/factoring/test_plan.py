@@ -41,6 +41,21 @@ def test_edit_by_hand() -> None:
     assert dense.layers[0].rank is None
 
 
+def test_splits_are_read_again_and_count_as_decisions() -> None:
+    layers = (
+        LayerPlan("conv1", "project", 16, split="both", taken=8),
+        LayerPlan("conv2", "project", 16, split="row"),
+        LayerPlan("conv3", "project", 16, energy=None, split="spatial", across_first=True),
+    )
+    plan = FactorPlan(layers, loss=0.25, gap=0.125)
+    assert FactorPlan.from_toml(plan.to_toml()) == plan
+    digests = {replace(plan, layers=(replace(layers[0], **change), *layers[1:])).digest
+               for change in ({}, {"taken": 9}, {"split": "row", "taken": None}, {"rank": 17})}  # fmt: skip
+    assert len(digests) == 4
+    older = plan.to_toml().replace("schema = 3", "schema = 1").replace('split = "row"\n', "")
+    assert FactorPlan.from_toml(older).layers[1].split == "column"
+
+
 def test_digest_is_of_decisions_only() -> None:
     relabelled = replace(PLAN, made_by="edited", layers=tuple(reversed(PLAN.layers)))
     assert relabelled.digest == PLAN.digest
@@ -51,17 +66,21 @@ def test_digest_is_of_decisions_only() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("schema = 2", "schema = 9", "expected 1 or 2, got 9"),
+        ("schema = 3", "schema = 9", "expected 1 to 3, got 9"),
         ("rank = 16", "rnak = 16", "did you mean 'rank'"),
         ("rank = 16", "rank = 0", "at least 1"),
         ("rank = 16", "rank = true", "expected int, got True"),
         ("rank = 16", "rank = 1.5", "expected int"),
+        ('split = "column"', 'split = "colum"', "did you mean 'column'"),
+        ('split = "column"', 'split = "both"', "expected a rank for both, else none, got None"),
+        ('split = "column"', 'split = "row"\ntaken = 3', "expected a rank for both, else none, got 3"),
+        ('split = "column"', 'split = "row"\nacross_first = true', "expected a spatial split"),
         ('"project"', '"projct"', "did you mean 'project'"),
         ("rank_multiple = 16", "rank_multiple = 0", "positive integer"),
         ("rank_multiple = 16", "rank_multpile = 16", "did you mean 'rank_multiple'"),
         ('name = "fc"', 'name = "conv1"', "twice"),
         ('name = "fc"\n', "", "without a name"),
-        ("schema = 2", "schema =", "expected TOML"),
+        ("schema = 3", "schema =", "expected TOML"),
         ("[[layers]]", "[layers]", "TOML"),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rowcol_edge.errors import BudgetError, ConfigError, PlanError
-from rowcol_edge.factoring.costs import LayerInfo
+from rowcol_edge.factoring.costs import Form, LayerInfo, Split
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan
 from rowcol_edge.factoring.ranks import OverBudgetError, macs, plan_by_cost, plan_by_energy, plan_by_parameters, refresh
 
@@ -77,7 +77,9 @@ def test_budget_is_near_the_exhaustive_optimum() -> None:
         choices = []
         for name, info in infos.items():
             kept = np.cumsum(spaces[name].eigenvalues) / spaces[name].eigenvalues.sum()
-            options = [(info.factored_parameters(r), 1 - kept[r - 1]) for r in range(1, info.break_even + 1)]
+            options = [
+                (info.split_parameters(Split(Form.COLUMN, r)), 1 - kept[r - 1]) for r in range(1, info.break_even + 1)
+            ]
             choices.append([(info.parameters, 0.0), *options])
         best = min(
             sum(loss for _, loss in combination)
@@ -85,6 +87,9 @@ def test_budget_is_near_the_exhaustive_optimum() -> None:
             if sum(size for size, _ in combination) <= total * ratio
         )
         assert best - 1e-12 <= loss <= best + 0.05
+        assert plan.loss == pytest.approx(loss)
+        assert plan.gap is not None
+        assert loss - plan.gap <= best + 1e-12  # the bound holds
 
 
 def _with_losses(spectrum: Spectrum, scale: float) -> Spectrum:
@@ -121,7 +126,7 @@ def test_any_cost_is_met_and_more_of_it_loses_no_more(seed: int, first: float, s
 def test_a_cost_out_of_reach_says_what_can_be_reached() -> None:
     infos, spaces = _case(1, SIZES)
     total = float(sum(info.macs for info in infos.values()))
-    least = float(sum(info.factored_macs(1) for info in infos.values()))
+    least = float(sum(info.split_macs(Split(Form.COLUMN, 1)) for info in infos.values()))
     with pytest.raises(OverBudgetError) as raised:
         plan_by_cost(infos, spaces, macs, total=total, limit=least - 1)
     assert raised.value.least == least
@@ -130,7 +135,7 @@ def test_a_cost_out_of_reach_says_what_can_be_reached() -> None:
 def test_infeasible_budget_says_by_how_much() -> None:
     infos, spaces = _case(1, SIZES)
     total = sum(info.parameters for info in infos.values())
-    least = sum(info.factored_parameters(1) for info in infos.values())
+    least = sum(info.split_parameters(Split(Form.COLUMN, 1)) for info in infos.values())
     assert plan_by_parameters(infos, spaces, model_parameters=total, count=least).projected
     with pytest.raises(BudgetError, match=f"got {least:,} at the smallest ranks, 1 too many"):
         plan_by_parameters(infos, spaces, model_parameters=total, count=least - 1)
@@ -158,7 +163,7 @@ def test_refresh_recomputes_and_checks() -> None:
     fresh = refresh(edited, infos, spaces)
     assert [layer.name for layer in fresh.layers] == list(infos)
     by_name = {layer.name: layer for layer in fresh.layers}
-    assert by_name["l1"].parameters_after == infos["l1"].factored_parameters(5)
+    assert by_name["l1"].parameters_after == infos["l1"].split_parameters(Split(Form.COLUMN, 5))
     assert 0.0 < by_name["l1"].energy < 1.0
     assert by_name["l2"].reason == "left dense by the plan"
     assert fresh.digest == edited.digest

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from rowcol_edge.factoring.apply import apply
-from rowcol_edge.factoring.plan import FactorPlan, LayerPlan
+from rowcol_edge.datasets import Split, scan
+from rowcol_edge.factoring.apply import apply, factored
+from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan, LayerPlan
 from rowcol_edge.factoring.sensitivity import weigh
 from rowcol_edge.factoring.spaces import LayerSpaces, collect
+from rowcol_edge.factoring.study import study
 
 
 class Clipped(nn.Module):
@@ -204,3 +206,29 @@ def test_samples_sorted_by_class_are_in_both_halves() -> None:
         _, weighed = both(model, {"x": samples}, ["wide"])
         lost.append(divergence(model, projected(model, "wide", 2, weighed), x))
     assert lost[0] < 1.5 * lost[1]
+
+
+def test_a_reader_with_zero_weights_does_not_hold_the_channels_of_others() -> None:
+    class Ignoring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.wide, self.head, self.dead = nn.Linear(8, 12), nn.Linear(12, 3), nn.Linear(12, 3)
+            nn.init.zeros_(self.dead.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = torch.relu(self.wide(x))
+            logits: torch.Tensor = self.head(hidden) + self.dead(hidden)
+            return logits
+
+    data = scan(Split("calibration", "random", lambda: iter([({"x": normal(200, 8)}, None)])))
+    known = study(Ignoring(), data, classify=True)
+    assert [each.name for each in known.channels if not each.fixed] == ["wide"]
+    losses = known.channel_spaces["wide"].losses
+    assert np.isfinite(losses).all()
+    assert losses[4] > losses[10] > losses[12] == 0.0
+    narrowed = factored(known, FactorPlan((), channels=(ChannelPlan("wide", 11),)))
+    x = torch.from_numpy(normal(50, 8, seed=3))
+    with torch.inference_mode():
+        lost = (narrowed(x) - known.folded(x)).norm() / known.folded(x).norm()
+    assert float(lost) < 0.25

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rowcol_edge.errors import DataError, ModelError
-from rowcol_edge.factoring.spaces import collect, spread, utilised_rank
+from rowcol_edge.factoring.spaces import collect, directions, spread, utilised_rank
 
 RNG = np.random.default_rng(0)
 
@@ -129,3 +129,23 @@ def test_utilised_rank() -> None:
     assert utilised_rank(np.array([9.0, 0.9, 0.1]), 0.99) == 2
     assert utilised_rank(np.array([9.0, 0.9, 0.1]), 1.0) == 3
     assert utilised_rank(np.zeros(3)) == 0
+
+
+@pytest.mark.parametrize("rank", [1, 7, 20])
+def test_directions_within_a_small_range_are_those_of_all(rank: int) -> None:
+    root, metric = RNG.normal(size=(40, rank)), np.cov(RNG.normal(size=(40, 90)))
+    covariance = root @ np.diag(np.geomspace(1, 1e-4, rank)) @ root.T
+    wanted, found = directions(covariance, metric), directions(covariance, metric, rank=rank)
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6, atol=1e-9)
+    for values, basis, dual in (wanted, found):
+        np.testing.assert_allclose((basis * values) @ basis.T, covariance, atol=1e-9)
+        np.testing.assert_allclose(dual.T @ basis, np.eye(40), atol=1e-9)
+    np.testing.assert_allclose(found[1][:, :rank], wanted[1][:, :rank], atol=1e-5)
+
+
+def test_a_metric_that_rounding_made_indefinite_has_directions() -> None:
+    metric = np.diag([1.0, 1.0, -0.02])
+    values, basis, dual = directions(np.eye(3), metric)
+    assert np.isfinite(basis).all()
+    assert (values >= 0).all()
+    np.testing.assert_allclose(dual.T @ basis, np.eye(3), atol=1e-6)

@@ -1,0 +1,82 @@
+"""What errors at a place are worth: the second moments of the gradients that arrive there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from rowcol_edge.factoring.places import Place, single, spread
+from rowcol_edge.factoring.sums import square
+
+Array = NDArray[np.float64]
+
+_POSITIONS = 256  # of a sample, at which gradients are multiplied
+
+
+class Gradients:
+    """``F``: the second moment of the gradients, summed over a sample's positions.
+
+    Of more than 256 positions that many are used, spread evenly, and count for all.
+    """
+
+    behind = False
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._total: torch.Tensor | None = None
+
+    def see(self, values: torch.Tensor) -> None:
+        """Nothing."""
+
+    def add(self, seen: torch.Tensor | None, gradients: torch.Tensor) -> None:
+        """(samples, positions, groups, size)."""
+        positions = gradients.shape[1]
+        if positions > _POSITIONS:
+            gradients = gradients.index_select(1, spread(positions, _POSITIONS).to(gradients.device))
+        found = square(gradients.flatten(0, 1)).double().mul_(max(1.0, positions / _POSITIONS))
+        self._total = found if self._total is None else self._total.add_(found)
+
+    def flush(self, samples: int) -> None:
+        self.samples += samples
+
+    def mean(self) -> Array:
+        """(groups, size, size)"""
+        if self._total is None:
+            return np.zeros((1, 1, 1))
+        return np.asarray(self._total.cpu().numpy() / max(1, self.samples))
+
+
+class Metrics:
+    """``F`` at each place: what arrives through a layer that treats all positions alike follows from what arrives
+    behind it, ``Wᵀ F W``."""
+
+    def __init__(self, model: nn.Module, places: Iterable[Place]) -> None:
+        places = list(places)
+        behind = {place.name: Place(place.name) for place in places if place.given and place.channels is None}
+        self._matrices: dict[str, torch.Tensor] = {}
+        for place in places:
+            matrix = None if place.given else single(model.get_submodule(place.name))
+            if place.name in behind and matrix is not None:
+                self._matrices[place.name] = matrix
+        self.watched: dict[Place, Gradients] = {}
+        self._sources: dict[Place, Place] = {}
+        for place in places:
+            found = place.name in behind and (place.given or place.name in self._matrices)
+            self._sources[place] = source = behind[place.name] if found else place
+            self.watched.setdefault(source, Gradients())
+
+    def __getitem__(self, place: Place) -> Array:
+        """(groups, size, size)"""
+        source = self._sources[place]
+        found = self.watched[source].mean()
+        matrix = None if place.given or not source.given else self._matrices[place.name].cpu().numpy()
+        if matrix is not None and found.shape[1] == len(matrix):
+            found = (matrix.T @ found[0] @ matrix)[None]
+        if place.channels is None or source is place:
+            return found
+        taps = place.channels.transpose(2, 0, 1)
+        return np.asarray(sum(found[0][tap[:, :, None], tap[:, None, :]] for tap in taps))
