@@ -33,6 +33,7 @@ from .onnx_errors import WEIGHTED
 
 _QUANTIZED = "_quantized"
 """What onnxruntime adds to the name of a weight."""
+_FUSED = ("gemm_input_", "gemm_output_")
 _JOINS = ("Add", "Concat")
 _FOLLOW = ("Relu", "Clip", "LeakyRelu", "MaxPool", "AveragePool", "Resize")
 """Operators that keep a convolution's feature map a feature map."""
@@ -91,6 +92,7 @@ def prepare(source: Path, *, fuse: bool = True) -> onnx.ModelProto:
         prepared = Path(work) / "prepared.onnx"
         quant_pre_process(str(source), str(prepared), skip_optimization=not fuse, skip_symbolic_shape=True)
         model = onnx.load(str(prepared))
+    _rename_fused(model.graph)
     taken = {node.name for node in model.graph.node}
     for node in model.graph.node:
         module = _module(node) if node.op_type in WEIGHTED else ""
@@ -98,6 +100,24 @@ def prepare(source: Path, *, fuse: bool = True) -> onnx.ModelProto:
             node.name = module
             taken.add(module)
     return model
+
+
+def _rename_fused(graph: onnx.GraphProto) -> None:
+    """In place: other names for the tensors that onnxruntime's fusion of MatMul and Add has made.
+
+    It makes some again when it loads the file, and does not look whether an initializer that it has merged with an
+    equal one had the name: "Attempt to replace the existing tensor" (seen with 1.32 and a narrowed BERT).
+    """
+    outer = {value.name for value in (*graph.input, *graph.output)}
+
+    def name(old: str) -> str:
+        return f"fused_{old}" if old.startswith(_FUSED) and old not in outer else old
+
+    for holder in (*graph.initializer, *graph.value_info):
+        holder.name = name(holder.name)
+    for node in graph.node:
+        node.input[:] = [name(old) for old in node.input]
+        node.output[:] = [name(old) for old in node.output]
 
 
 def _module(node: onnx.NodeProto) -> str:

@@ -11,10 +11,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import quant_pre_process
 
 from rowcol_edge.backends.base import QuantSpec
 from rowcol_edge.backends.onnxruntime import BACKEND
-from rowcol_edge.backends.qdq import kept_float
+from rowcol_edge.backends.qdq import kept_float, prepare
 from rowcol_edge.backends.weight_only import quantize
 from rowcol_edge.backends.weight_types import check_types, weight_types
 from rowcol_edge.errors import DataError, StageError
@@ -97,6 +98,35 @@ def test_the_linear_layers_of_a_transformer_run_in_int8_and_its_attention_in_flo
     assert found["MatMul"] + found["FusedMatMul"] == 2
     assert found["QLinearAdd"] + found["QLinearSoftmax"] + found["QLinearConcat"] == 0
     assert found["Softmax"] == 1
+
+
+def test_no_tensor_has_a_name_that_onnxruntime_gives_when_it_loads_the_file(tmp_path: Path) -> None:
+    """It may give one twice, and then refuses the file."""
+    weight, bias = np.ones((16, 8), np.float32), np.ones(8, np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "weight"], ["product"]), helper.make_node("Add", ["product", "bias"], ["y"])],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 7, 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 7, 8])],
+        [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(bias, "bias")],
+    )
+    source, fused = tmp_path / "linear.onnx", tmp_path / "fused.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), source)
+    quant_pre_process(str(source), str(fused), skip_symbolic_shape=True)
+    made = [names_of(model.graph, ("gemm_input_", "gemm_output_")) for model in (onnx.load(fused), prepare(source))]
+    assert (made[0] != [], made[1]) == (True, [])
+    prepared = prepare(source)
+    assert [node.op_type for node in prepared.graph.node] == ["Reshape", "Gemm", "Reshape"]
+    session = ort.InferenceSession(prepared.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(0).normal(size=(1, 7, 16)).astype(np.float32)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ weight + bias, rtol=1e-5)
+
+
+def names_of(graph: onnx.GraphProto, beginnings: tuple[str, ...]) -> list[str]:
+    """Names of initializers and of what nodes take and give that begin so."""
+    names = [each.name for each in graph.initializer]
+    names += [name for node in graph.node for name in (*node.input, *node.output)]
+    return [name for name in names if name.startswith(beginnings)]
 
 
 def test_reduce_range_keeps_weights_to_seven_bits(compiled: Compile, convolutions: Path) -> None:
