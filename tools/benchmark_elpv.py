@@ -12,6 +12,7 @@ import json
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import rowcol_edge
 from benchmark_machine import machine, settle
 from rowcol_edge import config, evaluation, job, search
 from rowcol_edge.export.parity import torch_run
-from rowcol_edge.factoring.apply import apply
+from rowcol_edge.factoring.apply import factored
 from rowcol_edge.factoring.study import study
 from rowcol_edge.report.progress import reporter
 
@@ -72,8 +73,8 @@ def ladder(reference: str, target: str, progress: job.Progress) -> list[dict[str
     plans = search.ladder(known, work.targets[0].rank_multiple, work.model.name)
     for i, plan in enumerate(plans):
         progress("frontier", i, len(plans))
-        if plan.projected:
-            found = judged(apply(known.folded, plan, known.spaces), dense)
+        if plan.changes:
+            found = judged(factored(known, replace(plan, refit=True)), dense)
             trial = search.trial(known, plan, found.value, evaluation.drop(work, dense, found))
             rows.append(
                 {

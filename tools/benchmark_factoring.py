@@ -181,11 +181,11 @@ def measure(name: str, subject: Subject, shares: Sequence[float], progress: job.
             spaces[way.name] = way.spaces(studied, plain, weighed)
         row: dict[str, Any] = {"way": way.name, "axis": axis, "share": share}
         try:
-            plan = rivals.plan(way, ours if way.whole else studied, spaces[way.name], axis, share)
+            plan = rivals.plan(way, ours if way.ours else studied, spaces[way.name], axis, share)
         except OverBudgetError as e:
             rows.append(row | {"unreachable": round(e.least)})
             continue
-        factored = apply.factored(ours, plan) if way.whole else apply.apply(studied.folded, plan, spaces[way.name])
+        factored = apply.factored(ours, plan) if way.ours else apply.apply(studied.folded, plan, spaces[way.name])
         got = _logits(torch_run(factored), subject.test)
         cost = search.trial(studied, plan, None, None)
         costs = {"parameters": cost.parameters, "macs": cost.macs}

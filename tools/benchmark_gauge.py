@@ -27,9 +27,10 @@ import numpy as np
 from torch import nn
 
 from benchmark_machine import machine
-from rowcol_edge import arms, config, evaluation, job, sources, targets
+from int8_files import RUNTIMES, TARGET, compiled, logits, scores
+from rowcol_edge import arms, config, evaluation, job, targets
 from rowcol_edge.backends import load_backend
-from rowcol_edge.backends.base import Batch, QuantSpec, Source
+from rowcol_edge.backends.base import QuantSpec
 from rowcol_edge.export.parity import torch_run
 from rowcol_edge.factoring import apply, ranks
 from rowcol_edge.factoring.gauge import Gauge
@@ -39,10 +40,7 @@ from rowcol_edge.factoring.study import study
 from rowcol_edge.report.progress import reporter
 
 RESULTS = Path(__file__).parent / "results"
-RUNTIMES = ("onnxruntime", "openvino", "tflite")
-_RANGES = 64  # calibration inputs that ranges are taken on
 _LOOKED_AT = 16  # inputs that gauges are judged on
-_AT_ONCE = 8
 
 CENTRED = tuple(Gauge(alpha, centred=True) for alpha in ALPHAS)
 ARMS: dict[str, Sequence[Gauge | None]] = {
@@ -130,13 +128,13 @@ def measure(
                     "weight_bits": bits,
                     "simulated": float(np.mean([entry.error for entry in settled.values()])),
                     "chosen": {layer: str(entry.chosen) for layer, entry in settled.items()},
-                    "float_error": _scores(_logits(torch_run(made), work), reference.outputs)["error"],
+                    "float_error": scores(logits(torch_run(made), work), reference.outputs)["error"],
                 }
                 at_bits = [runtime for runtime in runtimes if _bits(runtime) == bits]
                 for runtime, predictions in _int8(made, at_bits, work, Path(folder), partial(progress, arm)):
                     judged = evaluation.judge_selection(predictions, work, dense)
-                    scores = _scores(predictions.outputs, reference.outputs)
-                    result["rows"].append({"runtime": runtime, **shared, "value": judged.value, **scores})
+                    found = scores(predictions.outputs, reference.outputs)
+                    result["rows"].append({"runtime": runtime, **shared, "value": judged.value, **found})
             keep(result)
 
 
@@ -146,7 +144,7 @@ def _metric(space: LayerSpaces) -> np.ndarray | None:
 
 
 def _spec(runtime: str) -> QuantSpec:
-    return QuantSpec.for_target("int8", targets.load("generic-x86"))
+    return QuantSpec.for_target("int8", targets.load(TARGET))
 
 
 def _bits(runtime: str) -> int:
@@ -159,52 +157,11 @@ def _int8(
 ) -> Iterator[tuple[str, Any]]:
     """What each runtime's int8 file of the model says on the selection split."""
     assert work.selection is not None
-    target = targets.load("generic-x86")
-    exported: dict[tuple[object, ...], Path] = {}
-    for done, name in enumerate(runtimes):
-        progress(done, len(runtimes))
-        backend, runtime = load_backend(name), target.runtime(name)
-        key = sources.key(backend.consumes, runtime)
-        if key not in exported:
-            exported[key] = _exported(model, work, backend.consumes, runtime, folder)
-        path = folder / f"{name}{backend.suffix}"
-        backend.compile(exported[key], runtime, _spec(name), partial(_ranges, work), path)
-        with evaluation.opened(path, backend.host_runtime, arms.runtime_options(target, runtime)) as run:
+    target = targets.load(TARGET)
+    for name, path in compiled(model, runtimes, work, folder, progress):
+        options = arms.runtime_options(target, target.runtime(name))
+        with evaluation.opened(path, load_backend(name).host_runtime, options) as run:
             yield name, evaluation.predict(run, work.selection, work)
-
-
-def _exported(model: nn.Module, work: job.Job, source: Source, runtime: targets.RuntimeSpec, folder: Path) -> Path:
-    place = Path(tempfile.mkdtemp(dir=folder))
-    count = iter(range(100))
-    request = sources.Request(
-        module=model,
-        example=work.calibration.example(),
-        runtime=runtime,
-        dynamic_batch=source is Source.ONNX,
-        file=lambda ending: place / f"{next(count)}{ending}",
-    )
-    return [step.path for step in sources.steps(source, request)][-1]
-
-
-def _ranges(work: job.Job) -> Iterator[Batch]:
-    samples = work.calibration.spread(_RANGES)
-    for start in range(0, _RANGES, _AT_ONCE):
-        yield {name: array[start : start + _AT_ONCE] for name, array in samples.items()}
-
-
-def _logits(run: evaluation.Run, work: job.Job) -> np.ndarray:
-    assert work.selection is not None
-    return np.concatenate([next(iter(run(feeds).values())) for feeds in work.selection.batches()])
-
-
-def _scores(got: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    got, reference = got.astype(np.float64), reference.astype(np.float64)
-    logs, given = (values - np.logaddexp.reduce(values, 1, keepdims=True) for values in (got, reference))
-    return {
-        "kl": float((np.exp(given) * (given - logs)).sum(1).mean()),
-        "error": float(np.linalg.norm(got - reference) / np.linalg.norm(reference)),
-        "agreement": float((got.argmax(1) == reference.argmax(1)).mean()),
-    }
 
 
 def table(name: str, found: dict[str, Any]) -> str:

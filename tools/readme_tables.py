@@ -293,6 +293,79 @@ def recovered() -> str:
     return "\n\n".join([_table(heads, rows), foot])
 
 
+def twins() -> str:
+    """Tied twins of the samples beside the dense networks."""
+    found = _result("tied_twins.json")
+    heads = [
+        "sample, start",
+        "epochs",
+        "parameters",
+        "metric",
+        "dense, test [95 %]",
+        "tied, test [95 %]",
+        "drop, pp [95 %]",
+    ]
+    rows = []
+    for name, sample in found["samples"].items():
+        for start, arms in sample["starts"].items():
+            dense, tied = arms["dense"], arms["tied"]
+            for metric, lost in arms["drop_pp"].items():
+                shown = [
+                    f"{100 * test['value']:.2f} % [{100 * test['ci_low']:.2f}, {100 * test['ci_high']:.2f}]"
+                    for test in (dense["test"][metric], tied["test"][metric])
+                ]
+                rows.append(
+                    [
+                        f"`sample:{name}`, {start}",
+                        str(dense["epochs"]),
+                        f"{dense['parameters'] / 1e6:.2f} M → {tied['parameters'] / 1e6:.2f} M",
+                        metric.replace("_", " "),
+                        *shown,
+                        f"{lost['value']:+.2f} [{lost['ci_low']:+.2f}, {lost['ci_high']:+.2f}]",
+                    ]
+                )
+    foot = (
+        f"One seed, {found['threads']} thread of {found['machine']['cpu_model']}. Command: `{found['command']}`; with "
+        "`--table` also the error of every tie."
+    )
+    return "\n\n".join([_table(heads, rows), foot])
+
+
+def domains() -> str:
+    """Which samples go through which runtime, and what int8 makes of them."""
+    found = _result("domains.json")
+    heads = ["sample, budget", "runtime", "dense@fp32", "factored@fp32", "dense@int8", "factored@int8"]
+    rows = []
+    for row in found["rows"]:
+        arms, cells = row["arms"], []
+        for name in heads[2:]:
+            arm = arms.get(name)
+            cells.append("failed" if arm is None else f"{100 * arm['test']:.1f} %, {arm['size_bytes'] / 1e6:.2f} MB")
+        rows.append([f"`sample:{row['sample']}`, {row['budget']}", row["runtime"], *cells])
+    foot = (
+        f"Quality on {found['samples_per_split']} test samples: enough to see that it works, not how well. "
+        f"{found['machine']['cpu_model']}. Command: `{found['command']}`."
+    )
+    return "\n\n".join([_table(heads, rows), foot])
+
+
+def cost() -> str:
+    """Time and memory of factoring."""
+    found = _result("factoring-cost.json")
+    ways = {"once": "without the second pass", "twice": "with it"}
+    said = [
+        f"{name} {title} {model[way]['seconds']:.0f} s and {model[way]['peak_bytes'] / 2**30:.1f} GiB"
+        for name, model in found["models"].items()
+        for way, title in ways.items()
+    ]
+    images = {model["images"] for model in found["models"].values()}
+    return (
+        f"Factoring to half of the parameters with {' or '.join(map(str, images))} images of 224×224, everything from "
+        f"tracing to the rewritten module: {'; '.join(said)}. {found['machine']['cpu_model']}, "
+        f"{found['machine']['cores_usable']} cores. Command: `python tools/benchmark_factoring_cost.py`."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "elpv": elpv,
     "frontier": frontier,
@@ -303,6 +376,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibration": calibration,
     "factoring": factoring,
     "recover": recovered,
+    "twins": twins,
+    "domains": domains,
+    "cost": cost,
 }
 if (RESULTS / "backends.json").is_file():  # half an hour on a quiet machine; until it was run there is nothing to show
     TABLES["backends"] = backends

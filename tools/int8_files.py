@@ -1,0 +1,73 @@
+"""A module's int8 file in each runtime, as a build would make it, for benchmarks of what int8 makes of it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from rowcol_edge import evaluation, job, sources, targets
+from rowcol_edge.backends import load_backend
+from rowcol_edge.backends.base import Batch, QuantSpec, Source
+
+TARGET = "generic-x86"
+RUNTIMES = ("onnxruntime", "openvino", "tflite")
+_RANGES = 64  # calibration inputs that ranges are taken on
+_AT_ONCE = 8
+
+
+def compiled(
+    model: nn.Module, runtimes: Sequence[str], work: job.Job, folder: Path, progress: Callable[[int, int], None]
+) -> Iterator[tuple[str, Path]]:
+    """(runtime, file); files are overwritten by the next model's unless the folder is another one."""
+    target = targets.load(TARGET)
+    exported: dict[tuple[object, ...], Path] = {}
+    for done, name in enumerate(runtimes):
+        progress(done, len(runtimes))
+        backend, runtime = load_backend(name), target.runtime(name)
+        key = sources.key(backend.consumes, runtime)
+        if key not in exported:
+            exported[key] = _exported(model, work, backend.consumes, runtime, folder)
+        path = folder / f"{name}{backend.suffix}"
+        backend.compile(exported[key], runtime, QuantSpec.for_target("int8", target), partial(_ranges, work), path)
+        yield name, path
+
+
+def _exported(model: nn.Module, work: job.Job, source: Source, runtime: targets.RuntimeSpec, folder: Path) -> Path:
+    place = Path(tempfile.mkdtemp(dir=folder))
+    count = iter(range(100))
+    request = sources.Request(
+        module=model,
+        example=work.calibration.example(),
+        runtime=runtime,
+        dynamic_batch=source is Source.ONNX,
+        file=lambda ending: place / f"{next(count)}{ending}",
+    )
+    return [step.path for step in sources.steps(source, request)][-1]
+
+
+def _ranges(work: job.Job) -> Iterator[Batch]:
+    samples = work.calibration.spread(_RANGES)
+    for start in range(0, _RANGES, _AT_ONCE):
+        yield {name: array[start : start + _AT_ONCE] for name, array in samples.items()}
+
+
+def logits(run: evaluation.Run, work: job.Job) -> np.ndarray:
+    """Of the selection split."""
+    assert work.selection is not None
+    return np.concatenate([next(iter(run(feeds).values())) for feeds in work.selection.batches()])
+
+
+def scores(got: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """How far (samples, classes) are from those of another model: KL in nats, relative error, agreement."""
+    got, reference = got.astype(np.float64), reference.astype(np.float64)
+    logs, given = (values - np.logaddexp.reduce(values, 1, keepdims=True) for values in (got, reference))
+    return {
+        "kl": float((np.exp(given) * (given - logs)).sum(1).mean()),
+        "error": float(np.linalg.norm(got - reference) / np.linalg.norm(reference)),
+        "agreement": float((got.argmax(1) == reference.argmax(1)).mean()),
+    }
