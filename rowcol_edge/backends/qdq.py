@@ -105,8 +105,8 @@ def prepare(source: Path, *, fuse: bool = True) -> onnx.ModelProto:
 def _rename_fused(graph: onnx.GraphProto) -> None:
     """In place: other names for the tensors that onnxruntime's fusion of MatMul and Add has made.
 
-    It makes some again when it loads the file, and does not look whether an initializer that it has merged with an
-    equal one had the name: "Attempt to replace the existing tensor" (seen with 1.32 and a narrowed BERT).
+    It makes the same names again when it loads the file, and may then refuse it: "Attempt to replace the existing
+    tensor" (seen with 1.32 and a narrowed BERT).
     """
     outer = {value.name for value in (*graph.input, *graph.output)}
 
