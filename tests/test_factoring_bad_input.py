@@ -212,7 +212,7 @@ def test_what_is_handled_gives_what_the_dense_model_gives(name: str) -> None:
     assert {n: info.skip for n, info in known.infos.items() if info.calls and info.skip} == {}
     result = factored(known, halved(known))
     widths = {n: len(result.get_submodule(n).weight) for n in ("stem", "inner")}
-    assert widths == {"stem": 16 if name == "zero weights" else 8, "inner": 8}  # who reads zeros gets no gradient
+    assert widths == {"stem": 8, "inner": 8}
     assert isinstance(result.get_submodule("hidden"), nn.Sequential)
     assert {p.dtype for p in result.parameters()} == {dtype}
     assert distance(model, result, pictures(32, 1)) < ROUNDING[dtype]
