@@ -97,11 +97,9 @@ def outputs(model: nn.Module, x: np.ndarray) -> torch.Tensor:
 def halved(known: Study) -> FactorPlan:
     """Half of the channels of every set that was weighed, the ranks that are left to two layers, and a second pass."""
     channels = tuple(ChannelPlan(n, known.infos[n].out_features // 2) for n in known.channel_spaces)
-    # behind half of the channels no layer has a higher rank; what is constant is left dense by every plan
+    # behind half of the channels no layer has a higher rank
     layers = tuple(
-        LayerPlan(n, "project", 8)
-        for n in ("outer", "hidden")
-        if n in known.infos and not known.infos[n].skip and not known.spaces[n].constant
+        LayerPlan(n, "project", 8) for n in ("outer", "hidden") if n in known.infos and not known.infos[n].skip
     )
     return FactorPlan(layers, channels=channels, refit=True)
 
@@ -224,7 +222,8 @@ def test_what_is_left_is_named_and_the_others_are_made_smaller(name: str) -> Non
     change, reason = LEFT[name]
     model = change(doubled())
     wanted = outputs(model, pictures(32, 1))  # a hook computes its weight anew in each call
-    known = study(model, split(pictures(24)), classify=True)
+    # with fewer, a hidden unit of the tied network is dead there and alive in what is judged on
+    known = study(model, split(pictures(96)), classify=True)
     assert known.infos["inner"].skip == reason
     assert known.macs == 64 * 16 * 9 * (1 + 16 + 16) + 16 * 32 + 32 * 3
     fixed = {each.name: each.fixed for each in known.channels}
@@ -235,7 +234,7 @@ def test_what_is_left_is_named_and_the_others_are_made_smaller(name: str) -> Non
     assert all(torch.equal(value, left[key]) for key, value in result.get_submodule("inner").state_dict().items())
     assert result.get_submodule("head").weight.shape == (3, 16)
     got = outputs(result, pictures(32, 1))
-    assert float((got - wanted).norm() / wanted.norm()) < 1e-3
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-5
 
 
 def test_a_weight_that_is_borrowed_is_left() -> None:
@@ -257,7 +256,7 @@ def test_poor_data_reproduce_themselves(kind: str) -> None:
     model = doubled()
     known = study(model, split(x), classify=True)
     result = factored(known, halved(known))
-    assert distance(model, result, x) < 1e-3
+    assert distance(model, result, x) < 1e-4
     assert bool(outputs(result, pictures(32, 1)).isfinite().all())
 
 
@@ -277,7 +276,12 @@ def test_any_of_it_together_keeps_the_budget(
     limit = int(share * known.parameters)
     try:
         plan = ranks.plan_by_parameters(
-            known.infos, known.spaces, model_parameters=known.parameters, count=limit, allocator=known.allocator(1, 1.0)
+            known.infos,
+            known.spaces,
+            model_parameters=known.parameters,
+            count=limit,
+            allocator=known.allocator(1, 1.0),
+            inputs=known.input_spaces,
         )
     except BudgetError:
         return

@@ -60,7 +60,7 @@ def of_outputs(study: Study, plain: Spaces, weighed: Spaces) -> Spaces:
     for name, space in plain.items():
         bias = _bias(study.folded.get_submodule(name), len(space.mean))
         mean = space.mean - bias
-        moment = (space.basis * space.eigenvalues) @ space.basis.T + np.outer(mean, mean)
+        moment = space.covariance + np.outer(mean, mean)
         values, vectors = np.linalg.eigh(moment)
         found[name] = replace(
             space, eigenvalues=np.maximum(values[::-1], 0.0), basis=np.ascontiguousarray(vectors[:, ::-1]), mean=bias

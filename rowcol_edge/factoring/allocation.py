@@ -147,7 +147,7 @@ class _Path:
         self._settle = settle
         self._steps: list[_Step] = []
         widths: Mapping[str, int] = {}
-        for price in (_PRICES / layers.dense).tolist():
+        for price in layers.prices.tolist():
             self._steps.append(self._at(price, widths))
             widths = self._steps[-1].widths
 
@@ -200,6 +200,7 @@ class _Layers:
         self._options = options
         self._cost = cost
         self.dense = sum(cost(info, None) for info in widths.infos.values())
+        self.prices = _PRICES / self.dense
         self._sets: dict[str, list[str]] = {name: [] for name in widths.infos}
         for each in sets:
             for layer in widths.layers(each):
@@ -221,8 +222,8 @@ class _Layers:
             found = self._options.of(info, _RANKS)
             costs = np.array([self._cost(info, option.split) for option in found])
             entries[key] = entry = _Entry(costs, np.array([option.loss for option in found]), {})
-            values = entry.losses + (_PRICES / self.dense)[:, None] * costs
+            values = entry.losses + self.prices[:, None] * costs  # all at once: one by one would take most of the time
             best = values.argmin(axis=1).tolist()
             pairs = zip(values.min(axis=1).tolist(), costs[best].tolist(), strict=True)
-            entry.best.update(zip((_PRICES / self.dense).tolist(), pairs, strict=True))
+            entry.best.update(zip(self.prices.tolist(), pairs, strict=True))
         return entries[key]

@@ -155,7 +155,7 @@ def _through(spaces: LayerSpaces, kept: Sequence[_Kept] | None) -> LayerSpaces:
     if not kept:
         return spaces
     take = _whole(kept, len(spaces.mean))
-    covariance = (spaces.basis * spaces.eigenvalues) @ spaces.basis.T
+    covariance = spaces.covariance
     dual = spaces.basis if spaces.dual is None else spaces.dual
     left = take @ covariance @ take.T
     ridge = _RIDGE * max(float(np.trace(left)) / len(left), 1e-300) * np.eye(len(left))

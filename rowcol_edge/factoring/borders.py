@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from rowcol_edge.factoring import splits
-from rowcol_edge.factoring.spaces import channel_axis
+from rowcol_edge.factoring.places import channel_axis
 
 
 @contextlib.contextmanager

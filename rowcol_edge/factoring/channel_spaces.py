@@ -14,7 +14,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from rowcol_edge.factoring import pivots
 from rowcol_edge.factoring.channels import ChannelSet
-from rowcol_edge.factoring.spaces import Moments, Place, blended, directions
+from rowcol_edge.factoring.places import Moments, Place
+from rowcol_edge.factoring.spaces import blended, directions
 
 Array = NDArray[np.float64]
 

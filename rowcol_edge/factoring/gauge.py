@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from rowcol_edge.errors import PlanError
 from rowcol_edge.factoring import splits
 from rowcol_edge.factoring.layers import base
-from rowcol_edge.factoring.spaces import channel_axis
+from rowcol_edge.factoring.places import channel_axis
 
 Array = NDArray[np.float64]
 

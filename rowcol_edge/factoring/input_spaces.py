@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from rowcol_edge.factoring import borders, sensitivity, spaces, splits
+from rowcol_edge.factoring.places import Moments, Place
 from rowcol_edge.factoring.sensitivity import Feeds
-from rowcol_edge.factoring.spaces import LayerSpaces, Moments, Place, Progress
+from rowcol_edge.factoring.spaces import LayerSpaces, Progress
 
 
 def collect(

@@ -18,9 +18,10 @@ from rowcol_edge.errors import PlanError
 from rowcol_edge.factoring import sensitivity, splits
 from rowcol_edge.factoring.costs import Form, Split
 from rowcol_edge.factoring.layers import describe
+from rowcol_edge.factoring.places import Place
 from rowcol_edge.factoring.projections import project
 from rowcol_edge.factoring.sensitivity import Feeds, Frame, Losses
-from rowcol_edge.factoring.spaces import LayerSpaces, Place, Progress
+from rowcol_edge.factoring.spaces import LayerSpaces, Progress
 from rowcol_edge.factoring.splits import Layer
 
 Array = NDArray[np.float64]

@@ -1,10 +1,10 @@
 """What a layer could become: its splits, each with the loss predicted for it at the model's output. Pure numpy.
 
 Of `column` and `row` every rank is an option, with the loss that was measured for its space. ``both`` cuts down two
-spaces at once; its loss is the sum of the two, as the errors of a truncated higher-order SVD add up (L. De Lathauwer et
-al., A multilinear singular value decomposition, 2000, property 10), and of all pairs of ranks those are options that no
-other beats in parameters and loss at once. ``spatial`` is none: what neighbouring pixels lose together is known only by
-trying (`latents`); a plan may ask for it.
+spaces at once; its loss is taken for the sum of the two, which a truncated higher-order SVD's error is at most (L. De
+Lathauwer et al., A multilinear singular value decomposition, 2000, property 10), and of all pairs of ranks those are
+options that no other beats in parameters and loss at once. ``spatial`` is none: what neighbouring pixels lose together
+is known only by trying (`latents`); a plan may ask for it.
 """
 
 from __future__ import annotations
@@ -100,22 +100,6 @@ class Options:
             splits = [(_split(Form.BOTH, rank, taken), loss) for rank, taken, loss in thinned(fits, count)]
             found += [Option(split, loss) for split, loss in splits if info.split_parameters(split) <= most]
         return found
-
-    def loss(self, name: str, split: Split) -> float | None:
-        """Predicted for a split; None where it is not known."""
-        columns = self._outputs[name].losses if name in self._outputs else None
-        rows = self._inputs[name].losses if name in self._inputs else None
-        known = {
-            Form.COLUMN: [(columns, split.rank)],
-            Form.ROW: [(rows, split.rank)],
-            Form.BOTH: [(columns, split.rank), (rows, split.taken or 0)],
-        }
-        total = 0.0
-        for losses, rank in known.get(split.form, [(None, 0)]):
-            if losses is None:
-                return None
-            total += float(losses[rank])
-        return total
 
     def _ranks(self, most: int, count: int | None) -> Sequence[int]:
         return thinned(range(most // self.multiple * self.multiple, 0, -self.multiple), count)

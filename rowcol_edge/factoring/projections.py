@@ -165,7 +165,7 @@ def _spatial_svd(
     shape = taps.shape
     before: Array = np.eye(shape[0])
     if inputs is not None:
-        moment = (inputs.basis * inputs.eigenvalues) @ inputs.basis.T
+        moment = inputs.covariance
         moment += max(_RIDGE * float(np.trace(moment)) / shape[0], 1e-30) * np.eye(shape[0])
         before = np.asarray(np.linalg.cholesky(moment), np.float64)
     weighed = np.einsum("ij,ihow,op->jhpw", before, taps, _root(outputs, shape[2])[0], optimize=True)

@@ -30,7 +30,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from rowcol_edge.calling import bind, evaluating, feed
 from rowcol_edge.factoring.costs import LayerInfo
-from rowcol_edge.factoring.spaces import Place, Progress, rows, spread
+from rowcol_edge.factoring.places import Place, rows, spread
+from rowcol_edge.factoring.spaces import Progress
 
 Array = NDArray[np.float64]
 Feeds = Mapping[str, NDArray[Any]]

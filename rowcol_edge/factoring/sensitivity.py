@@ -137,7 +137,8 @@ def weigh_all(
     chosen = {}
     for each in sets:
         read, seen = [moments.pop(place) for place in reads[each.name]], [metrics[place] for place in reads[each.name]]
-        if any(map(_usable, seen)):  # to a reader with zero weights nothing is worth anything
+        # to a reader with zero weights nothing is worth anything: that holds no one else
+        if any(map(_usable, seen)) and all(bool(np.isfinite(metric).all()) for metric in seen):
             chosen[each.name] = channel_spaces.choose(model, each, read, seen)
     del metrics
     keys: list[Place | str] = [*weighed, *chosen]

@@ -18,7 +18,7 @@ from rowcol_edge.calling import bind, evaluating, feed
 from rowcol_edge.errors import DataError, PlanError
 from rowcol_edge.factoring import splits
 from rowcol_edge.factoring.gauge import Gauge, parts, turn
-from rowcol_edge.factoring.spaces import channel_axis
+from rowcol_edge.factoring.places import channel_axis
 
 Array = NDArray[np.float64]
 

@@ -16,13 +16,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rowcol_edge.calling import bind, evaluating, feed
 from rowcol_edge.errors import DataError, ModelError
 from rowcol_edge.factoring.layers import SUPPORTED, base
-from rowcol_edge.factoring.places import Moments, Place, channel_axis, derived, rows, sources, spread
+from rowcol_edge.factoring.places import Moments, Place, channel_axis, derived, rows, sources
 from rowcol_edge.factoring.sums import Part, Sums
-
-__all__ = [
-    "LayerSpaces", "Moments", "Place", "Progress", "blended", "channel_axis", "collect", "decompose", "directions",
-    "from_arrays", "measure", "rows", "spread", "submodule", "to_arrays", "utilised_rank",
-]  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
 Array = NDArray[np.float64]
@@ -58,10 +53,14 @@ class LayerSpaces:
         return float(np.square(self.basis).sum(axis=0) @ self.eigenvalues)
 
     @property
+    def covariance(self) -> Array:
+        """(out, out) cov(y)."""
+        return np.asarray((self.basis * self.eigenvalues) @ self.basis.T)
+
+    @property
     def moments(self) -> Moments:
         """What the spaces were made from."""
-        covariance = (self.basis * self.eigenvalues) @ self.basis.T
-        return Moments(torch.from_numpy(self.mean)[None], torch.from_numpy(covariance)[None], self.samples)
+        return Moments(torch.from_numpy(self.mean)[None], torch.from_numpy(self.covariance)[None], self.samples)
 
     @property
     def constant(self) -> bool:

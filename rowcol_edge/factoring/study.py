@@ -35,7 +35,8 @@ from rowcol_edge.factoring.channels import ChannelSet
 from rowcol_edge.factoring.costs import LayerInfo
 from rowcol_edge.factoring.graph import LayerGraph
 from rowcol_edge.factoring.options import Options
-from rowcol_edge.factoring.spaces import LayerSpaces, Place, Progress
+from rowcol_edge.factoring.places import Place
+from rowcol_edge.factoring.spaces import LayerSpaces, Progress
 
 _T = TypeVar("_T")
 

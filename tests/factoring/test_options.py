@@ -39,7 +39,8 @@ def space(size: int, seed: int, scale: float = 1.0) -> LayerSpaces:
 def test_options_fit_the_layer_and_save_enough(
     seed: int, multiple: int, share: float, narrower: tuple[int, int], count: int | None
 ) -> None:
-    options = Options({"conv": space(40, seed)}, {"conv": space(24, seed + 1)}, multiple, share)
+    outputs, inputs = space(40, seed), space(24, seed + 1)
+    options = Options({"conv": outputs}, {"conv": inputs}, multiple, share)
     info = replace(CONV, in_features=narrower[0], out_features=narrower[1])
     limit = int(info.break_even * share)
     found = options.of(info, count)
@@ -50,7 +51,12 @@ def test_options_fit_the_layer_and_save_enough(
         info.check(option.split)
         assert option.split.rank % multiple == 0
         assert info.split_parameters(option.split) <= info.split_parameters(Split(Form.COLUMN, limit))
-        assert option.loss == options.loss("conv", option.split)
+        cut = {
+            Form.COLUMN: ((outputs, option.split.rank),),
+            Form.ROW: ((inputs, option.split.rank),),
+            Form.BOTH: ((outputs, option.split.rank), (inputs, option.split.taken)),
+        }[option.split.form]
+        assert option.loss == sum(float(each.losses[rank]) for each, rank in cut)  # type: ignore[index]
 
 
 def test_no_pair_of_ranks_beats_another_in_size_and_loss() -> None:
@@ -73,22 +79,22 @@ def test_spaces_without_a_known_loss_give_columns_only() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), share=st.floats(0.1, 0.9))
-def test_more_forms_lose_no_more_and_keep_the_budget(seed: int, share: float) -> None:
+def test_more_forms_keep_the_budget_and_the_bound_is_below_what_fewer_lose(seed: int, share: float) -> None:
     infos = {"conv": CONV, "other": replace(CONV, name="other", in_features=40)}
     outputs = {name: replace(space(40, seed + i), name=name) for i, name in enumerate(infos)}
     inputs = {"conv": space(24, seed + 2), "other": space(40, seed + 3)}
     total = sum(info.macs for info in infos.values())
-    losses = []
+    plans = []
     for rows in ({}, inputs):
         plan = ranks.plan_by_cost(infos, outputs, ranks.macs, total=total, limit=share * total, inputs=rows)
         assert sum(layer.macs_after for layer in plan.layers) <= share * total
         assert ranks.refresh(plan, infos, outputs, inputs=rows).layers == plan.layers
-        assert plan.loss is not None
-        assert plan.gap is not None
-        losses.append(plan.loss)
-        # what the others could lose at least bounds what these lose
-        assert plan.loss - plan.gap <= losses[-1]
-    assert losses[1] <= losses[0] + 1e-9 + 0.25 * losses[0]
+        plans.append(plan)
+    few, more = plans
+    assert few.loss is not None
+    assert more.loss is not None
+    assert more.gap is not None
+    assert more.loss - more.gap <= few.loss + 1e-12  # the bound is below whatever fewer forms reach
 
 
 @pytest.fixture(scope="module")

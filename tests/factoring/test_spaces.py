@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from rowcol_edge.errors import DataError, ModelError
-from rowcol_edge.factoring.spaces import collect, directions, spread, utilised_rank
+from rowcol_edge.factoring.places import spread
+from rowcol_edge.factoring.spaces import collect, directions, utilised_rank
 
 RNG = np.random.default_rng(0)
 

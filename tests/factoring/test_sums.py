@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from rowcol_edge.factoring.spaces import Moments, Place, measure
+from rowcol_edge.factoring.places import Moments, Place
+from rowcol_edge.factoring.spaces import measure
 from rowcol_edge.factoring.sums import Sums
 
 RNG = np.random.default_rng(0)
