@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -104,7 +105,8 @@ def main() -> None:
         load = os.getloadavg()[0]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | threads, text=True)
         models[name] = json.loads(done.stdout) | {"threads": options.threads, "load_before": round(load, 2)}
-        _RESULT.write_text(json.dumps({"machine": machine(), "models": models}, indent=1) + "\n", encoding="utf-8")
+        result = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "models": models}
+        _RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(table(name, models[name]))
 
 

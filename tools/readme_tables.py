@@ -362,7 +362,7 @@ def cost() -> str:
     return (
         f"Factoring to half of the parameters with {' or '.join(map(str, images))} images of 224×224, everything from "
         f"tracing to the rewritten module: {'; '.join(said)}. {found['machine']['cpu_model']}, "
-        f"{found['machine']['cores_usable']} cores. Command: `python tools/benchmark_factoring_cost.py`."
+        f"{found['machine']['cores_usable']} cores. Command: `{found['command']}`."
     )
 
 
