@@ -109,6 +109,33 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = flag
 
 
+@contextlib.contextmanager
+def channels_last(model: nn.Module, example: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Kernels of 2-d convolutions lie channels last inside, which CPUs calculate faster; as they were where the example
+    does not run so: code may `view` what a convolution gives."""
+    layers = [each for each in model.modules() if type(each) in (nn.Conv2d, nn.ConvTranspose2d)]
+    weights = {id(w): w for each in layers if (w := each._parameters.get("weight")) is not None}.values()
+    before = [weight.data for weight in weights]
+
+    def restore() -> None:
+        for weight, data in zip(weights, before, strict=True):
+            weight.data = data
+
+    try:
+        for weight in weights:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        if before:
+            args, kwargs = bind(model, example)
+            try:
+                with evaluating(model), torch.no_grad():
+                    model(*args, **kwargs)
+            except RuntimeError:
+                restore()
+        yield
+    finally:
+        restore()
+
+
 @dataclass(slots=True)
 class Calls:
     """Which modules were entered: ``counts`` per name, ``stack`` of those not left (the culprit after an error), and

@@ -14,13 +14,13 @@ from rowcol_edge.factoring.sums import square
 
 Array = NDArray[np.float64]
 
-_POSITIONS = 256  # of a sample, at which gradients are multiplied
+_POSITIONS = 64  # of a sample, at which gradients are multiplied
 
 
 class Gradients:
     """``F``: the second moment of the gradients, summed over a sample's positions.
 
-    Of more than 256 positions that many are used, spread evenly, and count for all.
+    Of more than 64 positions that many are used, spread evenly, and count for all.
     """
 
     behind = False

@@ -82,6 +82,8 @@ def refit(
     fits = [
         _Fit(name, kept.get(name), _positions(size, count))
         for name in names
+        # one channel left of a depthwise layer looks like a plain one, but what it gives is not chosen by itself
+        if getattr(original.get_submodule(name), "groups", 1) == 1
         if (size := _fan_in(fitted.get_submodule(name))) is not None
     ]
     unseen = torch.arange(count) % 4 == 3

@@ -236,14 +236,24 @@ class Frame:
         self._mean, self._basis, self._dual = (torch.from_numpy(each).float() for each in (mean, basis, dual))
 
     def see(self, values: torch.Tensor) -> torch.Tensor:
-        """How much of each direction: (groups, samples, positions, directions)."""
-        parts: torch.Tensor = (values - self._mean).flatten(0, 1).transpose(0, 1) @ self._dual
-        return parts.reshape(len(parts), *values.shape[:2], -1)
+        """(groups, samples, positions, size), or how much of each direction that is, where it is less work."""
+        parts = (values - self._mean).permute(2, 0, 1, 3)
+        return parts if self._many(values.shape[1]) else parts @ self._dual.unsqueeze(1)
 
     def add(self, seen: torch.Tensor | None, gradients: torch.Tensor) -> None:
         assert seen is not None  # it was asked for
-        arrived = gradients.flatten(0, 1).transpose(0, 1) @ self._basis
-        self._losses.add(arrived.view_as(seen).mul_(seen).sum((0, 2)).double())
+        arrived, basis = gradients.permute(2, 0, 1, 3), self._basis.unsqueeze(1)
+        if self._many(gradients.shape[1]):
+            products = basis.transpose(2, 3) @ (arrived.transpose(2, 3) @ seen)
+            added = (products * self._dual.unsqueeze(1).transpose(2, 3)).sum((0, 3))
+        else:
+            added = (arrived @ basis).mul_(seen).sum((0, 2))
+        self._losses.add(added.double())
+
+    def _many(self, positions: int) -> bool:
+        """So many that gradients are better multiplied with values before they are with directions."""
+        (given, directions), taken = self._basis.shape[1:], self._dual.shape[1]
+        return positions * given * taken + given * taken * directions < positions * (given + taken) * directions
 
     def flush(self, samples: int) -> None:
         self._losses.flush(samples)

@@ -50,7 +50,7 @@ class LayerSpaces:
     @property
     def variance(self) -> float:
         """Total output variance, the trace of its covariance."""
-        return float(np.square(self.basis).sum(axis=0) @ self.eigenvalues)
+        return float(np.einsum("ij,ij->j", self.basis, self.basis) @ self.eigenvalues)
 
     @property
     def covariance(self) -> Array:

@@ -44,10 +44,10 @@ _T = TypeVar("_T")
 Keep = Callable[[Callable[[], Arrays]], Arrays]
 
 
-_GRADIENTS = 64
+_GRADIENTS, _GRADIENT_MACS = (32, 64), 128e9
 """Samples that spaces are weighed with, and as many again, but not more than a quarter of all, that they are judged on
-and do not come from."""
-_ROWS, _POSITIONS = 49152, (64, 1024)  # pixels or tokens of all samples that spaces come from, and of each
+and do not come from: the more, the less a model calculates for each."""
+_ROWS, _POSITIONS = 16384, (64, 1024)  # pixels or tokens of all samples that spaces come from, and of each
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,13 @@ def study(
         return narrow.checked(folded, coupling.find(folded, traced, example), example)
 
     def measured() -> Arrays:
-        if classify is None:
-            batches = _Batches(calibration)
-            return spaces.to_arrays(spaces.collect(folded, batches, names, row_space=row_space, progress=progress))
-        kernels = [name for name in names if math.prod(infos[name].kernel) > 1]
-        return _weighed(
-            folded, calibration, names, kernels, coupled(), _GRADIENTS, classify=classify, progress=progress
-        )
+        with calling.channels_last(folded, example):
+            if classify is None:
+                batches = _Batches(calibration)
+                return spaces.to_arrays(spaces.collect(folded, batches, names, row_space=row_space, progress=progress))
+            kernels = [name for name in names if math.prod(infos[name].kernel) > 1]
+            count = _gradients(sum(info.macs for info in infos.values()))
+            return _weighed(folded, calibration, names, kernels, coupled(), count, classify=classify, progress=progress)
 
     @cache
     def known() -> _Known:
@@ -162,6 +162,11 @@ def study(
         samples=lambda: calibration.spread(refit.affordable(infos)),
         _coupled=coupled,
     )
+
+
+def _gradients(macs: int) -> int:
+    """Samples for a model of so many multiply-accumulates."""
+    return max(_GRADIENTS[0], min(_GRADIENTS[1], int(_GRADIENT_MACS / max(1, macs))))
 
 
 def _weighed(

@@ -30,7 +30,7 @@ class Branching(nn.Module):
         return result
 
 
-PICTURES = np.random.default_rng(0).normal(size=(12, 2, 8, 8)).astype(np.float32)
+PICTURES = np.random.default_rng(0).normal(size=(12, 2, 7, 7)).astype(np.float32)
 CHUNKS = [{"x": PICTURES[:5]}, {"x": PICTURES[5:]}]
 EVERY = np.arange(8).reshape(1, 8, 1)
 PAIRS, TAPS = np.array([[[3], [1]], [[0], [7]]]), np.arange(8).reshape(1, 4, 2)
@@ -109,3 +109,19 @@ def test_losses_are_the_same_from_both_sides_of_a_layer() -> None:
         found.append(losses.by_rank())
     np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
     assert found[0][0] > 0.0
+
+
+@pytest.mark.parametrize("positions", [1, 3, 200])
+def test_losses_are_what_the_directions_add_at_all_positions(positions: int) -> None:
+    """However gradients, values and directions are multiplied."""
+    rng = np.random.default_rng(positions)
+    values, gradients = rng.normal(size=(2, 5, positions, 2, 6)).astype(np.float32)
+    mean, (basis, dual) = rng.normal(size=(2, 6)), rng.normal(size=(2, 2, 6, 4))
+    losses = Losses()
+    frame = losses.at(mean, basis, dual)
+    frame.add(frame.see(torch.from_numpy(values)), torch.from_numpy(gradients))
+    frame.flush(5)
+    parts = np.einsum("npgi,gik,npgj,gjk->nk", gradients, basis, values - mean, dual)
+    cut = 0.5 * np.square([parts[:, rank:].sum(1) for rank in range(5)]).mean(1)
+    wanted = np.maximum.accumulate(cut[::-1])[::-1]  # more directions never lose more
+    np.testing.assert_allclose(losses.by_rank(), wanted, rtol=1e-3, atol=1e-6)

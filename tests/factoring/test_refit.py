@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,8 +48,6 @@ def test_the_output_comes_closer_on_unseen_inputs(name: str) -> None:
     kind, shape, plan = PLANS[name]
     known = study(made(kind), split(inputs(shape, 300, 0)), classify=True)
     before = copy.deepcopy(known.folded.state_dict())
-    from dataclasses import replace
-
     first, second = factored(known, plan), factored(known, replace(plan, refit=True))
     unseen = inputs(shape, 400, 9)
     assert divergence(known.folded, second, unseen) < 0.95 * divergence(known.folded, first, unseen)
@@ -56,6 +55,15 @@ def test_the_output_comes_closer_on_unseen_inputs(name: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in known.folded.state_dict().items())
     again = factored(known, replace(plan, refit=True))
     assert all(torch.equal(a, b) for a, b in zip(second.parameters(), again.parameters(), strict=True))
+
+
+def test_a_depthwise_layer_of_which_one_channel_is_left_keeps_its_weights() -> None:
+    known = study(made(Residual), split(inputs(PICTURE, 100, 0)), classify=True)
+    plan = FactorPlan((), channels=(ChannelPlan("wide", 1),))
+    first, second = factored(known, plan), factored(known, replace(plan, refit=True))
+    assert first.get_submodule("depthwise").weight.shape == (1, 1, 3, 3)
+    assert torch.equal(first.get_submodule("depthwise").weight, second.get_submodule("depthwise").weight)
+    assert not torch.equal(first.get_submodule("back").weight, second.get_submodule("back").weight)
 
 
 def test_a_model_that_loses_nothing_is_returned_as_it_was() -> None:
