@@ -79,9 +79,10 @@ WAYS = (
 
 
 def plan(way: Way, study: Study, spaces: Spaces, axis: str, share: float) -> FactorPlan:
-    """A plan of at most ``share`` of what the layers that can be factored cost; `OverBudgetError` if there is none.
+    """A plan that saves all but ``share`` of what the layers that can be factored cost; `OverBudgetError` if there is
+    none.
 
-    ``study`` is a weighed one where the way is ours.
+    ``study`` is a weighed one where the way is ours. Narrowed channels save in other layers too, which count alike.
     """
     infos = {name: study.infos[name] for name in spaces}
     cost = COSTS[axis]
@@ -89,12 +90,11 @@ def plan(way: Way, study: Study, spaces: Spaces, axis: str, share: float) -> Fac
     if way.uniform:
         return _uniform(infos, spaces, cost, share * total)
     found = ranks.plan_by_cost(
-        infos, spaces, cost, total=total, limit=share * total, made_by=f"{axis}<={share:g}",
-        allocator=study.allocator(1, 1.0) if way.whole else None, inputs=study.input_spaces if way.ours else None,
+        study.infos if way.whole else infos, spaces, cost, total=total, limit=share * total,
+        made_by=f"{axis}<={share:g}", allocator=study.allocator(1, 1.0) if way.whole else None,
+        inputs=study.input_spaces if way.ours else None,
     )  # fmt: skip
-    if not way.whole:
-        return found
-    return replace(ranks.refresh(found, study.infos, spaces, study.channels, study.input_spaces), refit=True)
+    return replace(found, refit=True) if way.whole else found
 
 
 def _uniform(infos: Mapping[str, LayerInfo], spaces: Spaces, cost: ranks.Cost, limit: float) -> FactorPlan:
