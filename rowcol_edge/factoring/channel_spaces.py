@@ -28,8 +28,8 @@ class Read:
     """Channels as one layer sees them: ``channels ≈ mean + basis_w · dual_wᵀ (channels − mean)`` for any width w."""
 
     mean: Array  # (groups, size); zeros where the layer pads with zeros or a product reads them
-    basis: Array  # (groups, size, size)
-    dual: Array  # (groups, size, size)
+    basis: NDArray[np.float32]  # (groups, size, size); seven digits, as activations have no more
+    dual: NDArray[np.float32]  # (groups, size, size)
     origin: Array | None = None  # (groups, size), the shift of a layer norm before the reader
 
 
@@ -59,7 +59,7 @@ class ChannelSpaces:
         if self.stream is not None:
             return (_layout(width) @ self.stream[:, : width - 1].T)[None]
         if self.order is None:
-            return self.reads[0].dual[:, :, :width].transpose(0, 2, 1)
+            return self.reads[0].dual[:, :, :width].transpose(0, 2, 1).astype(np.float64)
         groups, size = self.order.shape
         return np.eye(size)[self.order[:, :width]].reshape(groups, width, size)
 
@@ -74,12 +74,12 @@ class ChannelSpaces:
         read = self.reads[place]
         if self.stream is not None:
             assert read.origin is not None
-            part, dual = read.basis[:, :, : width - 1], read.dual[:, :, : width - 1]
+            part, dual = (each[:, :, : width - 1].astype(np.float64) for each in (read.basis, read.dual))
             matrix = part @ _layout(width).T * (len(self.stream) / width) ** 0.5
             kept = part @ (dual.transpose(0, 2, 1) @ (read.mean - read.origin)[:, :, None])
             return matrix, read.mean - kept[:, :, 0]
         take = self.take(width)
-        part = read.basis[:, :, :width]
+        part = read.basis[:, :, :width].astype(np.float64)
         matrix = part @ np.linalg.inv(take @ part)
         kept = (matrix @ (take @ read.mean[:, :, None]))[:, :, 0]
         return matrix, read.mean - kept
@@ -116,7 +116,7 @@ def choose(
     means, seconds = zip(*(_second(model, channels, place, found) for place, found in enumerate(moments)), strict=True)
     if channels.linear and len(seconds) == 1:
         frames = [directions(*parts)[1:] for parts in zip(seconds[0], metrics[0], priors[0], strict=True)]
-        basis, dual = (np.stack(parts) for parts in zip(*frames, strict=True))
+        basis, dual = (np.stack(parts, dtype=np.float32, casting="same_kind") for parts in zip(*frames, strict=True))
         return ChannelSpaces(channels.name, None, (Read(means[0], basis, dual),), np.zeros(0))
     order = np.stack(
         [
@@ -130,7 +130,7 @@ def choose(
     reads = []
     for mean, second in zip(means, seconds, strict=True):
         frames = [pivots.innovations(part, row, _SHRINKAGE) for part, row in zip(second, order, strict=True)]
-        basis, dual = (np.stack(parts) for parts in zip(*frames, strict=True))
+        basis, dual = (np.stack(parts, dtype=np.float32, casting="same_kind") for parts in zip(*frames, strict=True))
         reads.append(Read(mean, basis, dual))
     return ChannelSpaces(channels.name, order, tuple(reads), np.zeros(0))
 
@@ -187,7 +187,8 @@ def unmeasured(model: nn.Module, channels: ChannelSet) -> ChannelSpaces:
 
 def _seen(frame: Array, mean: Array, scale: Array, shift: Array) -> Read:
     """Directions of a stream as a reader sees them behind its norm."""
-    return Read(mean[None], (scale[:, None] * frame)[None], (frame / _safe(scale)[:, None])[None], shift[None])
+    basis, dual = scale[:, None] * frame, frame / _safe(scale)[:, None]
+    return Read(mean[None], basis[None].astype(np.float32), dual[None].astype(np.float32), shift[None])
 
 
 def _safe(scale: Array) -> Array:
@@ -257,18 +258,14 @@ def to_arrays(spaces: Mapping[str, ChannelSpaces]) -> dict[str, NDArray[Any]]:
         if space.order is not None:
             found[f"order 0 {name}"] = space.order
         for place, read in enumerate(space.reads):
-            found |= {
-                f"{part} {place} {name}": np.asarray(value, np.float32)
-                for part in _PARTS
-                if (value := getattr(read, part)) is not None
-            }
+            found |= {f"{part} {place} {name}": value for part in _PARTS if (value := getattr(read, part)) is not None}
         if space.stream is not None:
             found[f"stream 0 {name}"] = space.stream
     return found
 
 
 def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> dict[str, ChannelSpaces]:
-    """What `to_arrays` was given, frames to seven digits."""
+    """What `to_arrays` was given."""
     parts: dict[str, dict[tuple[str, int], NDArray[Any]]] = {}
     for key, array in arrays.items():
         field, place, name = key.split(" ", 2)
@@ -276,10 +273,7 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> dict[str, ChannelSpaces]:
     found = {}
     for name, values in parts.items():
         count = sum(field == "mean" for field, _ in values)
-        reads = tuple(
-            Read(**{part: np.asarray(values[part, i], np.float64) for part in _PARTS if (part, i) in values})
-            for i in range(count)
-        )
+        reads = tuple(Read(**{part: values[part, i] for part in _PARTS if (part, i) in values}) for i in range(count))
         order, stream = (values.get((key, 0)) for key in ("order", "stream"))
         found[name] = ChannelSpaces(name, order, reads, values["losses", 0], stream)
     return found

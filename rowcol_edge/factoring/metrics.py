@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -68,6 +69,15 @@ class Metrics:
             found = place.name in behind and (place.given or place.name in self._matrices)
             self._sources[place] = source = behind[place.name] if found else place
             self.watched.setdefault(source, Gradients())
+        self._asked = Counter(self._sources.values())
+
+    def pop(self, place: Place) -> Array:
+        """(groups, size, size), of each place once: what no other place needs any more is let go."""
+        found, source = self[place], self._sources[place]
+        self._asked[source] -= 1
+        if not self._asked[source]:
+            del self.watched[source]
+        return found
 
     def __getitem__(self, place: Place) -> Array:
         """(groups, size, size)"""

@@ -69,7 +69,7 @@ def narrowing(channels: ChannelSet, spaces: ChannelSpaces, width: int) -> Narrow
     """A set narrowed to its best ``width`` channels (a group)."""
     take = spaces.take(width)
     if channels.contracted is not None:
-        partner = spaces.reads[0].basis[:, :, :width].transpose(0, 2, 1)
+        partner = spaces.reads[0].basis[:, :, :width].transpose(0, 2, 1).astype(np.float64)
         # each direction as large among the queries as among the keys, which an int8 product wants
         sizes = np.sqrt(np.linalg.norm(take, axis=2, keepdims=True) / np.linalg.norm(partner, axis=2, keepdims=True))
         return Narrowing(channels, take / sizes, (), partner * sizes, _scale(channels, width))

@@ -34,6 +34,7 @@ from rowcol_edge.factoring.places import Moments, Place, pointwise
 from rowcol_edge.factoring.spaces import LayerSpaces, Progress, directions
 
 Array = NDArray[np.float64]
+Directions = NDArray[np.floating[Any]]
 Feeds = Mapping[str, NDArray[Any]]
 
 _AT_ONCE = 4  # samples whose activations are held
@@ -129,18 +130,20 @@ def weigh_all(
     weighed: dict[Place, LayerSpaces] = {}
     for place, rank in most.items():
         own = layers[place.name] if place.given or inputs is None else inputs[place.name]
-        found = _directions(place.name, own, metrics[place], rank)
+        found = _directions(place.name, own, metrics.pop(place), rank)
         if found is not None:
             weighed[place] = found
             if place.given:
                 del layers[place.name]
     chosen = {}
     for each in sets:
-        read, seen = [moments.pop(place) for place in reads[each.name]], [metrics[place] for place in reads[each.name]]
+        read, seen = (
+            [moments.pop(place) for place in reads[each.name]],
+            [metrics.pop(place) for place in reads[each.name]],
+        )
         # to a reader with zero weights nothing is worth anything: that holds no one else
         if any(map(_usable, seen)) and all(bool(np.isfinite(metric).all()) for metric in seen):
             chosen[each.name] = channel_spaces.choose(model, each, read, seen)
-    del metrics
     keys: list[Place | str] = [*weighed, *chosen]
     losses = {key: Losses() for key in keys}
     watched = {place: losses[place].at(*_frame(each, most[place])) for place, each in weighed.items()}
@@ -201,7 +204,7 @@ class Losses:
         self._pending: torch.Tensor | None = None
         self._total: torch.Tensor | None = None
 
-    def at(self, mean: Array, basis: Array, dual: Array, matrix: Array | None = None) -> Frame:
+    def at(self, mean: Array, basis: Directions, dual: Directions, matrix: Array | None = None) -> Frame:
         """(groups, size), (groups, size, directions) twice; of a taken place ``matrix`` (out, size) is what the layer
         does to each position, where that is known."""
         return Frame(self, mean, basis, dual, matrix)
@@ -229,7 +232,7 @@ class Losses:
 class Frame:
     """Directions at one place."""
 
-    def __init__(self, losses: Losses, mean: Array, basis: Array, dual: Array, matrix: Array | None) -> None:
+    def __init__(self, losses: Losses, mean: Array, basis: Directions, dual: Directions, matrix: Array | None) -> None:
         self._losses = losses
         self.behind = matrix is not None and len(matrix) < basis.shape[1]
         basis = matrix @ basis if matrix is not None and self.behind else basis
