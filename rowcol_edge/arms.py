@@ -304,7 +304,8 @@ class Workbench:
 
 def _key(variant: str, plan: FactorPlan | None, runtime: RuntimeSpec, repaired: bool) -> tuple[object, ...]:
     consumes = load_backend(runtime.name).consumes
-    return (plan.digest if plan else variant, repaired, *sources.key(consumes, runtime))
+    gauges = [layer.gauge for layer in plan.projected] if plan else []
+    return (plan.digest if plan else variant, *gauges, repaired, *sources.key(consumes, runtime))
 
 
 def runtime_options(target: Target, runtime: RuntimeSpec) -> RuntimeOptions:

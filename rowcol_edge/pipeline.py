@@ -36,6 +36,7 @@ from .factoring.equalize import equalize
 from .factoring.graph import trace
 from .factoring.plan import FactorPlan
 from .factoring.study import Study, study
+from .gauges import Gauged, Settler
 from .job import Job, Progress, check_out, prepare, silent
 from .models import LoadedModel
 from .precision import Selection
@@ -85,6 +86,7 @@ class Factored:
                     "split": p.split if p.form == "project" else None,
                     "rank": p.rank,
                     "taken": p.taken,
+                    "gauge": p.gauge or None,
                     "energy": p.energy,
                     "reason": p.reason,
                 }
@@ -178,10 +180,13 @@ def factor(
     plan = choice.plans[-1]
     search.check_costs(known, plan, job.budgets)
     recoverer = Recoverer(job, known, chooser.judge_trial, progress)
-    if recovery := recoverer.of(plan):
-        plan, module = recovery.plan, recoverer.module(recovery)
-    else:
-        module = factored(known, plan, progress)
+    recovery = recoverer.of(plan)
+    gauged = Settler(job, known, progress).of(
+        recovery.plan if recovery else plan,
+        job.targets[0],
+        lambda: recoverer.module(recovery) if recovery else factored(known, plan, progress),
+    )
+    plan, module = gauged.plan, gauged.module()
     if out is not None:
         _write_factored(out, module, plan, job)
     return Factored(
@@ -286,6 +291,7 @@ class _Line:
         self.study = _study(job, progress)
         self.chooser = _Chooser(job, self.study, progress)
         self.recoverer = Recoverer(job, self.study, self.chooser.judge_trial, progress)
+        self.settler = Settler(job, self.study, progress)
         # the quantizer gets a diverse subset; the spaces got the whole pool, since a covariance gains from each sample
         splits = [(split.name, split.key) for split in job.splits]
         self.data = DataReport.from_json(
@@ -332,8 +338,10 @@ class _Line:
     def write(self, ready: _Ready, out: Path) -> Built:
         """The bundle; this is the only time that the test split is judged."""
         job, path = self.job, bundling.path(out, ready.target, ready.runtime.name)
-        recovery = self.recoverer.of(ready.arms[0].plan)
+        plan = ready.arms[0].plan
+        recovery = self.recoverer.of(plan)
         notes = [recovery.note] if recovery else []
+        notes += [self._gauged(plan, ready.target).note] if plan and plan.projected else []
         bundling.write(
             path, job, ready.target, ready.runtime, ready.arms, ready.choice, self._original(),
             data=self.data, recovered=None if recovery is None else recovery.record,
@@ -356,17 +364,26 @@ class _Line:
         keep_float: Sequence[LayerError] = (), repaired: bool = False,
     ) -> Arm:  # fmt: skip
         parameters = self.study.parameters - (0 if plan is None else plan.saved_parameters)
-        recovery = self.recoverer.of(plan)
-        plan = recovery.plan if recovery else plan
+        gauged = None if plan is None else self._gauged(plan, target)
 
         def module() -> nn.Module:
-            if recovery:
-                made = self.recoverer.module(recovery)
-            else:
-                made = factored(self.study, plan, self.progress) if plan is not None else self.study.dense
-            return equalize(made, trace(made, feed(made, self.job.calibration.example()))) if repaired else made
+            made = gauged.module() if gauged else self.study.dense
+            if not repaired:
+                return made
+            settled = [layer.name for layer in gauged.plan.projected] if gauged else []
+            return equalize(made, trace(made, feed(made, self.job.calibration.example())), settled)
 
+        plan = gauged.plan if gauged else None
         return self.bench.arm(variant, module, plan, parameters, target, runtime, precision, keep_float, repaired)
+
+    def _gauged(self, plan: FactorPlan, target: Target) -> Gauged:
+        """The factored model that arms are made from."""
+        recovery = self.recoverer.of(plan)
+        return self.settler.of(
+            recovery.plan if recovery else plan,
+            target,
+            lambda: self.recoverer.module(recovery) if recovery else factored(self.study, plan, self.progress),
+        )
 
     def _factored(self, target: Target, runtime: RuntimeSpec, precision: str) -> tuple[Arm, Choice]:
         """The factored arm, within the budgets.

@@ -46,6 +46,18 @@ def factored(study: Study, plan: FactorPlan, progress: Progress | None = None) -
     return refit(study.folded, model, study.samples(), names, kept, classify=study.classify, progress=progress)
 
 
+def metrics(study: Study, plan: FactorPlan) -> dict[str, Array]:
+    """(out, out) by layer in parts: what squared errors of its output are worth at the model's own, of the channels
+    that the plan leaves it; layers that nothing was weighed for are left out."""
+    gives, _ = _kept(_narrowings(plan, study.channels if plan.channels else (), study.channel_spaces))
+    found = {}
+    for layer in plan.projected:
+        space = _through(study.spaces[layer.name], gives.get(layer.name))
+        if space.dual is not None:
+            found[layer.name] = space.dual @ space.dual.T
+    return found
+
+
 def apply(
     model: nn.Module,
     plan: FactorPlan,
@@ -54,16 +66,12 @@ def apply(
     inputs: Mapping[str, LayerSpaces] | None = None,
     channels: Sequence[ChannelSet] = (),
     channel_spaces: Mapping[str, ChannelSpaces] | None = None,
-    alpha: float = 0.5,
-    rotated: int | None = 0,
 ) -> nn.Module:
     """A copy of ``model`` with the plan's channels, each ``project`` layer in the parts of its split.
 
     Channels come first (see `narrow`); a layer is then split in the spaces of the channels that are left to it (see
     `projections`): of a column split the best layer of its rank on the calibration inputs, centred, in mean square or,
-    where the spaces are weighed (see `sensitivity`), at the model's output. ``alpha`` and ``rotated`` only change what
-    passes between the parts. 0.5 and rotated did well at int8 in every runtime on the Fashion-MNIST sample
-    (tools/benchmark_gauge.py; see `gauge`).
+    where the spaces are weighed (see `sensitivity`), at the model's output.
 
     Args:
         model: the model ``spaces`` was collected from (batch norms folded), left as it is.
@@ -91,8 +99,6 @@ def apply(
                 layer.how,
                 inputs=taken if taken is None else _through(taken, takes.get(layer.name)),
                 outputs=_through(spaces[layer.name], gives.get(layer.name)),
-                alpha=alpha,
-                rotated=rotated,
                 name=layer.name,
             ),
         )

@@ -10,6 +10,7 @@ bias correction", ICCV 2019, section 4.1.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -22,17 +23,19 @@ _ROUNDS = 40
 _SETTLED = 1e-3
 
 
-def equalize(model: nn.Module, graph: LayerGraph) -> nn.Module:
+def equalize(model: nn.Module, graph: LayerGraph, settled: Collection[str] = ()) -> nn.Module:
     """A copy whose coupled layers (``graph.couplings``) are equalised. Outputs stay the same up to rounding.
 
     A layer can stand behind one coupling and before the next, so they are gone through until nothing changes any more.
+    Parts of the factored layers ``settled`` have a gauge that is better than this one (see `settle`) and keep it.
 
     Raises:
         ModelError: the graph is of another model.
     """
     equal = copy.deepcopy(model).eval()
+    free = [(pair.first, pair.second) for pair in graph.couplings if _holder(pair.first, pair.second) not in settled]
     try:
-        pairs = [(equal.get_submodule(pair.first), equal.get_submodule(pair.second)) for pair in graph.couplings]
+        pairs = [(equal.get_submodule(first), equal.get_submodule(second)) for first, second in free]
     except AttributeError as error:
         raise ModelError("the layer graph is of another model", expected="its coupled layers") from error
     with torch.no_grad():
@@ -40,6 +43,12 @@ def equalize(model: nn.Module, graph: LayerGraph) -> nn.Module:
             if not pairs or max(_scale(first, second) for first, second in pairs) < _SETTLED:
                 break
     return equal
+
+
+def _holder(*names: str) -> str:
+    """The module that all of them are parts of, if they are of one."""
+    found = {name.rpartition(".")[0] for name in names}
+    return found.pop() if len(found) == 1 else ""
 
 
 def _scale(first: nn.Module, second: nn.Module) -> float:

@@ -26,9 +26,9 @@ _HEADER = """\
 # `split` says which spaces a layer of form "project" keeps `rank` directions of: "column" (what it gives; if nothing
 # is said), "row" (what it takes), "both" (Tucker-2: `rank` of what it gives, `taken` of what it takes) or "spatial"
 # (k×1, then 1×k; with `across_first = true` the other way round).
-# The form "narrow" (a layer whose channels got fewer and that is else dense), energy, parameters_*, macs_*, of and
-# reason are derived: they are computed anew when the plan is applied; loss and gap are left out then. macs_* are per
-# sample.
+# The form "narrow" (a layer whose channels got fewer and that is else dense), gauge, energy, parameters_*, macs_*, of
+# and reason are derived: they are computed anew when the plan is applied; loss and gap are left out then. macs_* are
+# per sample.
 
 """
 
@@ -49,6 +49,7 @@ class LayerPlan:
     split: str = "column"  # of the project form
     taken: int | None = None  # of a split of both: what is kept of the layer's input
     across_first: bool = False  # of a spatial split
+    gauge: str = ""  # how the channels between its parts were evened out (see `gauge`), one after the other
 
     @property
     def how(self) -> Split:
@@ -221,6 +222,7 @@ _LAYER_TYPES: dict[str, type] = {
     "rank": int,
     "taken": int,
     "across_first": bool,
+    "gauge": str,
     "energy": float,
     "parameters_before": int,
     "parameters_after": int,
@@ -240,7 +242,7 @@ def _layer(table: dict[str, Any], where: str) -> LayerPlan:
     _check_keys(table, _LAYER_TYPES, f"{where}: layer {name!r}")
     if table.get("form", "dense") != "project":
         # Turning a layer back to dense should not need a second edit.
-        for key in ("split", "rank", "taken", "across_first"):
+        for key in ("split", "rank", "taken", "across_first", "gauge"):
             table.pop(key, None)
     elif "energy" not in table:
         table["energy"] = None

@@ -23,7 +23,6 @@ networks with low-rank regularization, 2016: the SVD of the weight as (in · k) 
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -35,7 +34,7 @@ from torch import nn
 from rowcol_edge.errors import PlanError
 from rowcol_edge.factoring import splits
 from rowcol_edge.factoring.costs import Form, LayerInfo, Split
-from rowcol_edge.factoring.gauge import rotation
+from rowcol_edge.factoring.gauge import levels
 from rowcol_edge.factoring.layers import describe
 from rowcol_edge.factoring.spaces import LayerSpaces
 from rowcol_edge.factoring.splits import Layer
@@ -53,15 +52,13 @@ def project(
     *,
     inputs: LayerSpaces | None = None,
     outputs: LayerSpaces | None = None,
-    alpha: float = 0.5,
-    rotated: int | None = None,
     name: str = "layer",
 ) -> nn.Sequential:
     """The layers that stand in for ``layer``: ``reduce``, (``core``,) ``expand``.
 
     Computed in float64, stored in the layer's own type on its own device, trainable as its weight is. The layer is left
-    as it was. ``alpha`` scales the latent's channels by their standard deviations to the power −alpha, and an
-    orthogonal matrix of the seed ``rotated`` mixes them (see `gauge`): the product of the layers is the same.
+    as it was. The latent's channels are divided by the roots of their standard deviations, which leaves as much
+    unevenness to them as to the weights behind: a start for training and for `settle`, which evens out both.
 
     Args:
         inputs: spaces of what the layer takes, as `input_spaces` gives them; `ROW` and `BOTH` need them, `SPATIAL`
@@ -71,26 +68,24 @@ def project(
     Raises:
         PlanError: a form that the layer cannot take, a rank out of range, spaces that are missing or of another layer.
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise PlanError("alpha", expected="0 to 1", got=str(alpha))
     info = describe(name, layer)
     info.check(split)
     _check_spaces(info, "input", inputs, info.in_features, needed=split.form in (Form.ROW, Form.BOTH))
     _check_spaces(info, "output", outputs, info.out_features, needed=split.form in (Form.COLUMN, Form.BOTH))
     if split.form is Form.COLUMN:
         assert outputs is not None
-        found = _column(layer, split.rank, outputs, alpha)
+        found = _column(layer, split.rank, outputs)
     elif split.form is Form.SPATIAL:
         assert isinstance(layer, nn.Conv2d)
-        found = _spatial(layer, split, inputs, outputs, alpha)
+        found = _spatial(layer, split, inputs, outputs)
     elif split.form is Form.ROW:
         assert inputs is not None
-        found = _row(layer, split.rank, inputs, alpha)
+        found = _row(layer, split.rank, inputs)
     else:
         assert inputs is not None
         assert outputs is not None
-        found = _both(layer, split, inputs, outputs, alpha)
-    return _made(layer, *_levelled(found if rotated is None else _turned(found, rotated)))
+        found = _both(layer, split, inputs, outputs)
+    return _made(layer, *_levelled(found))
 
 
 def spatial_losses(
@@ -112,46 +107,44 @@ def spatial_losses(
 _Found = tuple[Sequence[Layer], Sequence[Array], Array]
 
 
-def _column(layer: Layer, rank: int, outputs: LayerSpaces, alpha: float) -> _Found:
-    basis, dual, scale = _leading(outputs, rank, alpha)
+def _column(layer: Layer, rank: int, outputs: LayerSpaces) -> _Found:
+    basis, dual, scale = _leading(outputs, rank)
     bias = outputs.mean + basis @ (dual.T @ (_bias(layer) - outputs.mean))
     values = (dual.T @ splits.matrix(layer)) / scale[:, None], basis * scale
     return splits.column(layer, rank), values, bias
 
 
-def _row(layer: Layer, rank: int, inputs: LayerSpaces, alpha: float) -> _Found:
-    basis, dual, scale = _leading(inputs, rank, alpha)
-    values = dual.T / scale[:, None], _flat(_taps(layer), basis * scale)
+def _row(layer: Layer, rank: int, inputs: LayerSpaces) -> _Found:
+    basis, dual, scale = _leading(inputs, rank)
+    values = dual.T / scale[:, None], _flat(splits.taps(layer), basis * scale)
     return splits.row(layer, rank), values, _row_bias(layer, inputs, basis, dual)
 
 
-def _both(layer: Layer, split: Split, inputs: LayerSpaces, outputs: LayerSpaces, alpha: float) -> _Found:
+def _both(layer: Layer, split: Split, inputs: LayerSpaces, outputs: LayerSpaces) -> _Found:
     taken = split.taken or 0
-    before, before_dual, before_scale = _leading(inputs, taken, alpha)
-    behind, behind_dual, behind_scale = _leading(outputs, split.rank, alpha)
-    core = (behind_dual.T @ _flat(_taps(layer), before * before_scale)) / behind_scale[:, None]
+    before, before_dual, before_scale = _leading(inputs, taken)
+    behind, behind_dual, behind_scale = _leading(outputs, split.rank)
+    core = (behind_dual.T @ _flat(splits.taps(layer), before * before_scale)) / behind_scale[:, None]
     bias = _row_bias(layer, inputs, before, before_dual)
     bias = outputs.mean + behind @ (behind_dual.T @ (bias - outputs.mean))
     values = before_dual.T / before_scale[:, None], core, behind * behind_scale
     return splits.both(layer, taken, split.rank), values, bias
 
 
-def _spatial(
-    layer: nn.Conv2d, split: Split, inputs: LayerSpaces | None, outputs: LayerSpaces | None, alpha: float
-) -> _Found:
+def _spatial(layer: nn.Conv2d, split: Split, inputs: LayerSpaces | None, outputs: LayerSpaces | None) -> _Found:
     across, rank = split.across_first, split.rank
     matrix, energies, vectors = _spatial_svd(layer, inputs, outputs, across)
     root, inverse = _root(outputs, layer.out_channels)
     # no inverse of the input's: M F½ V Vᵀ F^(−½) is the projection of what the taps of the second layer are given
     height, width = layer.kernel_size[::-1] if across else layer.kernel_size
     leading = vectors[:, :rank].reshape(layer.out_channels, width, rank)
-    scale = _scale(np.square(energies[:rank]), alpha)
+    scale = _scale(np.square(energies[:rank]))
     reduce = matrix @ np.einsum("op,pwr->owr", root, leading).reshape(-1, rank) / scale
     expand = np.einsum("po,pwr->orw", inverse, leading) * scale[:, None]
     bias = _bias(layer)
     if inputs is not None and inputs.mean.any():
         first = reduce.reshape(layer.in_channels, height, rank).sum(1)
-        bias = bias + (_taps(layer).sum(2) - expand.sum(2) @ first.T) @ inputs.mean
+        bias = bias + (splits.taps(layer).sum(2) - expand.sum(2) @ first.T) @ inputs.mean
     values = reduce.T, expand.reshape(layer.out_channels, -1)
     return splits.spatial(layer, rank, across_first=across), values, bias
 
@@ -195,35 +188,10 @@ def _made(layer: Layer, parts: Sequence[Layer], values: Sequence[Array], bias: A
     return nn.Sequential(OrderedDict(zip(names, parts, strict=True))).train(layer.training)
 
 
-def _turned(found: _Found, seed: int) -> _Found:
-    parts, values, bias = found
-    turned = list(values)
-    for place in range(len(turned) - 1):
-        turn = rotation(len(turned[place]), seed)
-        behind = turned[place + 1]
-        turned[place] = turn @ turned[place]
-        turned[place + 1] = _flat(behind.reshape(len(behind), len(turn), -1), turn.T)
-    return parts, turned, bias
-
-
 def _levelled(found: _Found) -> _Found:
-    """Weights of one size in all parts, by powers of two: spaces that are worth next to nothing, or were hardly filled,
-    would leave one part far outside of float16 and the other one vanishing."""
+    """Weights of one size in all parts."""
     parts, values, bias = found
-    sizes = [float(np.abs(each).max()) for each in values]
-    if min(sizes) <= 0.0:
-        return found
-    logs = [math.log2(size) for size in sizes]
-    levels = [round(sum(logs) / len(logs) - log) for log in logs[:-1]]
-    levels.append(-sum(levels))  # together they change nothing
-    return parts, [np.ldexp(each, level) for each, level in zip(values, levels, strict=True)], bias
-
-
-def _taps(layer: Layer) -> Array:
-    """The weight as (out, in, taps)."""
-    matrix = splits.matrix(layer)
-    inputs = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-    return matrix.reshape(len(matrix), inputs, -1)
+    return parts, [np.ldexp(each, level) for each, level in zip(values, levels(values), strict=True)], bias
 
 
 def _flat(taps: Array, mixed: Array) -> Array:
@@ -240,21 +208,21 @@ def _bias(layer: Layer) -> Array:
 
 def _row_bias(layer: Layer, inputs: LayerSpaces, basis: Array, dual: Array) -> Array:
     lost = inputs.mean - basis @ (dual.T @ inputs.mean)
-    return np.asarray(_bias(layer) + _taps(layer).sum(axis=2) @ lost)
+    return np.asarray(_bias(layer) + splits.taps(layer).sum(axis=2) @ lost)
 
 
-def _leading(spaces: LayerSpaces, rank: int, alpha: float) -> tuple[Array, Array, Array]:
+def _leading(spaces: LayerSpaces, rank: int) -> tuple[Array, Array, Array]:
     """Basis, dual and latent scales of the directions that are kept."""
     basis = spaces.basis[:, :rank]
     dual = basis if spaces.dual is None else spaces.dual[:, :rank]
-    return basis, dual, _scale(spaces.eigenvalues[:rank], alpha)
+    return basis, dual, _scale(spaces.eigenvalues[:rank])
 
 
-def _scale(variances: Array, alpha: float) -> Array:
+def _scale(variances: Array) -> Array:
     largest = float(variances[0])
     if largest <= 0.0:
         return np.ones_like(variances)
-    return np.asarray(np.maximum(variances, _FLOOR * largest) ** (alpha / 2.0))
+    return np.asarray(np.maximum(variances, _FLOOR * largest) ** 0.25)
 
 
 def _check_spaces(info: LayerInfo, what: str, spaces: LayerSpaces | None, features: int, *, needed: bool) -> None:

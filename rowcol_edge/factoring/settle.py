@@ -1,8 +1,9 @@
-"""The gauge of a factored layer, chosen by what int8 makes of it on real inputs: `gauge` says what there is to try."""
+"""The gauges of a factored layer, chosen by what int8 makes of it on real inputs: `gauge` says what there is to try."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from torch.nn.modules.conv import _ConvNd
 from rowcol_edge.calling import bind, evaluating, feed
 from rowcol_edge.errors import DataError, PlanError
 from rowcol_edge.factoring import splits
-from rowcol_edge.factoring.gauge import Gauge, parts, turn
+from rowcol_edge.factoring.gauge import Gauge, turn
+from rowcol_edge.factoring.layers import base
 from rowcol_edge.factoring.places import channel_axis
+from rowcol_edge.factoring.splits import Layer
 
 Array = NDArray[np.float64]
 
@@ -27,71 +30,148 @@ GAUGES: tuple[Gauge | None, ...] = (
     None,
     *(Gauge(alpha) for alpha in ALPHAS),
     *(Gauge(alpha, 0) for alpha in ALPHAS),
-    *(Gauge(alpha, 0, 0.5) for alpha in ALPHAS),
+    *(Gauge(0.5, seed) for seed in range(1, 8)),
 )
-"""What `settle` tries; None is the gauge that a pair has."""
+"""What `settle` tries; None is the gauge that the layers have.
+
+Half of the unevenness to either side is the best of all exponents for a latent that is normally distributed and rotated
+(the product of what the latent's channels and the weights behind them amount to is least there), and was nearly always
+chosen on both samples: so more rotations are tried with it, as ranges and weights are even by chance only.
+"""
+SAMPLES = 16
+"""Calibration inputs that are enough to choose by."""
+_POSITIONS = 8192  # pixels or tokens that a layer is judged on, as whole samples
 
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What was tried on one pair, and the best of it: relative squared errors of its int8 output, by gauge."""
+    """The gauges of a factored layer, one between each two of its parts.
 
-    chosen: Gauge | None
-    errors: tuple[tuple[Gauge | None, float], ...]
+    Attributes:
+        chosen: None where they stay as they were.
+        before, error: relative squared error of the int8 output as it was, and in the chosen gauges.
+    """
 
-    @property
-    def error(self) -> float:
-        """That of the chosen gauge."""
-        return min(error for _, error in self.errors)
+    chosen: tuple[Gauge | None, ...]
+    before: float
+    error: float
+
+    def __str__(self) -> str:
+        return "; ".join("as it was" if gauge is None else str(gauge) for gauge in self.chosen)
 
 
 def settle(
-    pair: nn.Sequential,
+    parts: nn.Sequential,
     inputs: torch.Tensor,
     *,
     gauges: Sequence[Gauge | None] = GAUGES,
     metric: Array | None = None,
     weight_bits: int = 8,
-    per_channel: bool = True,
 ) -> tuple[nn.Sequential, Settled]:
-    """The pair in the gauge of least int8 error, the first of equals, and all that were tried.
+    """The parts of a layer in the gauges of least int8 error, the first of equals; of three parts the first gauge is
+    chosen first.
 
-    Simulated as runtimes do it: both weights symmetric, the latent asymmetric with one scale for all of it and the
-    range it has on ``inputs``; sums and biases exact. Deterministic; the pair is left as it was.
+    Simulated as runtimes do it: weights symmetric with a scale for each output channel, a latent asymmetric in 8 bits
+    with one scale for all of it and the range it has on ``inputs``; sums and biases exact. Deterministic; ``parts`` is
+    left as it was.
 
     Args:
-        pair: two layers that multiply, no group, nothing in between (``reduce`` and ``expand``).
-        inputs: samples of what the pair gets, batch first.
+        parts: layers that multiply, no group, nothing in between (``reduce``, ``core``, ``expand``).
+        inputs: samples of what the first gets, batch first.
         metric: (out, out), what errors of the output are weighed with; None: the identity.
         weight_bits: 7 where processors saturate (`QuantSpec.reduce_range`).
-        per_channel: weights have a scale for each output channel rather than one.
 
     Raises:
-        PlanError: no such pair, or no gauge to try; a centred gauge where the second layer pads.
+        PlanError: no such parts, or no gauge to try.
         DataError: inputs that are not finite, or none.
     """
-    first, second = parts(pair)
+    layers = list(_parts(parts))
     if not gauges:
         raise PlanError("gauges", expected="at least one", got="none")
     if not inputs.numel() or not bool(torch.isfinite(inputs).all()):
         raise DataError("inputs of a factored layer", expected="finite samples", got="none, NaN or infinity")
     with torch.no_grad():
-        inputs = inputs.detach().to(first.weight.device).float()
-        exact = _float(pair)
-        wanted, latent = exact(inputs), _rows(exact[0](inputs), first)
-        weights = None if metric is None else torch.from_numpy(metric).to(wanted)
-        axis = channel_axis(second)
-        tried: list[tuple[Gauge | None, float]] = []
-        best, least = pair, np.inf
-        for gauge in gauges:
-            turned = pair if gauge is None else turn(pair, gauge, latent, metric)
-            got = _simulate(_float(turned), inputs, weight_bits, per_channel)
-            error = _square(got - wanted, axis, weights) / max(_square(wanted, axis, weights), 1e-30)
-            tried.append((gauge, error))
-            if error < least:
-                best, least = turned, error
-    chosen = min(tried, key=lambda entry: entry[1])[0]
-    return _copied(best) if best is pair else best, Settled(chosen, tuple(tried))
+        inputs = inputs.detach().to(layers[0].weight.device).float()
+        judge = _Judge(layers, inputs, metric, weight_bits)
+        before = error = judge.error(layers, inputs)
+        exact = arrives = inputs
+        chosen: list[Gauge | None] = []
+        for place in range(len(layers) - 1):
+            first, second, *rest = layers[place:]
+            latent, worth = _rows(_float(first)(exact), first), _worth(layers[place + 1 :], metric)
+            error, found = np.inf, gauges[0]
+            for gauge in gauges:
+                pair = (first, second) if gauge is None else turn(first, second, gauge, latent, worth)
+                tried = judge.error([*pair, *rest], arrives)
+                if tried < error:
+                    error, found, layers[place : place + 2] = tried, gauge, pair
+            chosen.append(found)
+            exact, arrives = _float(layers[place])(exact), in8bits(judge.simulated(layers[place : place + 1], arrives))
+    named = zip((name for name, _ in parts.named_children()), layers, strict=True)
+    made = nn.Sequential(OrderedDict((name, copy.deepcopy(layer)) for name, layer in named))
+    return made.train(parts.training), Settled(tuple(chosen), before, error)
+
+
+class _Judge:
+    """Simulates int8 and weighs its errors."""
+
+    def __init__(self, layers: Sequence[Layer], inputs: torch.Tensor, metric: Array | None, bits: int) -> None:
+        self._bits, self._axis = bits, channel_axis(layers[-1])
+        self._wanted = inputs
+        for layer in layers:
+            self._wanted = _float(layer)(self._wanted)
+        self._metric = None if metric is None else torch.from_numpy(metric).to(self._wanted)
+        self._size = max(self._square(self._wanted), 1e-30)
+
+    def error(self, layers: Sequence[Layer], inputs: torch.Tensor) -> float:
+        """Relative squared error of what the layers, the last ones of all, give."""
+        return self._square(self.simulated(layers, inputs) - self._wanted) / self._size
+
+    def simulated(self, layers: Sequence[Layer], values: torch.Tensor) -> torch.Tensor:
+        """What the layers give, that between them in 8 bits of the range that it has."""
+        for place, layer in enumerate(layers):
+            values = in8bits(values) if place else values
+            values = quantized(layer, self._bits)(values)
+        return values
+
+    def _square(self, values: torch.Tensor) -> float:
+        """Sum of squares, in the metric over the features."""
+        if self._metric is None:
+            return float(values.double().square().sum())
+        rows = values.movedim(self._axis, -1).flatten(0, -2)
+        return float(((rows.T @ rows) * self._metric).double().sum())
+
+
+def quantized(layer: Layer, bits: int) -> Layer:
+    """A copy in float32 whose weights are integers of ``bits`` times a scale for each output channel."""
+    made, values = _float(layer), splits.matrix(layer)
+    scale = np.maximum(np.abs(values).max(1, keepdims=True) / (2 ** (bits - 1) - 1), 1e-30)
+    splits.fill(made, np.round(values / scale) * scale, made.weight)
+    return made
+
+
+def in8bits(values: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+    """Values in uint8 with one scale and zero point, zero exact, for the range that ``like`` has (or they have)."""
+    like = values if like is None else like
+    low, high = min(float(like.min()), 0.0), max(float(like.max()), 0.0)
+    scale = max((high - low) / 255.0, 1e-30)
+    zero = round(-low / scale)
+    return ((values / scale).round().add(zero).clamp(0, 255) - zero) * scale
+
+
+def _worth(layers: Sequence[Layer], metric: Array | None) -> Array | None:
+    """What errors of the first one's output are weighed with, where those of different positions are independent."""
+    for layer in reversed(layers[1:]):
+        taps = splits.taps(layer)
+        weighed = taps if metric is None else np.einsum("op,prt->ort", metric, taps, optimize=True)
+        metric = np.einsum("ort,ost->rs", taps, weighed, optimize=True)
+    return metric
+
+
+def _rows(values: torch.Tensor, layer: Layer) -> Array:
+    """(positions, features) of what a layer gives, float64."""
+    features = values.movedim(channel_axis(layer), -1)
+    return np.asarray(features.reshape(-1, features.shape[-1]).double().cpu().numpy())
 
 
 def settle_model(
@@ -102,35 +182,39 @@ def settle_model(
     gauges: Sequence[Gauge | None] = GAUGES,
     metrics: Mapping[str, Array] | None = None,
     weight_bits: int = 8,
-    per_channel: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[nn.Module, dict[str, Settled]]:
-    """A copy of ``model`` whose pairs ``names`` are settled, each on its own inputs in one pass over ``samples``.
+    """A copy of ``model`` whose factored layers ``names`` are settled, each on its own inputs, in one pass over
+    ``samples``; of more than 8192 positions so many whole samples, spread evenly, and at least one.
 
-    The pairs give what they gave, so that the inputs of one do not depend on the gauges of others. A pair is settled
+    The layers give what they gave, so that the inputs of one do not depend on the gauges of others. A layer is settled
     while its inputs are there: none are kept. Arguments as in `settle`.
 
     Raises:
-        PlanError, DataError: as `settle`; a name that is no pair of the model, or that the samples do not reach.
+        PlanError, DataError: as `settle`; a name that is no such layer, or that the samples do not reach.
     """
     result = copy.deepcopy(model)
-    pairs = {name: _named(result, name) for name in names}
+    layers = {name: _named(result, name) for name in names}
     found: dict[str, tuple[nn.Sequential, Settled]] = {}
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor]) -> None:
             if name not in found:
                 assert isinstance(module, nn.Sequential)
                 metric = None if metrics is None else metrics.get(name)
                 found[name] = settle(
-                    module, args[0], gauges=gauges, metric=metric, weight_bits=weight_bits, per_channel=per_channel
+                    module,
+                    _few(args[0] if args else kwargs["input"], module),
+                    gauges=gauges,
+                    metric=metric,
+                    weight_bits=weight_bits,
                 )
                 if progress is not None:
-                    progress("gauge", len(found), len(pairs))
+                    progress("gauge", len(found), len(layers))
 
         return hook
 
-    handles = [pair.register_forward_pre_hook(watch(name)) for name, pair in pairs.items()]
+    handles = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with evaluating(result), torch.no_grad():
             args, kwargs = bind(result, feed(result, samples))
@@ -138,7 +222,7 @@ def settle_model(
     finally:
         for handle in handles:
             handle.remove()
-    for name in pairs:
+    for name in layers:
         if name not in found:
             raise DataError(f"layer {name!r} was not reached by the samples")
         result.set_submodule(name, found[name][0])
@@ -147,52 +231,38 @@ def settle_model(
 
 def _named(model: nn.Module, name: str) -> nn.Sequential:
     try:
-        pair = model.get_submodule(name)
+        layer = model.get_submodule(name)
     except AttributeError as error:
         raise PlanError(f"no layer {name!r} in the model") from error
-    parts(pair, name)
-    assert isinstance(pair, nn.Sequential)
-    return pair
+    _parts(layer, name)
+    assert isinstance(layer, nn.Sequential)
+    return layer
 
 
-def _float(pair: nn.Sequential) -> nn.Sequential:
-    return _copied(pair).float().eval()
+def _few(inputs: torch.Tensor, parts: nn.Sequential) -> torch.Tensor:
+    positions = inputs[:1].movedim(channel_axis(parts[0]), -1)[..., 0].numel()
+    count = min(len(inputs), max(1, _POSITIONS // max(1, positions)))
+    return inputs[torch.arange(count) * len(inputs) // count]
 
 
-def _copied(pair: nn.Sequential) -> nn.Sequential:
-    """Without the hooks that are attached to the pair."""
-    return nn.Sequential(OrderedDict(copy.deepcopy(list(pair.named_children())))).train(pair.training)
+def _float(layer: Layer) -> Layer:
+    """A copy, without the hooks that are attached to it."""
+    return copy.deepcopy(layer).float().eval()
 
 
-def _rows(values: torch.Tensor, layer: nn.Linear | _ConvNd) -> Array:
-    """(positions, features) of a layer's output, float64."""
-    features = values.movedim(channel_axis(layer), -1)
-    return np.asarray(features.reshape(-1, features.shape[-1]).double().cpu().numpy())
-
-
-def _simulate(pair: nn.Sequential, inputs: torch.Tensor, bits: int, per_channel: bool) -> torch.Tensor:
-    """What the pair gives with weights of ``bits`` and its latent in 8."""
-    first, second = parts(pair)
-    for layer in (first, second):
-        values = torch.from_numpy(splits.matrix(layer))
-        largest = values.abs().amax(1, keepdim=True) if per_channel else values.abs().max()
-        scale = (largest / (2 ** (bits - 1) - 1)).clamp_min(1e-30)
-        splits.fill(layer, ((values / scale).round() * scale).numpy(), layer.weight)
-    result: torch.Tensor = second(_asymmetric(first(inputs)))
-    return result
-
-
-def _asymmetric(values: torch.Tensor) -> torch.Tensor:
-    """uint8 with one scale and zero point, zero exact."""
-    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
-    scale = max((high - low) / 255.0, 1e-30)
-    zero = round(-low / scale)
-    return ((values / scale).round().add(zero).clamp(0, 255) - zero) * scale
-
-
-def _square(values: torch.Tensor, axis: int, metric: torch.Tensor | None) -> float:
-    """Sum of squares, in a metric over the features."""
-    if metric is None:
-        return float(values.double().square().sum())
-    rows = values.movedim(axis, -1)
-    return float(((rows @ metric) * rows).double().sum())
+def _parts(layer: nn.Module, name: str = "") -> tuple[Layer, ...]:
+    """The layers that a factored one is made of, each of which takes what the one before gives; PlanError for anything
+    else."""
+    what = f"layer {name!r}" if name else "a factored layer"
+    found = tuple(layer.children()) if isinstance(layer, nn.Sequential) else ()
+    layers = tuple(each for each in found if isinstance(each, Layer) and base(each) is not None)
+    if len(found) < 2 or len(layers) < len(found):
+        got = type(layer).__name__ + (f" of {', '.join(type(each).__name__ for each in found)}" if found else "")
+        raise PlanError(what, expected="two or three linear layers or convolutions in a row", got=got)
+    for first, second in itertools.pairwise(layers):
+        given = first.out_features if isinstance(first, nn.Linear) else first.out_channels
+        taken = second.in_features if isinstance(second, nn.Linear) else second.in_channels
+        grouped = any(isinstance(each, _ConvNd) and each.groups != 1 for each in (first, second))
+        if given != taken or grouped or channel_axis(first) != channel_axis(second):
+            raise PlanError(what, expected="layers without groups that multiply", got=f"{first}, {second}")
+    return layers

@@ -12,7 +12,6 @@ Only the last layer has a bias, and it always has one. The values are those of `
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -35,6 +34,12 @@ def matrix(layer: Layer) -> NDArray[np.float64]:
     if _inputs_first(layer):
         weight = weight.swapaxes(0, 1)
     return np.asarray(weight.reshape(weight.shape[0], -1))
+
+
+def taps(layer: Layer) -> NDArray[np.float64]:
+    """The weight as (out, in, taps of the kernel), float64; of a layer in one group."""
+    found = matrix(layer)
+    return found.reshape(len(found), _inputs(layer), -1)
 
 
 def fill(layer: Layer, values: NDArray[np.float64], like: torch.Tensor) -> None:
@@ -98,21 +103,6 @@ def spatial(layer: nn.Conv2d, rank: int, *, across_first: bool) -> tuple[nn.Conv
         return cast(nn.Conv2d, made)
 
     return part(layer.in_channels, rank, axis, bias=False), part(rank, layer.out_channels, 1 - axis, bias=True)
-
-
-def constant_fits(layer: Layer) -> bool:
-    """Does a constant input give a constant output, at the border too?
-
-    Where zeros are padded it does not, nor where the taps of a transposed convolution reach some outputs and not
-    others.
-    """
-    if isinstance(layer, nn.Linear):
-        return True
-    if layer.transposed:
-        return math.prod(layer.kernel_size) == math.prod(layer.stride) == 1 and not any(layer.output_padding)
-    if layer.padding_mode != "zeros" or layer.padding == "valid":
-        return True
-    return math.prod(layer.kernel_size) == 1 if layer.padding == "same" else not any(layer.padding)
 
 
 def coverage(layer: Layer, before: Sequence[int], behind: Sequence[int]) -> float:

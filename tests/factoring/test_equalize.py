@@ -73,3 +73,23 @@ def test_a_graph_of_another_model_is_refused() -> None:
     graph = trace(uneven_net(), {"x": torch.randn(1, 1, 16, 16)})
     with pytest.raises(ModelError, match="another model"):
         equalize(nn.Linear(2, 2), graph)
+
+
+def test_parts_in_a_gauge_of_their_own_keep_it() -> None:
+    """Not so the channels between them and the layers around."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(2, 5)), nn.ReLU(),
+        nn.Linear(5, 2),
+    )  # fmt: skip
+    graph = trace(model, {"input": torch.randn(2, 3)})
+    assert Coupling("2.0", "2.1") in graph.couplings
+    free, kept = equalize(model, graph), equalize(model, graph, ["2"])
+    x = torch.randn(5, 3)
+    with torch.no_grad():
+        before, after = model[2][0](model[1](model[0](x))), kept[2][0](kept[1](kept[0](x)))
+        assert torch.allclose(after, before, atol=1e-5)
+        assert not torch.allclose(free[2][0](free[1](free[0](x))), before, atol=1e-3)
+        assert torch.allclose(kept(x), model(x), atol=1e-5)
+    assert not torch.equal(kept[0].weight, model[0].weight)
+    assert not torch.equal(kept[4].weight, model[4].weight)

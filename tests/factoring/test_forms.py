@@ -54,9 +54,9 @@ def models(draw: st.DrawFn) -> tuple[nn.Module, np.ndarray]:
     return nn.Sequential(layer), generator.normal(2, 1, (3, inputs, *size))
 
 
-def _project(model: nn.Module, x: np.ndarray, rank: int, alpha: float = 0.5) -> tuple[nn.Module, LayerSpaces]:
+def _project(model: nn.Module, x: np.ndarray, rank: int) -> tuple[nn.Module, LayerSpaces]:
     spaces = collect(model, [{"input": x}], ["0"])
-    return apply(model, FactorPlan((LayerPlan("0", "project", rank),)), spaces, alpha=alpha), spaces["0"]
+    return apply(model, FactorPlan((LayerPlan("0", "project", rank),)), spaces), spaces["0"]
 
 
 def _outputs(model: nn.Module, x: np.ndarray) -> torch.Tensor:
@@ -70,10 +70,10 @@ def _features(model: nn.Module) -> int:
 
 
 @settings(max_examples=40, deadline=None)
-@given(models(), st.floats(0.0, 1.0))
-def test_full_rank_reproduces_the_layer(case: tuple[nn.Module, np.ndarray], alpha: float) -> None:
+@given(models())
+def test_full_rank_reproduces_the_layer(case: tuple[nn.Module, np.ndarray]) -> None:
     model, x = case
-    factored, _ = _project(model, x, _features(model), alpha)
+    factored, _ = _project(model, x, _features(model))
     fresh = 3 * x[..., ::-1].copy() - 1  # not the calibration data
     before, after = _outputs(model, fresh), _outputs(factored, fresh)
     assert after.shape == before.shape
@@ -81,14 +81,14 @@ def test_full_rank_reproduces_the_layer(case: tuple[nn.Module, np.ndarray], alph
 
 
 @settings(max_examples=40, deadline=None)
-@given(models(), st.floats(0.0, 1.0))
-def test_error_falls_with_the_rank_and_is_the_predicted_one(case: tuple[nn.Module, np.ndarray], alpha: float) -> None:
+@given(models())
+def test_error_falls_with_the_rank_and_is_the_predicted_one(case: tuple[nn.Module, np.ndarray]) -> None:
     model, x = case
     before = _outputs(model, x)
     channels = -1 if isinstance(model[0], nn.Linear) else 1
     errors = []
     for rank in range(1, _features(model) + 1):
-        factored, spaces = _project(model, x, rank, alpha)
+        factored, spaces = _project(model, x, rank)
         errors.append(float(((_outputs(factored, x) - before) ** 2).sum(dim=channels).mean()))
         noise = 1e-12 * (spaces.variance + float(spaces.mean @ spaces.mean))
         assert errors[-1] == pytest.approx(float(spaces.eigenvalues[rank:].sum()), rel=1e-6, abs=noise)
