@@ -22,6 +22,8 @@ import numpy as np
 _WEIGHTED = ("Convolution", "ConvolutionBackpropData", "GroupConvolution", "MatMul")
 _FOLLOW = ("Add", "Clamp", "Multiply", "PRelu", "Relu")
 """Operators that belong to the layer they alone read: its bias, its scale, its activation."""
+_MOVING = ("Gather", "Reshape", "Slice", "Squeeze", "StridedSlice", "Transpose", "Unsqueeze")
+"""Operators that move or choose numbers and change none."""
 _SETTINGS = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
@@ -64,9 +66,13 @@ def _apart(quantized: Any, ends: list[Any], twins: list[Any]) -> Any:
 
 
 def _is_layer(node: Any) -> bool:
-    return node.get_type_name() in _WEIGHTED and any(
-        value.get_node().get_type_name() == "FakeQuantize" for value in node.input_values()
-    )
+    return node.get_type_name() in _WEIGHTED and any(_is_quantized(value.get_node()) for value in node.input_values())
+
+
+def _is_quantized(node: Any) -> bool:
+    while node.get_type_name() in _MOVING:  # nncf sets a quantizer as early as it may
+        node = node.input_value(0).get_node()
+    return bool(node.get_type_name() == "FakeQuantize")
 
 
 def _end(node: Any, floats: dict[str, Any]) -> Any:

@@ -139,6 +139,33 @@ def test_a_factor_of_an_activation_is_no_weight(make: Make, tmp_path: Path, runt
     assert openvino_files.float_layers(made.path) == ()
 
 
+class Pooled(nn.Module):
+    """Attention over tokens whose channels are of unlike size, their mean, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.norm, self.head = nn.Linear(24, 24), nn.LayerNorm(24), nn.Linear(24, 5)
+        self.norm.weight.data = torch.logspace(-0.7, 0.7, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = self.mix(x)
+        attended = nn.functional.scaled_dot_product_attention(mixed, mixed, mixed)
+        pooled: torch.Tensor = self.head(self.norm(attended + mixed).mean(1))
+        return pooled
+
+
+def test_a_layer_behind_pooled_tokens_is_right_in_int8(runtime: RuntimeSpec, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, rng, out = Pooled().eval(), np.random.default_rng(0), tmp_path / "pooled.xml"
+    samples = [{"x": rng.normal(size=(1, 7, 24)).astype(np.float32)} for _ in range(16)]
+    source = write_source(Source.EXPORTED_PROGRAM, model, samples[0], tmp_path)
+    load_backend("openvino").compile(source, runtime, QuantSpec("int8"), lambda: iter(samples), out)
+    with load_runtime("openvino").open(out, RuntimeOptions(1)) as session, torch.no_grad():
+        got = np.concatenate([next(iter(session.run(sample).values())) for sample in samples])
+        wanted = np.concatenate([model(torch.from_numpy(sample["x"])).numpy() for sample in samples])
+    assert np.linalg.norm(got - wanted) < 0.05 * np.linalg.norm(wanted)
+
+
 def test_an_unsupported_operator_is_named_with_its_module(make: Make, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 2), nn.Sequential(nn.ReLU(), Bessel()))
     source = write_source(Source.EXPORTED_PROGRAM, model, {"x": np.zeros((1, 4), np.float32)}, tmp_path)

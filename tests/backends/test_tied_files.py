@@ -140,9 +140,8 @@ def test_layer_errors_know_both_uses(backend: str, source, tmp_path: Path) -> No
     quant = QuantSpec.for_target("int8", TARGET)
     compiler.compile(path, _runtime(backend), quant, calibration, out)
     errors = compiler.layer_errors(path, out, calibration)
-    # a patch embedding, a head, and six uses of three matrices in each of two blocks; openvino's quantizers stand
-    # before the reshape in front of the head and of the projections of attention
-    assert len(errors) == (11 if backend == "openvino" else 14)
+    # a patch embedding, a head, and six uses of three matrices in each of two blocks
+    assert len(errors) == 14
     assert all(0 < layer.error < 0.2 for layer in errors)
 
 
