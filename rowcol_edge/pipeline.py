@@ -475,7 +475,7 @@ class _Line:
             if excess <= 0:
                 break
             try:
-                plan = search.smaller(self.study, plan, excess, arm.precision)
+                plan = search.smaller(self.study, plan, excess, arm.precision, self.job.budgets)
             except BudgetError:
                 break  # _check_size says by how much the smallest file misses the limit
             arm = self._arm("factored", plan, target, runtime, arm.precision)

@@ -7,18 +7,18 @@ bisects it, because a bolder plan is hardly ever better, and says in its trials 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from . import evaluation
-from .budgets import Budget, Budgets
+from . import evaluation, limits
+from .budgets import Budgets
 from .errors import BudgetError
 from .evaluation import Judged
-from .factoring import ranks, remainder
+from .factoring import ranks
 from .factoring.apply import factored
 from .factoring.costs import LayerInfo, Split
 from .factoring.plan import ChannelPlan, FactorPlan, LayerPlan
@@ -133,20 +133,13 @@ def _judged(study: Study, job: Job, plan: FactorPlan, reference: Judged | None, 
     return trial(study, plan, judged.value, lost)
 
 
-def smaller(study: Study, plan: FactorPlan, excess_bytes: float, precision: str) -> FactorPlan:
-    """A plan whose compiled file is smaller by ``excess_bytes``; BudgetError where ranks cannot go that low."""
+def smaller(study: Study, plan: FactorPlan, excess_bytes: float, precision: str, budgets: Budgets) -> FactorPlan:
+    """A plan whose compiled file is smaller by ``excess_bytes`` and that keeps the other limits; BudgetError where
+    there is none."""
     count = study.parameters - plan.saved_parameters - int(1.05 * excess_bytes / BYTES_PER_WEIGHT[precision]) - 1
-    smaller_plan = ranks.plan_by_parameters(
-        study.infos,
-        study.spaces,
-        model_parameters=study.parameters,
-        count=max(1, count),
-        rank_multiple=plan.rank_multiple,
-        model=plan.model,
-        allocator=study.allocator(plan.rank_multiple, 1.0),
-        inputs=study.input_spaces,
-    )
-    return replace(smaller_plan, refit=plan.refit)
+    found = limits.limits(study, budgets, BYTES_PER_WEIGHT[precision])
+    found = (limits.of_parameters(study, max(1, count), "size"), *(each for each in found if each.kind == "macs"))
+    return replace(limits.cheapest(study, found, plan.rank_multiple, plan.model), refit=plan.refit)
 
 
 def check_costs(study: Study, plan: FactorPlan, budgets: Budgets) -> None:
@@ -164,12 +157,21 @@ def check_costs(study: Study, plan: FactorPlan, budgets: Budgets) -> None:
             )
 
 
-def ladder(study: Study, multiple: int, model: str) -> tuple[FactorPlan, ...]:
-    """Distinct plans from careful to bold, each of the least predicted loss at its cost: the mean of its shares of the
-    model's parameters and MACs, as both bytes and time count. The first leaves every layer dense."""
+def ladder(study: Study, multiple: int, model: str, kinds: Collection[str] = ()) -> tuple[FactorPlan, ...]:
+    """Distinct plans from careful to bold, each of the least predicted loss at its cost: its share of the model's
+    parameters where bytes are limited beside the quality (``kinds``: ``params`` or ``size``), of its MACs where those
+    are, else the mean of both shares, as both bytes and time count. The first leaves every layer dense."""
+    bytes_limited, macs_limited = not {"params", "size"}.isdisjoint(kinds), "macs" in kinds
+    share_of_macs = 0.5 if bytes_limited == macs_limited else float(macs_limited)
+
+    def shares(parameters: float, macs: float) -> float:
+        return (1.0 - share_of_macs) * parameters / study.parameters + share_of_macs * macs / max(1, study.macs)
 
     def cost(info: LayerInfo, split: Split | None) -> float:
-        return (ranks.parameters(info, split) / study.parameters + ranks.macs(info, split) / max(1, study.macs)) / 2
+        return shares(ranks.parameters(info, split), ranks.macs(info, split))
+
+    def saved(plan: FactorPlan) -> float:
+        return shares(plan.saved_parameters, plan.saved_macs)
 
     allocator = study.allocator(multiple, BREAK_EVEN)
     plans: list[FactorPlan] = []
@@ -182,7 +184,7 @@ def ladder(study: Study, multiple: int, model: str) -> tuple[FactorPlan, ...]:
             )  # fmt: skip
         except ranks.OverBudgetError:
             break
-        if not plans or plan.saved_parameters > plans[-1].saved_parameters:
+        if not plans or saved(plan) > saved(plans[-1]):
             plans.append(plan)
     return tuple(plans)
 
@@ -192,7 +194,8 @@ def _by_quality(
 ) -> Choice:
     budget = job.budgets.get("drop")
     assert budget is not None  # choose() comes here for no other reason
-    plans = tuple(replace(plan, refit=job.options.refit) for plan in ladder(study, multiple, job.model.name))
+    kinds = [each.kind for each in job.budgets.entries]
+    plans = tuple(replace(plan, refit=job.options.refit) for plan in ladder(study, multiple, job.model.name, kinds))
     trials: dict[int, Trial] = {}
 
     def holds(index: int) -> bool:
@@ -226,27 +229,8 @@ def boldest(holds: Callable[[int], bool], count: int, progress: Callable[[int, i
 
 def _by_cost(study: Study, budgets: Budgets, multiple: int, precision: str, model: str) -> FactorPlan:
     """The most careful plan within the cost limits; without limits, one whose loss hardly shows."""
-    limits = {b: _parameter_limit(study, b, precision) for b in budgets.entries if b.kind in ("params", "size")}
-    macs = budgets.get("macs")
-    if macs is not None:
-        return _by_macs(study, macs, list(limits.values()), multiple, model)
-    if not limits:
-        return _by_loss(study, multiple, model)
-    tightest = min(limits, key=lambda budget: limits[budget])
-    try:
-        return ranks.plan_by_parameters(
-            study.infos,
-            study.spaces,
-            model_parameters=study.parameters,
-            count=limits[tightest],
-            rank_multiple=multiple,
-            model=model,
-            allocator=study.allocator(multiple, 1.0),
-            inputs=study.input_spaces,
-        )
-    except BudgetError as e:
-        hint = "; ".join(filter(None, (e.hint, remainder.told(study))))
-        raise BudgetError(f"budget {tightest.text}", expected=e.expected, got=e.got, hint=hint) from e
+    found = limits.limits(study, budgets, BYTES_PER_WEIGHT[precision])
+    return limits.cheapest(study, found, multiple, model) if found else _by_loss(study, multiple, model)
 
 
 def _by_loss(study: Study, multiple: int, model: str) -> FactorPlan:
@@ -259,29 +243,6 @@ def _by_loss(study: Study, multiple: int, model: str) -> FactorPlan:
     return replace(within[-1], made_by=f"loss<={DEFAULT_LOSS:g}")
 
 
-def _parameter_limit(study: Study, budget: Budget, precision: str) -> int:
-    if budget.kind == "params":
-        return int(budget.absolute(study.parameters))
-    return max(1, int(budget.limit / BYTES_PER_WEIGHT[precision]))
-
-
-def _by_macs(study: Study, budget: Budget, counts: Sequence[int], multiple: int, model: str) -> FactorPlan:
-    """The most careful plan of the ladder within all limits."""
-    plans = ladder(study, multiple, model)
-    trials = [trial(study, plan, None, None) for plan in plans]
-    limit = budget.absolute(study.macs)
-    for plan, tried in zip(plans, trials, strict=True):
-        if tried.macs <= limit and all(tried.parameters <= count for count in counts):
-            return plan
-    raise BudgetError(
-        f"budget {budget.text}",
-        expected=f"at most {limit:,.0f} macs",
-        got=f"{trials[-1].macs:,} macs, {trials[-1].parameters:,} parameters with the boldest plan",
-        hint=remainder.told(study),
-    )
-
-
 def trial(study: Study, plan: FactorPlan, value: float | None, drop: float | None) -> Trial:
     """What a plan costs, with the quality it was seen to have."""
-    saved_macs = sum(layer.macs_before - layer.macs_after for layer in plan.layers)
-    return Trial(plan.made_by, study.parameters - plan.saved_parameters, study.macs - saved_macs, value, drop)
+    return Trial(plan.made_by, study.parameters - plan.saved_parameters, study.macs - plan.saved_macs, value, drop)

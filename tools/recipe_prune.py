@@ -155,7 +155,7 @@ def factored(known: Study, limit: int, multiple: int) -> tuple[nn.Module, int, i
     plan = ranks.plan_by_parameters(
         known.infos, known.spaces, model_parameters=known.parameters, count=limit, rank_multiple=multiple
     )
-    macs = known.macs - sum(layer.macs_before - layer.macs_after for layer in plan.layers)
+    macs = known.macs - plan.saved_macs
     return apply(known.folded, plan, known.spaces), known.parameters - plan.saved_parameters, macs
 
 

@@ -119,6 +119,11 @@ class FactorPlan:
         return layers + sum(each.parameters for each in self.channels)
 
     @property
+    def saved_macs(self) -> int:
+        """Multiply-accumulates of one sample that applying the plan takes away."""
+        return sum(layer.macs_before - layer.macs_after for layer in self.layers)
+
+    @property
     def digest(self) -> str:
         """sha256 of what the plan decides: name, split and ranks of layers that become several, widths of channels.
         Derived numbers, order, comments and dense layers have no part in it, so plans that do the same have the same

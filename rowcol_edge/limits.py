@@ -1,0 +1,122 @@
+"""Limits on what a whole model may cost, and the plan of least predicted loss within all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .budgets import Budgets
+from .errors import BudgetError
+from .factoring import ranks, remainder
+from .factoring.costs import LayerInfo, Split
+from .factoring.options import Cost
+from .factoring.plan import FactorPlan
+from .factoring.study import Study
+
+_HALVINGS, _ATTEMPTS = 6, 10
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """``text`` is the budget in the user's words, ``kind`` what it counts (parameters or macs), ``cost`` that of a
+    layer, ``dense`` that of the original and ``most`` what is allowed."""
+
+    text: str
+    kind: str
+    cost: Cost
+    dense: float
+    most: float
+
+
+def limits(study: Study, budgets: Budgets, bytes_per_weight: float) -> tuple[Limit, ...]:
+    """One limit on parameters (the tighter of ``params`` and ``size``) and one on MACs, as far as there are any."""
+    counts = []
+    for budget in budgets.entries:
+        if budget.kind == "params":
+            counts.append((float(int(budget.absolute(study.parameters))), budget.text))
+        elif budget.kind == "size":
+            counts.append((float(max(1, int(budget.limit / bytes_per_weight))), budget.text))
+    found = [of_parameters(study, *min(counts))] if counts else []
+    macs = budgets.get("macs")
+    if macs is not None:
+        found.append(Limit(macs.text, "macs", ranks.macs, study.macs, macs.absolute(study.macs)))
+    return tuple(found)
+
+
+def of_parameters(study: Study, most: float, text: str) -> Limit:
+    return Limit(text, "parameters", ranks.parameters, study.parameters, most)
+
+
+def cheapest(study: Study, found: Sequence[Limit], multiple: int, model: str) -> FactorPlan:
+    """The plan of least predicted loss within these limits, one or two.
+
+    With two, each cost counts as a share of its limit, and the mixture of both is sought at which neither is exceeded:
+    the Lagrangian of two constraints, of whose multipliers only the ratio is left to choose (H. Everett, Generalized
+    Lagrange multiplier method, 1963). Ranks are whole, so the mixture may be missed by a step: its limit is then
+    tightened by what the plan exceeds.
+
+    Raises:
+        BudgetError: which limit cannot be met, and by how much.
+    """
+
+    def plan(shares: Sequence[float], limit: float = 1.0) -> FactorPlan:
+        def cost(info: LayerInfo, split: Split | None) -> float:
+            return sum(share * each.cost(info, split) / each.most for share, each in zip(shares, found, strict=True))
+
+        total = sum(share * each.dense / each.most for share, each in zip(shares, found, strict=True))
+        return ranks.plan_by_cost(
+            study.infos, study.spaces, cost, total=total, limit=limit, rank_multiple=multiple,
+            made_by=", ".join(f"{each.kind}<={each.most:.0f}" for each in found), model=model,
+            allocator=study.allocator(multiple, 1.0), inputs=study.input_spaces,
+        )  # fmt: skip
+
+    def used(made: FactorPlan) -> list[float]:
+        saved = {"parameters": made.saved_parameters, "macs": made.saved_macs}
+        return [(each.dense - saved[each.kind]) / each.most for each in found]
+
+    for index, each in enumerate(found):
+        try:
+            alone = plan([float(place == index) for place in range(len(found))])
+        except ranks.OverBudgetError as e:
+            raise _missed(study, each, e.least * each.most, multiple) from e
+        if max(used(alone)) <= 1.0:
+            return alone
+    return _mixed(plan, used, study, found)
+
+
+def _mixed(
+    plan: Callable[..., FactorPlan], used: Callable[[FactorPlan], list[float]], study: Study, found: Sequence[Limit]
+) -> FactorPlan:
+    low, high = 0.0, 1.0  # shares of the first cost: with the low one it is too large, with the high one the other is
+    limit, least = 1.0, 0.0
+    for attempt in range(_ATTEMPTS):
+        share = (low + high) / 2
+        try:
+            made = plan((share, 1.0 - share), limit)
+        except ranks.OverBudgetError as e:
+            least = e.least
+            break
+        first, second = used(made)
+        least = max(first, second)
+        if least <= 1.0:
+            return made
+        low, high = (share, high) if first > second else (low, share)
+        if attempt >= _HALVINGS:
+            limit /= least
+    raise BudgetError(
+        f"budgets {' and '.join(each.text for each in found)}",
+        expected=" and ".join(f"at most {each.most:,.0f} {each.kind}" for each in found),
+        got=f"{least:.3f} times that with the smallest plan, though each can be met without the other",
+        hint=remainder.told(study),
+    )
+
+
+def _missed(study: Study, limit: Limit, least: float, multiple: int) -> BudgetError:
+    kind, gap = limit.kind, round(least) - int(limit.most)
+    smaller = "or a smaller rank multiple" if multiple > 1 else ""
+    return BudgetError(
+        f"budget {limit.text}",
+        expected=f"at most {limit.most:,.0f} {kind}",
+        got=f"{least:,.0f} {kind} at the smallest ranks, {gap:,} too many",
+        hint="; ".join(filter(None, (f"allow at least {least:,.0f}", smaller, remainder.told(study)))),
+    )

@@ -1,0 +1,99 @@
+"""Plans within limits on parameters and MACs at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rowcol_edge import limits, search
+from rowcol_edge.budgets import Budgets
+from rowcol_edge.datasets import Split, scan
+from rowcol_edge.errors import BudgetError
+from rowcol_edge.factoring.plan import FactorPlan
+from rowcol_edge.factoring.study import Study, study
+
+
+class Uneven(nn.Module):
+    """MACs lie in the convolutions, parameters in the linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(1, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)
+        self.wide, self.head = nn.Linear(24 * 4, 192), nn.Linear(192, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.body(torch.relu(self.stem(x))))
+        x = nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+        logits: torch.Tensor = self.head(torch.relu(self.wide(x)))
+        return logits
+
+
+@pytest.fixture(scope="module")
+def known() -> Study:
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).normal(size=(96, 1, 16, 16)).astype(np.float32)
+    data = scan(Split("calibration", "random", lambda: iter([({"x": x}, None)])))
+    return study(Uneven().eval(), data, classify=True)
+
+
+def planned(known: Study, budget: str) -> FactorPlan:
+    return limits.cheapest(known, limits.limits(known, Budgets.parse(budget), 4.0), 1, "")
+
+
+def shares(known: Study, plan: FactorPlan) -> tuple[float, float]:
+    return 1 - plan.saved_parameters / known.parameters, 1 - plan.saved_macs / known.macs
+
+
+@pytest.mark.parametrize("parameters", [0.2, 0.4, 0.7])
+@pytest.mark.parametrize("macs", [0.2, 0.4, 0.7])
+def test_both_limits_hold_at_little_more_than_the_loss_of_the_tighter_one(
+    known: Study, parameters: float, macs: float
+) -> None:
+    plan = planned(known, f"params<={parameters}x,macs<={macs}x")
+    used = shares(known, plan)
+    assert used[0] <= parameters
+    assert used[1] <= macs
+    alone = [planned(known, text).loss or 0.0 for text in (f"params<={parameters}x", f"macs<={macs}x")]
+    assert max(alone) * (1 - 1e-9) <= (plan.loss or 0.0) <= sum(alone) * (1 + 1e-9)
+
+
+def test_neither_limit_alone_would_keep_the_other(known: Study) -> None:
+    assert shares(known, planned(known, "params<=0.2x"))[1] > 0.2
+    assert shares(known, planned(known, "macs<=0.2x"))[0] > 0.2
+
+
+def test_the_tighter_of_parameters_and_bytes_counts(known: Study) -> None:
+    small = known.parameters * 4 * 0.3 / 1e6
+    for text in (f"params<=0.5x,size<={small:.6f}MB", f"params<=0.3x,size<={2 * small:.6f}MB"):
+        assert shares(known, planned(known, text))[0] <= 0.3
+
+
+@pytest.mark.parametrize("kind", ["params", "macs"])
+def test_a_limit_that_cannot_be_met_is_named_with_the_gap(known: Study, kind: str) -> None:
+    other = "macs" if kind == "params" else "params"
+    with pytest.raises(BudgetError, match=rf"budget {kind}<=0.001x: expected at most .* too many"):
+        planned(known, f"{other}<=0.9x,{kind}<=0.001x")
+
+
+def test_a_file_that_is_too_large_is_made_smaller_within_the_other_limit(known: Study) -> None:
+    budgets = Budgets.parse("size<=1MB,macs<=0.5x")
+    plan = replace(planned(known, "size<=1MB,macs<=0.5x"), refit=True)
+    less = search.smaller(known, plan, 4.0 * 1000, "fp32", budgets)
+    assert less.saved_parameters >= plan.saved_parameters + 1000
+    assert shares(known, less)[1] <= 0.5
+    assert less.refit
+
+
+def test_plans_that_are_tried_for_quality_go_along_what_is_limited_beside_it(known: Study) -> None:
+    """At the same share of the limited cost, the ladder for it loses no more than that for the mean of both."""
+    both = search.ladder(known, 1, "")
+    for kind, place in (("params", 0), ("size", 0), ("macs", 1)):
+        along = search.ladder(known, 1, "", [kind])
+        for plan in both[1::6]:
+            share = shares(known, plan)[place]
+            losses = [each.loss or 0.0 for each in along if shares(known, each)[place] >= share]
+            assert losses[-1] <= (plan.loss or 0.0) * 1.001
