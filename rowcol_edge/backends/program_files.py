@@ -6,6 +6,7 @@ The build's own temporary files, written and read by itself; what users hand ove
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -42,7 +43,10 @@ def write(captured: torch.export.ExportedProgram, inputs: Sequence[str], outputs
     tensors = [placeholders[name] for name in captured.graph_signature.user_inputs if isinstance(name, str)]
     ports = [asdict(_port(name, tensor)) for name, tensor in zip(inputs, tensors, strict=True)]
     names = json.dumps({"inputs": ports, "outputs": list(outputs)})
-    torch.export.save(captured, out, extra_files={_NAMES: names})
+    with warnings.catch_warnings():
+        # of weights that do not lie in memory row by row; those on the CPU are saved as they are
+        warnings.filterwarnings("ignore", "No complete tensor found in the group")
+        torch.export.save(captured, out, extra_files={_NAMES: names})
 
 
 def signature(path: Path) -> Signature:

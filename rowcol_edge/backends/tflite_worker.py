@@ -65,6 +65,7 @@ def convert(job: dict[str, Any]) -> dict[str, str] | None:
     from . import tflite_files, tflite_ties
 
     program = torch.export.load(job["program"])
+    _make_contiguous(program)
     example = tuple(torch.zeros(port["shape"], dtype=getattr(torch, port["dtype"])) for port in job["ports"])
     try:
         converted = litert_torch.convert(_flat(program), example)
@@ -81,6 +82,19 @@ def convert(job: dict[str, Any]) -> dict[str, str] | None:
     partial.write_bytes(tflite_files.packed(model))
     partial.replace(made)
     return None
+
+
+def _make_contiguous(program: Any) -> None:
+    """Lay all weights and constants out row by row, in place: what values stay.
+
+    litert-torch 0.10.0 copies those of another layout to temporary memory, which the next one of that size gets too,
+    and knows a constant by its address: it takes that one for the one before (`litert_torch.backend.inline_consts`).
+    """
+    import torch
+
+    for held in (*program.state_dict.values(), *program.constants.values()):
+        if isinstance(held, torch.Tensor):
+            held.data = held.data.contiguous()
 
 
 def _flat(program: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import zipfile
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from rowcol_edge.backends.tflite_worker import _outside
 from rowcol_edge.device.preprocess import Preprocess
 from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
 from rowcol_edge.errors import ConfigError, StageError, UnsupportedOpError
+from rowcol_edge.factoring.tied_kernels import TiedKernels
 from rowcol_edge.targets import RuntimeSpec
 
 from .conftest import write_source
@@ -254,6 +256,49 @@ def test_layer_errors_are_of_the_scales_that_the_file_has(
     monkeypatch.setattr(native, "run", watched)
     assert len(backend.layer_errors(program, out, batches)) == len(tflite_files.int8_layers(tflite_files.read(out)))
     assert [job["linear_per_channel"] for job in asked] == [per_channel]
+
+
+class Turned(nn.Module):
+    """Layers of one size whose weights do not lie in memory row by row: parameters, buffers and plain constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList([nn.Parameter(torch.randn(32, 32).t()) for _ in range(4)])
+        self.register_buffer("held", torch.randn(32, 32).t())
+        self.constant = torch.randn(32, 32).t()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for weight in (*self.parts, self.held, self.constant):
+            x = torch.tanh(nn.functional.linear(x, weight))
+        return x
+
+
+def convolutions_channels_last() -> nn.Module:
+    layers = [part for _ in range(6) for part in (nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+def tied_kernels() -> nn.Module:
+    tied = [TiedKernels(torch.randn(16, 16, 3, 3) / 12, nn.ReLU()) for _ in range(4)]
+    return nn.Sequential(*tied).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [(Turned, (1, 32)), (convolutions_channels_last, (1, 16, 8, 8)), (tied_kernels, (1, 16, 8, 8))],
+)
+def test_weights_in_any_memory_layout_stay_with_their_layers(
+    make: Make, tmp_path: Path, network: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    model = network().eval()
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    [name] = inspect.signature(model.forward).parameters
+    out = make(write_source(Source.EXPORTED_PROGRAM, model, {name: x}, tmp_path), "fp32").path
+    with load_runtime("tflite").open(out, RuntimeOptions(1)) as session, torch.no_grad():
+        [got] = session.run({name: x}).values()
+        wanted = model(torch.from_numpy(x)).numpy()
+    assert np.linalg.norm(got - wanted) < 1e-5 * np.linalg.norm(wanted)
 
 
 class Table:
