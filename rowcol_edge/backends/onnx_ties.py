@@ -1,7 +1,8 @@
 """Tied weights in ONNX files: stored once, in float and in int8.
 
 A constant that is another one's transpose becomes a Transpose of that one, which onnxruntime calculates once while it
-loads the file: the file holds the matrix once, the session may hold it for each use, as it would without a tie.
+loads the file: the file holds the weight once, the session may hold it for each use, as it would without a tie. Of a
+kernel the Transpose exchanges outputs and inputs.
 
 In int8 both uses can share the numbers only if one scale holds for rows and columns, or a scale a row is moved into
 the activation that the transposed use reads. On the FFNs of the Fashion-MNIST ViT, tied in closed form, a scale a
@@ -14,7 +15,6 @@ it is read with.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +73,7 @@ def merge(model: onnx.ModelProto) -> None:
             same[copy.name] = turned[kept.name]
         else:
             turned[kept.name] = copy.name
-            axes = _axes(copy.dims)
+            axes = (1, 0, *range(2, len(copy.dims)))
             nodes.append(helper.make_node("Transpose", [kept.name], [copy.name], name=f"{copy.name}/tied", perm=axes))
     gone = {*same, *turned.values()}
     if not gone:
@@ -105,15 +105,14 @@ def separate(model: onnx.ModelProto) -> None:
 
 
 def _copies(graph: onnx.GraphProto) -> Iterator[tuple[onnx.TensorProto, onnx.TensorProto]]:
-    """A constant and another that holds the same matrix, each of the latter once."""
+    """A constant and another that holds the same, be it transposed, each of the latter once."""
     ports = {value.name for value in (*graph.input, *graph.output)}
     seen: dict[tuple[int, bytes], onnx.TensorProto] = {}
     for tensor in graph.initializer:
-        axes = _axes(tensor.dims)
-        if axes is None or tensor.name in ports or tensor.ByteSize() < _LEAST_BYTES:
+        if len(tensor.dims) < 2 or tensor.name in ports or tensor.ByteSize() < _LEAST_BYTES:
             continue
         array = _array(tensor)
-        keys = [(tensor.data_type, _form(turned)) for turned in (array, array.transpose(axes))]
+        keys = [(tensor.data_type, _form(either)) for either in (array, ties.turned(array))]
         kept = next((seen[key] for key in keys if key in seen), None)
         if kept is None:
             seen[keys[0]] = tensor
@@ -126,20 +125,13 @@ def _form(array: npt.NDArray[Any]) -> bytes:
     return hashlib.sha256(str(array.shape).encode() + np.ascontiguousarray(array).tobytes()).digest()
 
 
-def _axes(dims: Any) -> tuple[int, ...] | None:
-    """The axes of a matrix, or of a 1×1 kernel, turned over; None for what is neither."""
-    if len(dims) < 2 or math.prod(dims[2:]) != 1:
-        return None
-    return (1, 0, *range(2, len(dims)))
-
-
 def _array(tensor: onnx.TensorProto) -> npt.NDArray[Any]:
     return numpy_helper.to_array(tensor)
 
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
-    """A layer's constant; ``upright`` says that it is stored as outputs × inputs."""
+    """A layer's constant; ``upright`` says that it is stored as outputs × inputs (× kernel)."""
 
     layer: str
     name: str
@@ -147,10 +139,11 @@ class _Weight:
 
 
 def find(model: onnx.ModelProto) -> tuple[ties.Tie, ...]:
-    """The ties among the weights of linear layers and 1×1 convolutions; uses go by the constants' names."""
+    """The ties among the weights of linear layers and convolutions; uses go by the constants' names."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    weights = {weight.name: weight for weight in _weights(model, constants)}
-    return ties.find({name: _matrix(_array(constants[name]), weight) for name, weight in weights.items()})
+    weights = {weight.name: weight.upright for weight in _weights(model, constants)}
+    arrays = {name: ties.compact(_array(constants[name])) for name in weights}
+    return ties.find({name: array if weights[name] else ties.turned(array) for name, array in arrays.items()})
 
 
 def part(model: onnx.ModelProto) -> None:
@@ -169,7 +162,7 @@ def part(model: onnx.ModelProto) -> None:
 
 
 def share_scales(model: onnx.ModelProto, found: tuple[ties.Tie, ...], names: Mapping[str, str]) -> None:
-    """Give, in place, the int8 constants of each tie the same numbers: those of the one matrix, with one scale.
+    """Give, in place, the int8 constants of each tie the same numbers: those of the one weight, with one scale.
 
     Args:
         model: quantized, its weights int8 behind a DequantizeLinear.
@@ -188,10 +181,10 @@ def share_scales(model: onnx.ModelProto, found: tuple[ties.Tie, ...], names: Map
         if single and not all(use.plain for use in tie.uses):
             continue  # a scale a tensor has no room for the factors
         limit = max(int(np.abs(_array(constants[name]).astype(np.int16)).max()) for name in stored)
-        matrix, scale = tie.quantized(limit)
+        numbers, scale = tie.quantized(limit)
         for use, name in zip(tie.uses, stored, strict=True):
-            turned = matrix.T if use.transposed != (not upright[name]) else matrix
-            _put(constants[name], turned.reshape(constants[name].dims))
+            own = ties.turned(numbers) if use.transposed == upright[name] else numbers
+            _put(constants[name], own.reshape(constants[name].dims))
             node = readers[name]
             _rescale(graph, constants, node, scale * use.factors)
 
@@ -221,18 +214,13 @@ def _weights(model: onnx.ModelProto, constants: Mapping[str, onnx.TensorProto]) 
     behind = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     for node in model.graph.node:
         name = behind.get(node.input[1], node.input[1]) if len(node.input) > 1 else ""
-        if name not in constants or _axes(constants[name].dims) is None:
+        if name not in constants:
             continue
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         if node.op_type == "Conv" and attributes.get("group", 1) == 1:
             yield _Weight(node.name, name, upright=True)
         elif node.op_type in ("Gemm", "MatMul") and len(constants[name].dims) == 2:
             yield _Weight(node.name, name, upright=bool(attributes.get("transB")))
-
-
-def _matrix(array: npt.NDArray[Any], weight: _Weight) -> npt.NDArray[Any]:
-    flat = array.reshape(array.shape[:2])
-    return flat if weight.upright else flat.T
 
 
 def _put(tensor: onnx.TensorProto, values: npt.NDArray[Any]) -> None:

@@ -1,7 +1,7 @@
-"""Tied weights in OpenVINO models: one constant for all uses of a matrix, in float and in int8.
+"""Tied weights in OpenVINO models: one constant for all uses of a weight, in float and in int8.
 
 Its transposed uses read it through a Transpose, which openvino calculates once while it compiles the model: the IR
-holds the matrix once, the compiled model may hold it for each use, as it would without a tie. Scales that the
+holds the weight once, the compiled model may hold it for each use, as it would without a tie. Scales that the
 conversion has multiplied into its rows (batch norms) stand behind the layer, where the compiler fuses them again; at
 int8 they are among the scales that a weight is read with. See `onnx_ties` for why it has one scale a tensor.
 """
@@ -25,7 +25,7 @@ _LEAST_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
-    """A layer's constant; ``scale`` is the Multiply that reads an int8 one, ``upright`` is outputs × inputs."""
+    """A layer's constant; ``scale`` is the Multiply that reads an int8 one, ``upright`` is outputs × inputs (× …)."""
 
     layer: Any
     constant: Any
@@ -36,16 +36,15 @@ class _Weight:
     def name(self) -> str:
         return str(self.layer.get_friendly_name())
 
-    def matrix(self) -> npt.NDArray[Any]:
-        data = self.constant.get_data()
-        flat: npt.NDArray[Any] = data.reshape(data.shape[:2])
-        return flat if self.upright else flat.T
+    def array(self) -> npt.NDArray[Any]:
+        data: npt.NDArray[Any] = ties.compact(self.constant.get_data())
+        return data if self.upright else ties.turned(data)
 
 
 def find(model: Any) -> tuple[ties.Tie, ...]:
-    """The ties among the float weights of linear layers and 1×1 convolutions; uses go by the layers' names."""
+    """The ties among the float weights of linear layers and convolutions; uses go by the layers' names."""
     weights = {weight.name: weight for weight in _weights(model) if weight.scale is None}
-    return ties.find({name: weight.matrix() for name, weight in weights.items()})
+    return ties.find({name: weight.array() for name, weight in weights.items()})
 
 
 def share(model: Any, found: tuple[ties.Tie, ...]) -> None:
@@ -81,9 +80,9 @@ def without_spaces(path: Path) -> None:
 
 
 def _share_float(tie: ties.Tie, uses: list[tuple[ties.Use, _Weight]]) -> None:
-    matrix = ops.constant(tie.matrix.astype(np.float32))
+    shared = ops.constant(tie.weight.astype(np.float32))
     for use, weight in uses:
-        _read(use, weight, matrix)
+        _read(use, weight, shared)
         if not use.plain:
             out = weight.layer.output(0)
             readers = out.get_target_inputs()
@@ -97,7 +96,7 @@ def _share_float(tie: ties.Tie, uses: list[tuple[ties.Use, _Weight]]) -> None:
 def _share_int8(tie: ties.Tie, uses: list[tuple[ties.Use, _Weight]]) -> None:
     limit = max(int(np.abs(weight.constant.get_data().astype(np.int16)).max()) for _, weight in uses)
     numbers, scale = tie.quantized(limit)
-    matrix = ops.constant(numbers)
+    shared = ops.constant(numbers)
     for use, weight in uses:
         before = weight.scale.input_value(1)
         factors = (scale * use.factors).astype(np.float32)
@@ -106,19 +105,20 @@ def _share_int8(tie: ties.Tie, uses: list[tuple[ties.Use, _Weight]]) -> None:
         after = ops.constant(factors.reshape(shape))
         after.set_friendly_name(before.get_node().get_friendly_name())
         weight.scale.input(1).replace_source_output(after.output(0))
-        _read(use, weight, matrix)
+        _read(use, weight, shared)
 
 
-def _read(use: ties.Use, weight: _Weight, matrix: Any) -> None:
-    """Let the layer read the matrix, which is outputs × inputs of the uses that are not transposed.
+def _read(use: ties.Use, weight: _Weight, shared: Any) -> None:
+    """Let the layer read the constant, which is outputs × inputs (× kernel) of the uses that are not transposed.
 
-    The Transpose has a third axis because openvino would take one of two into the MatMul as ``transpose_b``, and its
-    CPU then packs a square weight for both uses in the one way that it met first (2026.4: wrong outputs).
+    The Transpose has a third axis, that of the taps, for a matrix too: openvino would take one of two into the MatMul
+    as ``transpose_b``, and its CPU then packs a square weight for both uses in the one way that it met first (2026.4:
+    wrong outputs).
     """
-    source, name = matrix, weight.constant.get_friendly_name()
+    source, name = shared, weight.constant.get_friendly_name()
     shape = list(weight.constant.get_output_shape(0))
     if use.transposed == weight.upright:
-        deep = ops.reshape(source, _whole(*source.get_output_shape(0), 1), special_zero=False)
+        deep = ops.reshape(source, _whole(*list(source.get_output_shape(0))[:2], -1), special_zero=False)
         source = ops.transpose(deep, _whole(1, 0, 2), name=f"{name}/tied")
     if list(source.get_output_shape(0)) != shape:
         source = ops.reshape(source, _whole(*shape), special_zero=False, name=f"{name}/turned")
@@ -140,8 +140,8 @@ def _weights(model: Any) -> Iterator[_Weight]:
             scale, node = node, node.input_value(0).get_node().input_value(0).get_node()
         if node.get_type_name() != "Constant" or len(node.output(0).get_target_inputs()) != 1:
             continue
-        shape = list(node.get_output_shape(0))
-        if len(shape) < 2 or any(size != 1 for size in shape[2:]) or node.get_byte_size() < _LEAST_BYTES:
+        rank = len(node.get_output_shape(0))
+        if (kind == "MatMul" and rank != 2) or node.get_byte_size() < _LEAST_BYTES:
             continue
         upright = kind == "Convolution" or bool(layer.get_attributes()["transpose_b"])
         yield _Weight(layer, node, scale, upright)

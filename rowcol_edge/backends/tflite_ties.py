@@ -2,7 +2,8 @@
 
 FULLY_CONNECTED and CONV_2D read a weight as outputs × inputs and cannot read it transposed; BATCH_MATMUL reads the same
 numbers as inputs × outputs. So a transposed use becomes a BATCH_MATMUL on the buffer of the others, and its bias an
-ADD. A scale that the converter has multiplied into the rows (batch norms) becomes a MUL.
+ADD. A scale that the converter has multiplied into the rows (batch norms) becomes a MUL. No operator reads a larger
+kernel with inputs and outputs exchanged: such a use keeps a buffer of its own.
 
 This is done to the float file, which every precision is made from: a quantizer then sees the operators that will run.
 """
@@ -45,9 +46,9 @@ def share(model: Any) -> int:
         uses = [use for use in tie.uses if use.plain or np.abs(use.factors).min() > _LEAST_FACTOR]
         if len(uses) < 2 or all(use.transposed for use in uses):
             continue
-        buffer = _buffer(model, tie.matrix)
+        buffer = _buffer(model, tie.weight)
         for use in uses:
-            _rewrite(model, graph, layers[use.name], use, tie.matrix.shape, buffer)
+            _rewrite(model, graph, layers[use.name], use, tie.weight.shape, buffer)
         spared += len(uses) - 1
     _empty_unused(model)
     return spared
