@@ -24,7 +24,7 @@ from pathlib import Path
 import onnx
 from onnxruntime.quantization import QDQQuantizer, QuantType
 
-from . import qdq
+from . import onnx_ties, qdq
 from .base import Batch, QuantSpec
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -73,9 +73,13 @@ def quantize(source: Path, quant: QuantSpec, feeds: Iterator[Batch]) -> onnx.Mod
 def prepare(source: Path) -> onnx.ModelProto:
     """The float model that is quantized, with its shapes and its layers named after their modules.
 
-    Nothing is fused: TensorRT does that itself, and a Gemm would bring reshapes around it.
+    Nothing is fused: TensorRT does that itself, and a Gemm would bring reshapes around it. Each use of a tied weight
+    has a constant of its own, with a scale for each of its output channels.
     """
-    return qdq.prepare(source, fuse=False)
+    model = qdq.prepare(source, fuse=False)
+    onnx_ties.separate(model)
+    onnx_ties.part(model)
+    return model
 
 
 def _residuals(graph: onnx.GraphProto) -> list[str]:

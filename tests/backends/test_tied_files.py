@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from torch import nn
 from rowcol_edge import evaluation, targets
 from rowcol_edge.backends import BACKENDS, load_backend
 from rowcol_edge.backends.base import QuantSpec, Source
+from rowcol_edge.backends.tensorrt_qdq import WEIGHTED
 from rowcol_edge.device.runtimes import RuntimeOptions
 from rowcol_edge.export import capture
 from rowcol_edge.export.simplify import simplify
@@ -171,6 +174,26 @@ def test_layer_errors_know_both_uses(backend: str, source, tmp_path: Path) -> No
     # a patch embedding, a head, and six uses of three matrices in each of two blocks
     assert len(errors) == 14
     assert all(0 < layer.error < 0.2 for layer in errors)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_tensorrt_has_int8_scales_for_the_outputs_of_each_use(name: str, source, tmp_path: Path) -> None:
+    compiler, runtime = load_backend("tensorrt"), replace(RUNTIME, name="tensorrt")
+
+    def calibration() -> Iterator[dict[str, np.ndarray]]:
+        yield from ({"x": picture[None]} for picture in pictures(name, 8, 1))
+
+    out = tmp_path / "made.onnx"
+    compiler.compile(source(Source.ONNX, name), runtime, QuantSpec("int8"), calibration, out)
+    graph = onnx.load(out).graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
+    layers = [node for node in graph.node if node.op_type in WEIGHTED and node.input[1] in makers]
+    assert len(layers) == {"transformer": 14, "stage": 13, "features": 3, "kernels": 6}[name]
+    for layer in layers:
+        weight, scales = (constants[port] for port in makers[layer.input[1]].input[:2])
+        upright = layer.op_type == "Conv" or any(given.name == "transB" and given.i for given in layer.attribute)
+        assert list(scales.dims) == [weight.dims[0 if upright else 1]]
 
 
 def test_only_what_is_used_both_ways_is_tied() -> None:
