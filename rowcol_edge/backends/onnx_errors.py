@@ -55,6 +55,15 @@ def layer_errors(
     return worst_first(LayerError(name, float(value)) for name, value in zip(names, error, strict=True))
 
 
+def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """Tensor → the nodes that take it."""
+    found: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            found.setdefault(name, []).append(node)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Copy:
     """A quantized layer beside its float twin, as tensors: what the operator itself gives, and the end of the layer,
@@ -78,10 +87,8 @@ class Beside:
         self._floats = {node.name: node for node in original.graph.node}
         self._constants = {tensor.name: tensor for tensor in quantized.graph.initializer}
         self._maker = {name: node for node in quantized.graph.node for name in node.output}
-        self._readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in quantized.graph.node:
-            for name in node.input:
-                self._readers.setdefault(name, []).append(node)
+        self._names = {node.name for node in quantized.graph.node}
+        self._readers, self._float_readers = (_readers(model.graph) for model in (quantized, original))
         self._copied: set[str] = set()
         layers = [node for node in quantized.graph.node if self._is_layer(node)]
         self.layers = tuple(self._layer(node, index) for index, node in enumerate(layers))
@@ -140,7 +147,18 @@ class Beside:
             copy = self._behind(copy, last, index)
         for node in self._pair(last.output[0]):
             copy = self._behind(copy, node, index)
-        return Copy(layer.name, raw, self._floats[layer.name].output[0], copy, self._floats[last.name].output[0])
+        return Copy(layer.name, raw, self._floats[layer.name].output[0], copy, self._end_twin(last))
+
+    def _end_twin(self, last: onnx.NodeProto) -> str:
+        """The float model's tensor at the end of a layer: also behind activations that only it has, since a quantizer
+        whose range ends where they clip takes their place."""
+        twin = self._floats[last.name]
+        while len(readers := self._float_readers.get(twin.output[0], [])) == 1 and self._is_replaced(readers[0]):
+            twin = readers[0]
+        return str(twin.output[0])
+
+    def _is_replaced(self, node: onnx.NodeProto) -> bool:
+        return node.op_type in _ACTIVATIONS and node.name not in self._names
 
     def _pair(self, name: str) -> tuple[onnx.NodeProto, ...]:
         """The QuantizeLinear and DequantizeLinear right behind a tensor; nothing if there are none."""

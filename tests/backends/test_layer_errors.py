@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
+from torch import nn
 
 from rowcol_edge.backends import load_backend
 from rowcol_edge.backends.base import LayerError, QuantSpec, Source, worst_first
@@ -60,6 +62,37 @@ def test_the_layers_at_an_outlier_are_named_and_float_there_recovers_the_outputs
     assert found[0].error > 0.3  # what the reader gets is lost
     assert error((found[0].name,)) < 0.2 * plain
     assert error((found[-1].name,)) > 0.5 * plain
+
+
+class Clipping(nn.Module):
+    """Activations whose work the quantizer behind them does: most of what the layers give is below zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU6(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Flatten(),
+            nn.Linear(4096, 8),
+        )  # fmt: skip
+        for layer in (self.layers[0], self.layers[2]):
+            layer.bias.data -= 0.3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.layers(x)
+        return result
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_what_an_activation_clips_is_no_error_of_its_layer(
+    name: str, tmp_path: Path, runtime: RuntimeSpec, batches: Batches
+) -> None:
+    torch.manual_seed(0)
+    backend, example = load_backend(name), {"x": np.zeros((1, 1, 16, 16), np.float32)}
+    source = write_source(backend.consumes, Clipping().eval(), example, tmp_path)
+    out = tmp_path / f"a{backend.suffix}"
+    backend.compile(source, runtime, QuantSpec("int8"), batches, out)
+    found = backend.layer_errors(source, out, batches)
+    assert len(found) == 3
+    assert all(0.0 < layer.error < 0.05 for layer in found)
 
 
 def test_an_onnx_layer_has_the_name_of_its_module(
