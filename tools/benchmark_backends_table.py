@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markdown import table
 from rowcol_edge.device import stats
 from rowcol_edge.device.verdicts import WIDE_SPREAD
 
@@ -28,7 +29,7 @@ def long_table(result: Mapping[str, Any]) -> str:
             f"{session['runtime']} {session['runtime_version']}, {session['threads']} threads{_settings(session)}, "
             f"evidence **{session['evidence']}**; {model['source']}. Null arm: {ratio(session['null'])}."
         )
-        parts.append(_table(_HEADS, [_row(cell) for cell in session["cells"]]))
+        parts.append(table(_HEADS, [_row(cell) for cell in session["cells"]]))
         parts += [
             f"- *{cell['name']}* is {cell['beats_ours']}: {cell['remark']}"
             for cell in session["cells"]
@@ -73,7 +74,7 @@ def short_table(result: Mapping[str, Any]) -> str:
         if any("†" in row[4] for row in rows)
         else []
     )
-    return "\n\n".join([_table(heads, rows), *dagger, *(details if notes else []), f"{_foot(result)} {every}"])
+    return "\n\n".join([table(heads, rows), *dagger, *(details if notes else []), f"{_foot(result)} {every}"])
 
 
 def ratio(found: Mapping[str, Any] | None) -> str:
@@ -163,9 +164,3 @@ def _foot(result: Mapping[str, Any]) -> str:
             f"time {second['seconds']:.0f} s, {again[0]:.0f} to {again[-1]:.0f} s a command."
         )
     return text
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [" | ".join(heads), "|".join("---" if i == 0 else "--:" for i in range(len(heads)))]
-    lines += [" | ".join(row) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)

