@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markdown import table
+from markdown_table import table
 from rowcol_edge.device import stats
 from rowcol_edge.device.verdicts import WIDE_SPREAD
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmark_gauge_table import alone, means
-from markdown import table
+from markdown_table import table
 
 
 def ties(found: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import readme_int8_tables as int8
 from benchmark_backends_table import short_table
-from markdown import table
+from markdown_table import table
 from rowcol_edge import targets
 
 ROOT = Path(__file__).resolve().parent.parent
