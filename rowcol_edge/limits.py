@@ -28,7 +28,7 @@ class Limit:
     most: float
 
 
-def limits(study: Study, budgets: Budgets, bytes_per_weight: float) -> tuple[Limit, ...]:
+def of_budgets(study: Study, budgets: Budgets, bytes_per_weight: float) -> tuple[Limit, ...]:
     """One limit on parameters (the tighter of ``params`` and ``size``) and one on MACs, as far as there are any."""
     counts = []
     for budget in budgets.entries:
@@ -78,7 +78,8 @@ def cheapest(study: Study, found: Sequence[Limit], multiple: int, model: str) ->
         try:
             alone = plan([float(place == index) for place in range(len(found))])
         except ranks.OverBudgetError as e:
-            raise _missed(study, each, e.least * each.most, multiple) from e
+            what, least, why = f"budget {each.text}", e.least * each.most, remainder.told(study)
+            raise ranks.missed(what, each.kind, each.most, least, multiple, why) from e
         if max(used(alone)) <= 1.0:
             return alone
     return _mixed(plan, used, study, found)
@@ -106,17 +107,6 @@ def _mixed(
     raise BudgetError(
         f"budgets {' and '.join(each.text for each in found)}",
         expected=" and ".join(f"at most {each.most:,.0f} {each.kind}" for each in found),
-        got=f"{least:.3f} times that with the smallest plan, though each can be met without the other",
+        got=f"{least:.3f} times one of them in the plan that comes nearest; each can be met without the other",
         hint=remainder.told(study),
-    )
-
-
-def _missed(study: Study, limit: Limit, least: float, multiple: int) -> BudgetError:
-    kind, gap = limit.kind, round(least) - int(limit.most)
-    smaller = "or a smaller rank multiple" if multiple > 1 else ""
-    return BudgetError(
-        f"budget {limit.text}",
-        expected=f"at most {limit.most:,.0f} {kind}",
-        got=f"{least:,.0f} {kind} at the smallest ranks, {gap:,} too many",
-        hint="; ".join(filter(None, (f"allow at least {least:,.0f}", smaller, remainder.told(study)))),
     )

@@ -137,7 +137,7 @@ def smaller(study: Study, plan: FactorPlan, excess_bytes: float, precision: str,
     """A plan whose compiled file is smaller by ``excess_bytes`` and that keeps the other limits; BudgetError where
     there is none."""
     count = study.parameters - plan.saved_parameters - int(1.05 * excess_bytes / BYTES_PER_WEIGHT[precision]) - 1
-    found = limits.limits(study, budgets, BYTES_PER_WEIGHT[precision])
+    found = limits.of_budgets(study, budgets, BYTES_PER_WEIGHT[precision])
     found = (limits.of_parameters(study, max(1, count), "size"), *(each for each in found if each.kind == "macs"))
     return replace(limits.cheapest(study, found, plan.rank_multiple, plan.model), refit=plan.refit)
 
@@ -229,7 +229,7 @@ def boldest(holds: Callable[[int], bool], count: int, progress: Callable[[int, i
 
 def _by_cost(study: Study, budgets: Budgets, multiple: int, precision: str, model: str) -> FactorPlan:
     """The most careful plan within the cost limits; without limits, one whose loss hardly shows."""
-    found = limits.limits(study, budgets, BYTES_PER_WEIGHT[precision])
+    found = limits.of_budgets(study, budgets, BYTES_PER_WEIGHT[precision])
     return limits.cheapest(study, found, multiple, model) if found else _by_loss(study, multiple, model)
 
 

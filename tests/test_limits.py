@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from rowcol_edge import limits, search
 from rowcol_edge.budgets import Budgets
 from rowcol_edge.datasets import Split, scan
 from rowcol_edge.errors import BudgetError
+from rowcol_edge.factoring.options import Cost
 from rowcol_edge.factoring.plan import FactorPlan
 from rowcol_edge.factoring.study import Study, study
 
@@ -41,7 +43,7 @@ def known() -> Study:
 
 
 def planned(known: Study, budget: str) -> FactorPlan:
-    return limits.cheapest(known, limits.limits(known, Budgets.parse(budget), 4.0), 1, "")
+    return limits.cheapest(known, limits.of_budgets(known, Budgets.parse(budget), 4.0), 1, "")
 
 
 def shares(known: Study, plan: FactorPlan) -> tuple[float, float]:
@@ -77,6 +79,21 @@ def test_a_limit_that_cannot_be_met_is_named_with_the_gap(known: Study, kind: st
     other = "macs" if kind == "params" else "params"
     with pytest.raises(BudgetError, match=rf"budget {kind}<=0.001x: expected at most .* too many"):
         planned(known, f"{other}<=0.9x,{kind}<=0.001x")
+
+
+def test_limits_that_hold_only_one_by_one_are_both_named(known: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans whose savings miss one limit or the other whatever the mixture."""
+    honest = limits.ranks.plan_by_cost
+
+    def one_sided(infos: object, spaces: object, cost: Cost, **options: Any) -> FactorPlan:
+        first = known.infos["wide"]  # weighs parameters, hardly any MACs
+        plan = honest(infos, spaces, cost, **options)
+        heavy = cost(first, None) > cost(known.infos["body"], None)
+        return replace(plan, layers=tuple(one for one in plan.layers if (one.name in ("wide", "head")) == heavy))
+
+    monkeypatch.setattr(limits.ranks, "plan_by_cost", one_sided)
+    with pytest.raises(BudgetError, match=r"budgets params<=0\.3x and macs<=0\.3x.* times one of them"):
+        planned(known, "params<=0.3x,macs<=0.3x")
 
 
 def test_a_file_that_is_too_large_is_made_smaller_within_the_other_limit(known: Study) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markdown_table import table
+from markdown_table import ratio, table
 from rowcol_edge.device import stats
 from rowcol_edge.device.verdicts import WIDE_SPREAD
 
@@ -75,13 +75,6 @@ def short_table(result: Mapping[str, Any]) -> str:
         else []
     )
     return "\n\n".join([table(heads, rows), *dagger, *(details if notes else []), f"{_foot(result)} {every}"])
-
-
-def ratio(found: Mapping[str, Any] | None) -> str:
-    if found is None or found["ratio"] is None:
-        return "–"
-    text = f"{found['ratio']:.2f} [{found['ci_low']:.2f}, {found['ci_high']:.2f}]"
-    return text if found["verdict"] in ("faster", "slower") else f"{text}, {found['verdict']}"
 
 
 _HEADS = [

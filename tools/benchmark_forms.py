@@ -27,6 +27,7 @@ import numpy as np
 
 from benchmark_machine import machine, settle
 from int8_files import RUNTIMES, TARGET, compiled, logits, scores
+from markdown_table import interval
 from rowcol_edge import arms, config, evaluation, job, search, targets
 from rowcol_edge.backends import load_backend
 from rowcol_edge.device import schedule, stats, system
@@ -203,7 +204,7 @@ def table(name: str, found: dict[str, Any]) -> str:
             continue
         for form, row in rows.items():
             file, ratio = row["files"][session["runtime"]], session["ratios"].get(form)
-            beside = f"{ratio['ratio']:.2f} [{ratio['ci_low']:.2f}, {ratio['ci_high']:.2f}]" if ratio else "1"
+            beside = interval(ratio) if ratio else "1"
             time, size = session["median_ns"][form] / 1e6, file["size_bytes"] / 1e6
             lines.append(f"    {form:20} {time:8.2f} ms  {beside:22} {size:7.2f} MB  KL {file['kl']:.5f}")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmark_gauge_table import alone, means
-from markdown_table import table
+from markdown_table import interval, table
 
 
 def ties(found: dict[str, Any]) -> str:
@@ -23,7 +23,7 @@ def ties(found: dict[str, Any]) -> str:
                 f"{tied['size_bytes'] / 1e6:.1f} MB",
                 f"{tied['size_ratio']:.3f}",
                 f"{untied['size_bytes'] / 1e6:.1f} MB",
-                _ratio(row["latency_ratio"]),
+                interval(row["latency_ratio"]),
                 f"{tied['peak_bytes'] / 2**20:.0f}, {untied['peak_bytes'] / 2**20:.0f} MiB",
                 f"{tied['error']:.1e}, {untied['error']:.1e}",
             ]
@@ -55,7 +55,7 @@ def forms(found: dict[str, Any]) -> str:
                     cells.append("crashed")
                     continue
                 ratio, file = timed[place]["ratios"].get(row["forms"]), row["files"][place[0]]
-                time = _ratio(ratio) if ratio else f"{timed[place]['median_ns'][row['forms']] / 1e6:.2f} ms"
+                time = interval(ratio) if ratio else f"{timed[place]['median_ns'][row['forms']] / 1e6:.2f} ms"
                 cells.append(f"{time}; {file['kl']:.2g}")
             costs = f"{row['parameters'] / 1e6:.2f} M, {row['macs'] / 1e6:.0f} M"
             rows.append([f"`{name}`, {row['forms']}", costs, f"{row['fp32_kl']:.2g}", *cells])
@@ -95,10 +95,6 @@ def gauges(found: dict[str, Any]) -> str:
         f"the plans; KL in thousandths of a nat. {of}."
     )
     return "\n\n".join([table(heads, rows), foot])
-
-
-def _ratio(found: dict[str, Any]) -> str:
-    return f"{found['ratio']:.2f} [{found['ci_low']:.2f}, {found['ci_high']:.2f}]"
 
 
 def _machine(found: dict[str, Any]) -> str:

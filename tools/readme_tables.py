@@ -16,7 +16,7 @@ from typing import Any
 
 import readme_int8_tables as int8
 from benchmark_backends_table import short_table
-from markdown_table import table
+from markdown_table import ratio, table
 from rowcol_edge import targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,8 +62,8 @@ def elpv() -> str:
                 f"{test['value'] * 100:.2f} %",
                 _drop(test),
                 f"{latency['median_ns'] / 1e6:.2f} ms",
-                _ratio(comparisons.get((name, f"dense@{arm['precision']}"))),
-                _ratio(comparisons.get((name, "dense@fp32"))),
+                ratio(comparisons.get((name, f"dense@{arm['precision']}"))),
+                ratio(comparisons.get((name, "dense@fp32"))),
                 f"{(cold['import_ns'] + cold['load_ns'] + cold['first_ns']) / 1e6:.0f} ms",
                 f"{memory['peak_bytes'] / 2**20:.0f} MiB" if memory else "–",
             ]
@@ -80,7 +80,7 @@ def elpv() -> str:
     foot = (
         f"Evidence: **{profile['evidence']}** – {machine['cpu_model']}, {machine['cores_usable']} cores, "
         f"{profile['threads']} threads, ONNX Runtime {profile['runtime_version']}, batch 1. A ratio below 1 is faster. "
-        f"Null arm (the same file twice): {_ratio(profile['null'])}. Command: `{result['command']}`."
+        f"Null arm (the same file twice): {ratio(profile['null'])}. Command: `{result['command']}`."
     )
     said = " ".join(f"The profiler says: {warning}." for warning in profile["warnings"])
     return "\n\n".join(part for part in (head, table(heads, rows), foot, said) if part)
@@ -401,13 +401,6 @@ def _result(name: str) -> dict[str, Any]:
 def _drop(test: dict[str, Any]) -> str:
     interval = f"[{test['ci_low_pp']:+.2f}, {test['ci_high_pp']:+.2f}]"
     return f"{test['drop_pp']:+.2f} pp {interval}; {test['flips']} of {test['n']}"
-
-
-def _ratio(comparison: dict[str, Any] | None) -> str:
-    if comparison is None or comparison["ratio"] is None:
-        return "–"
-    interval = f"{comparison['ratio']:.2f} [{comparison['ci_low']:.2f}, {comparison['ci_high']:.2f}]"
-    return interval if comparison["verdict"] in ("faster", "slower") else f"{interval}, {comparison['verdict']}"
 
 
 if __name__ == "__main__":

@@ -51,9 +51,8 @@ def main(job_file: str) -> int:
 
 
 def _keep_axes(model: Any) -> None:
-    """Let reductions keep the axes that they reduce and a Squeeze take them away: openvino fuses what follows a
-    reduction into it, and reads a scale or a quantizer per channel wrongly where the channels' place has moved (2026.4:
-    outputs of an int8 transformer with pooled tokens were a tenth to a half too small or too large)."""
+    """Let reductions keep the axes that they reduce and a Squeeze take them away: openvino fuses a scale and a
+    quantizer behind a reduction into it, and calculates them wrongly where the reduced axes are gone (2026.4)."""
     from openvino import opset13 as ops
 
     for node in model.get_ordered_ops():

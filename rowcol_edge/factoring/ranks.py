@@ -87,13 +87,20 @@ def plan_by_parameters(
             break_even=break_even, made_by=f"parameters<={budget}", model=model, allocator=allocator, inputs=inputs,
         )  # fmt: skip
     except OverBudgetError as e:
-        least = round(e.least)
-        raise BudgetError(
-            "the parameter budget cannot be met by factoring",
-            expected=f"at most {budget:,} parameters",
-            got=f"{least:,} at the smallest ranks, {least - budget:,} too many",
-            hint=f"allow at least {least:,}" + (", or a smaller rank multiple" if rank_multiple > 1 else ""),
-        ) from e
+        what = "the parameter budget cannot be met by factoring"
+        raise missed(what, "parameters", budget, e.least, rank_multiple) from e
+
+
+def missed(what: str, kind: str, most: float, least: float, rank_multiple: int, why: str = "") -> BudgetError:
+    """The error of a budget that allows ``most``, where the smallest ranks cost ``least``, of ``kind``."""
+    limit, reached = int(most), round(least)
+    hint = f"allow at least {reached:,}" + (", or a smaller rank multiple" if rank_multiple > 1 else "")
+    return BudgetError(
+        what,
+        expected=f"at most {limit:,} {kind}",
+        got=f"{reached:,} at the smallest ranks, {reached - limit:,} too many",
+        hint="; ".join(filter(None, (hint, why))),
+    )
 
 
 def parameters(info: LayerInfo, split: Split | None) -> float:
