@@ -18,6 +18,7 @@ from rowcol_edge.factoring.layers import held, skip_reasons
 from rowcol_edge.factoring.narrow import Narrowing, narrow, narrowing
 from rowcol_edge.factoring.opening import leave_fused_paths
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan, nearest
+from rowcol_edge.factoring.products import product
 from rowcol_edge.factoring.projections import project
 from rowcol_edge.factoring.refit import refit
 from rowcol_edge.factoring.spaces import LayerSpaces, Progress, directions
@@ -163,10 +164,10 @@ def _through(spaces: LayerSpaces, kept: Sequence[_Kept] | None) -> LayerSpaces:
     take = _whole(kept, len(spaces.mean))
     covariance = spaces.covariance
     dual = spaces.basis if spaces.dual is None else spaces.dual
-    left = take @ covariance @ take.T
+    left = product(take, covariance, take.T)
     ridge = _RIDGE * max(float(np.trace(left)) / len(left), 1e-300) * np.eye(len(left))
-    back = covariance @ take.T @ np.linalg.inv(left + ridge)
-    values, basis, dual = directions(left, back.T @ (dual @ dual.T) @ back)
+    back = product(covariance, take.T, np.linalg.inv(left + ridge))
+    values, basis, dual = directions(left, product(back.T, product(dual, dual.T), back))
     return replace(spaces, eigenvalues=values, basis=basis, dual=dual, mean=take @ spaces.mean, losses=None)
 
 

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from rowcol_edge.factoring import pivots
 from rowcol_edge.factoring.channels import ChannelSet
 from rowcol_edge.factoring.places import Moments, Place
+from rowcol_edge.factoring.products import product
 from rowcol_edge.factoring.spaces import blended, directions
 
 Array = NDArray[np.float64]
@@ -78,11 +79,18 @@ class ChannelSpaces:
             matrix = part @ _layout(width).T * (len(self.stream) / width) ** 0.5
             kept = part @ (dual.transpose(0, 2, 1) @ (read.mean - read.origin)[:, :, None])
             return matrix, read.mean - kept[:, :, 0]
-        take = self.take(width)
         part = read.basis[:, :, :width].astype(np.float64)
-        matrix = part @ np.linalg.inv(take @ part)
-        kept = (matrix @ (take @ read.mean[:, :, None]))[:, :, 0]
-        return matrix, read.mean - kept
+        if self.order is None:
+            take = self.take(width)
+            matrix, mean = product(part, np.linalg.inv(product(take, part))), product(take, read.mean[:, :, None])
+        else:  # rows, of which `pivots.innovations` makes a triangle
+            lower, mean = (
+                np.take_along_axis(each, self.order[:, :width, None], 1) for each in (part, read.mean[:, :, None])
+            )
+            matrix = torch.linalg.solve_triangular(
+                torch.from_numpy(lower), torch.from_numpy(part), upper=False, left=False
+            ).numpy()
+        return matrix, read.mean - product(matrix, mean)[:, :, 0]
 
 
 def _layout(width: int) -> Array:
@@ -157,20 +165,19 @@ def _stream(
     weights = [float(np.trace(metric)) / max(float(np.trace(second)), 1e-300) for _, second, metric, *_ in parts]
     guesses = (
         sum(weight * second for weight, (_, second, *_) in zip(weights, parts, strict=True)),
-        sum((product := metric @ second) + product.T for _, second, metric, *_ in parts),
+        sum((both := product(metric, second)) + both.T for _, second, metric, *_ in parts),
     )
 
     def axes(guess: Array | int) -> Array:
-        values, vectors = np.linalg.eigh(centre @ guess @ centre)
+        values, vectors = np.linalg.eigh(product(centre, np.asarray(guess), centre))
         flat = np.abs(vectors.sum(0)).argmax()  # the mean is an axis of its own
         order = [i for i in np.argsort(-values, kind="stable") if i != flat]
         return np.asarray(vectors[:, [*order, flat]])
 
     def lost(frame: Array) -> float:
         rest = frame[:, size // 2 :]
-        return sum(
-            float(((rest.T @ metric @ rest) * (rest.T @ second @ rest)).sum()) for _, second, metric, *_ in parts
-        )
+        seen = [(product(rest.T, second, rest), product(rest.T, metric, rest)) for _, second, metric, *_ in parts]
+        return sum(float((second * metric).sum()) for second, metric in seen)
 
     frame = min(map(axes, guesses), key=lost)
     reads = tuple(_seen(frame, mean, scale, shift) for mean, _, _, scale, shift in parts)
@@ -224,7 +231,7 @@ def _prior(model: nn.Module, channels: ChannelSet, place: int) -> Array:
         if key.bias is not None:
             weight = np.concatenate([weight, _array(key.bias)[:, None]], axis=1)
         parts = weight[slot.index[:, :, 0]]
-        return np.asarray(parts @ parts.transpose(0, 2, 1))
+        return product(parts, parts.transpose(0, 2, 1))
     slot = channels.uses[place]
     layer = model.get_submodule(slot.name)
     weight = _array(layer.weight)
@@ -232,7 +239,7 @@ def _prior(model: nn.Module, channels: ChannelSet, place: int) -> Array:
         weight = weight.swapaxes(0, 1)
     columns = weight.swapaxes(0, 1)[slot.index]  # (groups, size, taps, out, kernel …)
     parts = columns.reshape(channels.groups, channels.size, -1)
-    return np.asarray(parts @ parts.transpose(0, 2, 1))
+    return product(parts, parts.transpose(0, 2, 1))
 
 
 def _array(values: object) -> Array:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from rowcol_edge.factoring.places import Place, single, spread
-from rowcol_edge.factoring.sums import square
+from rowcol_edge.factoring.products import product
+from rowcol_edge.factoring.sums import add_products, symmetric
 
 Array = NDArray[np.float64]
 
@@ -38,8 +39,10 @@ class Gradients:
         positions = gradients.shape[1]
         if positions > _POSITIONS:
             gradients = gradients.index_select(1, spread(positions, _POSITIONS).to(gradients.device))
-        found = square(gradients.flatten(0, 1)).double().mul_(max(1.0, positions / _POSITIONS))
-        self._total = found if self._total is None else self._total.add_(found)
+        if self._total is None:
+            size = gradients.shape[3]
+            self._total = gradients.new_zeros(gradients.shape[2], size, size)
+        add_products(self._total, gradients.flatten(0, 1), max(1.0, positions / _POSITIONS))
 
     def flush(self, samples: int) -> None:
         self.samples += samples
@@ -48,7 +51,7 @@ class Gradients:
         """(groups, size, size)"""
         if self._total is None:
             return np.zeros((1, 1, 1))
-        return np.asarray(self._total.cpu().numpy() / max(1, self.samples))
+        return np.asarray(symmetric(self._total).double().cpu().numpy() / max(1, self.samples))
 
 
 class Metrics:
@@ -85,7 +88,7 @@ class Metrics:
         found = self.watched[source].mean()
         matrix = None if place.given or not source.given else self._matrices[place.name].cpu().numpy()
         if matrix is not None and found.shape[1] == len(matrix):
-            found = (matrix.T @ found[0] @ matrix)[None]
+            found = product(matrix.T, found[0], matrix)[None]
         if place.channels is None or source is place:
             return found
         taps = place.channels.transpose(2, 0, 1)

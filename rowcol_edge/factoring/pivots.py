@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rowcol_edge.factoring.products import product
+
 Array = NDArray[np.float64]
 
 _AT_ONCE = 32  # channels a round: the whole residual is brought up to date once for them
@@ -35,11 +37,10 @@ def order(moments: Sequence[Array], metrics: Sequence[Array]) -> NDArray[np.int6
     Time: ``O(n³)`` for each reader, nearly all of it in matrix products; memory ``24 · n²`` bytes a reader.
     """
     count = len(moments[0])
+    floors = [_FLOOR * max(float(each.diagonal().max()), 1e-300) for each in moments]
     readers = [
-        _Reader(
-            np.array(each, dtype=np.float64), metric, metric @ each, _FLOOR * max(float(each.diagonal().max()), 1e-300)
-        )
-        for each, metric in zip(moments, metrics, strict=True)
+        _Reader(np.array(each, dtype=np.float64), metric, product(metric, each), floor)
+        for each, metric, floor in zip(moments, metrics, floors, strict=True)
     ]
     places = np.arange(count)  # of what is left
     left = np.ones(count, dtype=bool)
@@ -88,7 +89,7 @@ class _Reader:
             if column[channel] > self.floor:
                 factor[:, place] = column / np.sqrt(column[channel])
         _subtract(self.residual, factor, factor)
-        _subtract(self.weighed, self.metric @ factor, factor)
+        _subtract(self.weighed, product(self.metric, factor), factor)
 
     def only(self, left: NDArray[np.bool_]) -> _Reader:
         inside = np.ix_(left, left)
@@ -105,7 +106,7 @@ def _among(candidates: NDArray[np.int64], readers: Sequence[_Reader], count: int
     inside = np.ix_(candidates, candidates)
     variances = [each.residual[inside] for each in readers]
     # Rᵀ F R: taking a channel in takes its part off on both sides
-    products = [each.residual[:, candidates].T @ each.weighed[:, candidates] for each in readers]
+    products = [product(each.residual[candidates], each.weighed[:, candidates]) for each in readers]
     open_ = np.ones(len(candidates), dtype=bool)
     taken: list[int] = []
     for _ in range(count):
@@ -117,11 +118,11 @@ def _among(candidates: NDArray[np.int64], readers: Sequence[_Reader], count: int
             break
         open_[best] = False
         taken.append(int(candidates[best]))
-        for each, variance, product in zip(readers, variances, products, strict=True):
+        for each, variance, seen in zip(readers, variances, products, strict=True):
             if variance[best, best] > each.floor:
                 share = variance[best] / variance[best, best]
-                cross = np.outer(product[:, best] - 0.5 * product[best, best] * share, share)
-                product -= cross + cross.T
+                cross = np.outer(seen[:, best] - 0.5 * seen[best, best] * share, share)
+                seen -= cross + cross.T
                 variance -= np.outer(variance[:, best].copy(), share)
     return taken
 
@@ -139,7 +140,7 @@ def innovations(moments: Array, ordered: NDArray[np.int64], shrinkage: float) ->
     """
     ridge = shrinkage * max(float(np.trace(moments)) / len(moments), 1e-300)
     inside = moments[np.ix_(ordered, ordered)] + ridge * np.eye(len(moments))
-    lower = np.linalg.cholesky(inside)
+    lower = torch.linalg.cholesky(torch.from_numpy(inside)).numpy()
     lower = lower / lower.diagonal()
     basis, dual = np.empty_like(lower), np.empty_like(lower)
     basis[ordered] = lower

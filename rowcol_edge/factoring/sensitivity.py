@@ -31,6 +31,7 @@ from rowcol_edge.factoring.channel_spaces import ChannelSpaces
 from rowcol_edge.factoring.channels import ChannelSet
 from rowcol_edge.factoring.metrics import Gradients, Metrics
 from rowcol_edge.factoring.places import Moments, Place, pointwise
+from rowcol_edge.factoring.products import product
 from rowcol_edge.factoring.spaces import LayerSpaces, Progress, directions
 
 Array = NDArray[np.float64]
@@ -235,7 +236,7 @@ class Frame:
     def __init__(self, losses: Losses, mean: Array, basis: Directions, dual: Directions, matrix: Array | None) -> None:
         self._losses = losses
         self.behind = matrix is not None and len(matrix) < basis.shape[1]
-        basis = matrix @ basis if matrix is not None and self.behind else basis
+        basis = product(matrix.astype(basis.dtype), basis) if matrix is not None and self.behind else basis
         self._mean, self._basis, self._dual = (torch.from_numpy(each).float() for each in (mean, basis, dual))
 
     def see(self, values: torch.Tensor) -> torch.Tensor:

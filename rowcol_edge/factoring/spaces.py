@@ -17,6 +17,7 @@ from rowcol_edge.calling import bind, evaluating, feed
 from rowcol_edge.errors import DataError, ModelError
 from rowcol_edge.factoring.layers import SUPPORTED, base
 from rowcol_edge.factoring.places import Moments, Place, channel_axis, derived, rows, sources
+from rowcol_edge.factoring.products import product
 from rowcol_edge.factoring.sums import Part, Sums
 
 Progress = Callable[[str, int, int], None]
@@ -55,7 +56,7 @@ class LayerSpaces:
     @property
     def covariance(self) -> Array:
         """(out, out) cov(y)."""
-        return np.asarray((self.basis * self.eigenvalues) @ self.basis.T)
+        return product(self.basis * self.eigenvalues, self.basis.T)
 
     @property
     def moments(self) -> Moments:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _CHUNK_VALUES = 1 << 21  # values at a time: 16 MB
+_BLOCK = 256  # features that are multiplied with all before them at once: nearly half of the products are the others'
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,12 +47,13 @@ class Sums:
         flat = rows.flatten(0, 1)
         groups, size = flat.shape[1:]
         shift = flat.mean(0, dtype=torch.float64) if self.shift is None else self.shift
-        first, *others = torch.split(flat, max(1, _CHUNK_VALUES // (groups * size)))
-        total, gram = _sums(first, shift)
-        for chunk in others:
-            more, products = _sums(chunk, shift)
-            total += more
-            gram += products
+        total, gram = shift.new_zeros(groups, size), shift.new_zeros(groups, size, size)
+        chunks = torch.split(flat, max(1, _CHUNK_VALUES // (groups * size)))
+        wide = shift.new_empty(chunks[0].shape)
+        for chunk in chunks:
+            moved = torch.sub(chunk, shift, out=wide[: len(chunk)])
+            total += moved.sum(0)
+            add_products(gram, moved)
         return Part(shift, len(flat), total, gram)
 
     def add(self, part: Part) -> None:
@@ -67,18 +69,25 @@ class Sums:
         """Mean (groups, size) and covariance (groups, size, size), biased; what was summed up is used up."""
         assert self.shift is not None  # something was added
         offset = self.total / self.count
-        covariance = self.gram.div_(self.count).sub_(offset.unsqueeze(2) * offset.unsqueeze(1))
+        covariance = symmetric(self.gram).div_(self.count).sub_(offset.unsqueeze(2) * offset.unsqueeze(1))
         return self.shift + offset, covariance
 
 
-def _sums(rows: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    wide = rows.double() - shift  # not in place: it may be the activation itself
-    return wide.sum(0), square(wide)
+def add_products(gram: Tensor, rows: Tensor, scale: float = 1.0) -> None:
+    """Adds to (groups, size, size) the products of all features of (rows, groups, size), summed over the rows and
+    multiplied with ``scale``; above the diagonal's blocks nothing: `symmetric` fills that in."""
+    size = rows.shape[2]
+    parts = rows.permute(1, 2, 0)
+    for start in range(0, size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        seen = slice(0, start + _BLOCK)
+        gram[:, block, seen].baddbmm_(parts[:, block], parts[:, seen].transpose(1, 2), alpha=scale)
 
 
-def square(rows: Tensor) -> Tensor:
-    """(groups, size, size): of (rows, groups, size) the products of all features, summed over the rows."""
-    if rows.shape[1] == 1 and rows.device.type == "cpu":
-        matrix = rows[:, 0].numpy()
-        return torch.from_numpy(matrix.T @ matrix).unsqueeze(0)  # numpy sees that half of the products are enough
-    return torch.einsum("rga,rgb->gab", rows, rows)
+def symmetric(gram: Tensor) -> Tensor:
+    """In place, what is below the diagonal above it as well."""
+    size = gram.shape[1]
+    for start in range(_BLOCK, size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        gram[:, :start, block] = gram[:, block, :start].transpose(1, 2)
+    return gram

@@ -35,10 +35,12 @@ def test_nothing_is_lost_of_float32_rows(rank: int, offset: float, unit: float) 
     np.testing.assert_allclose(found.mean[0].numpy(), rows.mean(0, dtype=np.float64), rtol=1e-12, atol=1e-12 * unit)
 
 
-def test_groups_are_summed_each_by_itself() -> None:
-    rows = RNG.normal(size=(50, 3, 4))
-    found = moments_of([part.reshape(5, -1, 3, 4) for part in (rows[:20], rows[20:])])
-    for group in range(3):
+@pytest.mark.parametrize(("groups", "size"), [(3, 4), (1, 600), (2, 257)])
+def test_groups_are_summed_each_by_itself(groups: int, size: int) -> None:
+    """Also where they are so wide that they are multiplied a block at a time."""
+    rows = RNG.normal(size=(50, groups, size))
+    found = moments_of([part.reshape(5, -1, groups, size) for part in (rows[:20], rows[20:])])
+    for group in range(groups):
         np.testing.assert_allclose(found.covariance[group].numpy(), np.cov(rows[:, group].T, bias=True), atol=1e-12)
 
 
