@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from rowcol_edge.factoring.layouts import Layout
 from rowcol_edge.factoring.places import Place, rows
 
 
@@ -42,12 +43,16 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watching(model: nn.Module, watchers: Mapping[Place, Watcher]) -> Iterator[None]:
+def watching(
+    model: nn.Module, watchers: Mapping[Place, Watcher], laid: Mapping[str, Layout] | None = None
+) -> Iterator[None]:
     """What is given is watched behind the layer; what is taken on a way of the layer's own, so that the gradient that
-    comes back is what arrives through this layer alone."""
+    comes back is what arrives through this layer alone. ``laid``: where samples lie, where not along the first axis."""
     layers: dict[str, _Layer] = {}
     for place, watcher in watchers.items():
-        layers.setdefault(place.name, _Layer(model.get_submodule(place.name))).add(place, watcher)
+        if place.name not in layers:
+            layers[place.name] = _Layer(model.get_submodule(place.name), (laid or {}).get(place.name, Layout()))
+        layers[place.name].add(place, watcher)
     try:
         for each in layers.values():
             each.attach()
@@ -63,8 +68,9 @@ _Seen = list[tuple[Place, Watcher, Tensor | None]]
 class _Layer:
     """The watchers of one layer."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, layout: Layout) -> None:
         self._layer = layer
+        self._layout = layout
         self._taken: list[tuple[Place, Watcher]] = []
         self._behind: list[tuple[Place, Watcher]] = []
         self._given: list[tuple[Place, Watcher]] = []
@@ -99,7 +105,11 @@ class _Layer:
 
     def _see(self, value: Tensor, watchers: list[tuple[Place, Watcher]]) -> _Seen:
         with torch.no_grad():
-            return [(place, each, each.see(rows(value, self._layer, place).float())) for place, each in watchers]
+            return [(place, each, each.see(self._rows(value, place))) for place, each in watchers]
+
+    def _rows(self, values: Tensor, place: Place) -> Tensor:
+        """(samples, positions, groups, size), float32."""
+        return self._layout.by_sample(rows(self._layout.first(values), self._layer, place).float())
 
     def _watched(self, value: Tensor, seen: _Seen, *, given: bool) -> Tensor:
         if not value.requires_grad:  # the first layer on its way: gradients begin here
@@ -110,7 +120,7 @@ class _Layer:
         def arrived(gradients: Tensor) -> None:
             for place, watcher, kept in seen:
                 side = Place(place.name) if given and not place.given else place
-                watcher.add(kept, rows(gradients, self._layer, side).float())
+                watcher.add(kept, self._rows(gradients, side))
 
         value.register_hook(arrived)  # type: ignore[no-untyped-call]
         return value

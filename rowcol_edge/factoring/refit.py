@@ -29,7 +29,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from rowcol_edge.calling import bind, evaluating, feed
+from rowcol_edge.factoring import layouts
 from rowcol_edge.factoring.costs import LayerInfo
+from rowcol_edge.factoring.layouts import Layout
 from rowcol_edge.factoring.places import Place, rows, spread
 from rowcol_edge.factoring.spaces import Progress
 
@@ -54,6 +56,7 @@ class _Fit:
     name: str
     take: Array | None  # (kept outputs, outputs); None: all
     positions: int
+    layout: Layout
     wanted: torch.Tensor | None = None  # (samples, positions, kept outputs)
 
 
@@ -79,9 +82,11 @@ def refit(
     """
     count = min(len(array) for array in samples.values())
     fitted = copy.deepcopy(model)
+    laid = layouts.find(original, samples, names)
     fits = [
-        _Fit(name, kept.get(name), _positions(size, count))
+        _Fit(name, kept.get(name), _positions(size, count), laid[name])
         for name in names
+        if name in laid  # of the others it is not known which rows are of samples that are left to judge
         # one channel left of a depthwise layer looks like a plain one, but what it gives is not chosen by itself
         if getattr(original.get_submodule(name), "groups", 1) == 1
         if (size := _fan_in(fitted.get_submodule(name))) is not None
@@ -159,7 +164,7 @@ def _wanted(original: nn.Module, fits: Sequence[_Fit]) -> Iterator[None]:
     for fit in fits:
 
         def behind(module: nn.Module, args: tuple[Any, ...], result: torch.Tensor, fit: _Fit = fit) -> None:
-            found = rows(result, module, Place(fit.name), fit.positions)[:, :, 0]
+            found = _rows(result, module, Place(fit.name), fit)
             fit.wanted = found if fit.take is None else found @ torch.from_numpy(fit.take).to(found).T
 
         handles.append(original.get_submodule(fit.name).register_forward_hook(behind))
@@ -182,7 +187,7 @@ def _fitting(
             if isinstance(module, nn.Sequential):
                 taken = module[:-1](taken)
             assert fit.wanted is not None
-            _solve(part, _inputs(part, taken, fit.positions), fit.wanted, unseen)
+            _solve(part, _inputs(part, taken, fit), fit.wanted, unseen)
             fit.wanted = None
             advance()
 
@@ -194,18 +199,28 @@ def _fitting(
             handle.remove()
 
 
-def _inputs(layer: nn.Module, taken: torch.Tensor, limit: int) -> torch.Tensor:
-    """(samples, positions, inputs of one output), at the positions where `rows` looks at the output."""
+def _rows(values: torch.Tensor, layer: nn.Module, place: Place, fit: _Fit) -> torch.Tensor:
+    """(samples, positions, features)"""
+    found = rows(fit.layout.first(values), layer, place, _limit(fit))[:, :, 0]
+    return fit.layout.by_sample(found)
+
+
+def _limit(fit: _Fit) -> int:
+    return -(-fit.positions // fit.layout.each)
+
+
+def _inputs(layer: nn.Module, taken: torch.Tensor, fit: _Fit) -> torch.Tensor:
+    """(samples, positions, inputs of one output), at the positions where `_rows` looks at the output."""
     if isinstance(layer, nn.Linear):
-        return rows(taken, layer, Place("", given=False), limit)[:, :, 0]
+        return _rows(taken, layer, Place(fit.name, given=False), fit)
     assert isinstance(layer, _ConvNd)
-    lone = len(layer.kernel_size) == 1
+    lone, limit = len(layer.kernel_size) == 1, _limit(fit)
 
     def flat(values: Sequence[int]) -> tuple[int, ...]:
         return (1, *values) if lone else tuple(values)
 
     found = []
-    for sample in taken:  # one by one: all patches of a picture are k² times its size
+    for sample in fit.layout.first(taken):  # one by one: all patches of a picture are k² times its size
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         padded = F.pad(sample[None], layer._reversed_padding_repeated_twice, mode)
         padded = padded.unsqueeze(2) if lone else padded
@@ -213,7 +228,7 @@ def _inputs(layer: nn.Module, taken: torch.Tensor, limit: int) -> torch.Tensor:
         count = patches.shape[2]
         index = spread(count, limit).to(patches.device) if count > limit else slice(None)
         found.append(patches[0, :, index].T)
-    return torch.stack(found)
+    return fit.layout.by_sample(torch.stack(found))
 
 
 @torch.no_grad()

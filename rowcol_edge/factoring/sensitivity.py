@@ -25,10 +25,11 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from rowcol_edge.calling import bind, evaluating, feed
-from rowcol_edge.factoring import borders, channel_spaces
+from rowcol_edge.factoring import borders, channel_spaces, layouts
 from rowcol_edge.factoring.arrivals import frozen, watching
 from rowcol_edge.factoring.channel_spaces import ChannelSpaces
 from rowcol_edge.factoring.channels import ChannelSet
+from rowcol_edge.factoring.layouts import Layout
 from rowcol_edge.factoring.metrics import Gradients, Metrics
 from rowcol_edge.factoring.places import Moments, Place, pointwise
 from rowcol_edge.factoring.products import product
@@ -122,9 +123,12 @@ def weigh_all(
     outputs = [Place(name) for name in layers]
     taken = [Place(name, given=False, border=True) for name in inputs or ()]
     objective = Objective(classify=classify)
+    laid = layouts.find(
+        model, samples, sorted({each.name for found in (outputs, taken, *reads.values()) for each in found})
+    )
     metrics = Metrics(model, [*outputs, *taken, *(place for found in reads.values() for place in found)])
     try:
-        stream(model, parts[0], metrics.watched, objective, advance)
+        stream(model, parts[0], metrics.watched, objective, advance, laid)
     except (RuntimeError, NotImplementedError):  # no backward pass through some operator
         return Weighed({}, {}, {})
     most = {place: _rank(model, place) for place in (*outputs, *taken)}
@@ -151,7 +155,7 @@ def weigh_all(
     for name, channels in chosen.items():
         for place, frame in zip(reads[name], channels.reads, strict=True):
             watched[place] = losses[name].at(frame.mean, frame.basis, frame.dual, _matrix(model, place))
-    stream(model, parts[1], watched, objective, advance)
+    stream(model, parts[1], watched, objective, advance, laid)
     judged = {place: replace(each, losses=losses[place].by_rank(len(each.mean))) for place, each in weighed.items()}
     return Weighed(
         {place.name: each for place, each in judged.items() if place.given},
@@ -267,12 +271,17 @@ Watched = Mapping[Place, Gradients | Frame]
 
 
 def stream(
-    model: nn.Module, chunks: Iterable[Feeds], watched: Watched, objective: Objective, advance: Callable[[], None]
+    model: nn.Module,
+    chunks: Iterable[Feeds],
+    watched: Watched,
+    objective: Objective,
+    advance: Callable[[], None],
+    laid: Mapping[str, Layout] | None = None,
 ) -> None:
     """One backward pass a chunk; RuntimeError where there is none."""
     inside, bordered = ({p: each for p, each in watched.items() if p.border is border} for border in (False, True))
     padded = borders.padded(model, [place.name for place in bordered])
-    with evaluating(model), frozen(model), watching(model, inside), padded, watching(model, bordered):
+    with evaluating(model), frozen(model), watching(model, inside, laid), padded, watching(model, bordered, laid):
         for chunk in chunks:
             args, kwargs = bind(model, feed(model, chunk))
             with torch.enable_grad():

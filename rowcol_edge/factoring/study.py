@@ -9,6 +9,7 @@ from functools import cache, cached_property
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import torch
 from torch import nn
 
 from rowcol_edge import calling
@@ -135,7 +136,8 @@ def study(
         return narrow.checked(folded, coupling.find(folded, traced, example), example)
 
     def measured() -> Arrays:
-        with calling.channels_last(folded, example):
+        # gradients are needed, whatever the caller who looks first is in
+        with torch.inference_mode(False), calling.channels_last(folded, example):
             if classify is None:
                 batches = _Batches(calibration)
                 return spaces.to_arrays(spaces.collect(folded, batches, names, row_space=row_space, progress=progress))
