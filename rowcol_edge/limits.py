@@ -13,7 +13,7 @@ from .factoring.options import Cost
 from .factoring.plan import FactorPlan
 from .factoring.study import Study
 
-_HALVINGS, _ATTEMPTS = 6, 10
+_HALVINGS, _ATTEMPTS = 6, 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,8 @@ def _mixed(
     plan: Callable[..., FactorPlan], used: Callable[[FactorPlan], list[float]], study: Study, found: Sequence[Limit]
 ) -> FactorPlan:
     low, high = 0.0, 1.0  # shares of the first cost: with the low one it is too large, with the high one the other is
-    limit, least = 1.0, 0.0
+    limit, tight, loose, least = 1.0, 0.0, 1.0, 0.0  # with the tight one both hold
+    best: FactorPlan | None = None
     for attempt in range(_ATTEMPTS):
         share = (low + high) / 2
         try:
@@ -99,11 +100,18 @@ def _mixed(
             break
         first, second = used(made)
         least = max(first, second)
-        if least <= 1.0:
+        if least > 1.0:
+            low, high, loose = (share, high, limit) if first > second else (low, share, limit)
+        elif limit == 1.0:
             return made
-        low, high = (share, high) if first > second else (low, share)
-        if attempt >= _HALVINGS:
+        else:
+            best, tight = min(best or made, made, key=lambda found: found.loss or 0.0), limit
+        if best is not None:  # the step that was taken back may have been one of widths, and more than was needed
+            limit = (tight + loose) / 2
+        elif attempt >= _HALVINGS:
             limit /= least
+    if best is not None:
+        return best
     raise BudgetError(
         f"budgets {' and '.join(each.text for each in found)}",
         expected=" and ".join(f"at most {each.most:,.0f} {each.kind}" for each in found),

@@ -9,7 +9,7 @@ any more, from the widths of the price before. Pure numpy.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,9 @@ from rowcol_edge.factoring.options import Cost, Options, thinned
 
 Array = NDArray[np.float64]
 
-_PRICES = np.geomspace(1e-6, 1e3, 28)  # of the whole cost, in units of loss
+_PRICES = 28
+_SPAN = 1e-12  # the lowest price is no smaller a share of the highest
+_CAREFUL = 0.01  # of all that can be saved: what is cheaper is no trade-off yet
 _CLOSER = 3  # prices between the two that save too little and enough
 _SWEEPS = 2
 _OPTIONS = 24  # widths of a set that are looked at
@@ -102,13 +104,17 @@ class Allocator:
         them; only narrowed sets have a width."""
         path = self._paths.get(cost)
         if path is None:
-            path = self._paths[cost] = _Path(_Layers(self.widths, self._layers, cost, self._options), self._settled)
+            path = self._paths[cost] = _Path(self._bought(cost), self._settled)
         found: list[dict[str, int]] = [{}]
         for widths in path.around(total - limit):
             narrowed = {name: width for name, width in widths.items() if width < self.widths.sets[name].size}
             if narrowed not in found:
                 found.append(narrowed)
         return found
+
+    def _bought(self, cost: Cost) -> _Layers:
+        found = {name: self._losses[name] for name in self._options}
+        return _Layers(self.widths, self._layers, cost, {name: (self._options[name], found[name]) for name in found})
 
     def lost(self, widths: Mapping[str, int]) -> float:
         """Predicted for the widths alone."""
@@ -174,6 +180,30 @@ class _Step:
     widths: dict[str, int]
 
 
+def _prices(options: Iterable[tuple[Array, Array]]) -> Array:
+    """(prices,) rising, from one at which hardly anything pays to one at which all does: losses may be of any size.
+
+    Args:
+        options: what each choice saves, the first one nothing, and what it loses.
+    """
+    found = [np.zeros((3, 0))]
+    for saved, lost in options:
+        order = np.argsort(saved, kind="stable")
+        saved, lost = saved[order], lost[order]
+        steps = np.diff(saved)
+        trades = (steps > 0.0) & (lost[1:] > 0.0)
+        found.append(
+            np.stack([lost[1:] / saved[1:].clip(1e-300), np.diff(lost) / steps.clip(1e-300), steps])[:, trades]
+        )
+    paid, marginal, weights = np.concatenate(found, axis=1)
+    if not len(paid):
+        return np.zeros(1)  # whatever saves something is free
+    highest = max(float(paid.max()), float(marginal.max()))
+    order = np.argsort(paid, kind="stable")
+    careful = np.searchsorted(np.cumsum(weights[order]), _CAREFUL * weights.sum())
+    return np.geomspace(max(0.5 * float(paid[order][careful]), _SPAN * highest), 2.0 * highest, _PRICES)
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
     """The options of a layer at its channels, and the best of them by price."""
@@ -194,18 +224,34 @@ class _Entry:
 class _Layers:
     """``min over forms and ranks of loss + λ · cost`` of layers at their channels; options are looked up once."""
 
-    def __init__(self, widths: Widths, options: Options, cost: Cost, sets: Iterable[str]) -> None:
-        """``sets``: those whose widths are asked about."""
+    def __init__(
+        self, widths: Widths, options: Options, cost: Cost, sets: Mapping[str, tuple[Sequence[int], Array]]
+    ) -> None:
+        """``sets``: those whose widths are asked about, with these from the widest down, and the losses by width."""
         self._widths = widths
         self._options = options
         self._cost = cost
         self.dense = sum(cost(info, None) for info in widths.infos.values())
-        self.prices = _PRICES / self.dense
+        self.prices = _prices([*self._of_layers(), *self._of_sets(sets)])
         self._sets: dict[str, list[str]] = {name: [] for name in widths.infos}
         for each in sets:
             for layer in widths.layers(each):
                 self._sets[layer].append(each)
         self._entries: dict[str, dict[tuple[int, ...], _Entry]] = {name: {} for name in widths.infos}
+
+    def _of_layers(self) -> Iterator[tuple[Array, Array]]:
+        """What each layer's options save and lose, the layer as it is first."""
+        for info in self._widths.infos.values():
+            found = self._options.of(info, _RANKS)
+            costs = np.array([self._cost(info, option.split) for option in found])
+            yield costs[0] - costs, np.array([option.loss for option in found])
+
+    def _of_sets(self, sets: Mapping[str, tuple[Sequence[int], Array]]) -> Iterator[tuple[Array, Array]]:
+        """The same of each set's widths, its layers as they are."""
+        for name, (widths, losses) in sets.items():
+            layers = self._widths.layers(name)
+            costs = [sum(self._cost(self._widths.info(each, {name: w}), None) for each in layers) for w in widths]
+            yield costs[0] - np.array(costs), losses[list(widths)]
 
     def value(self, name: str, widths: Mapping[str, int], price: float) -> float:
         return self._entry(name, widths).at(price)[0]

@@ -101,6 +101,33 @@ def test_plans_keep_the_budget_and_their_own_books(seed: int, share: float) -> N
         assert layer.parameters_after == wanted
 
 
+@given(seed=st.integers(0, 1000), share=st.floats(0.15, 0.9), power=st.sampled_from([-60, -20, 20]))
+def test_only_the_proportions_of_losses_matter(seed: int, share: float, power: int) -> None:
+    """Logits of any size, and what is lost beside it."""
+
+    def scaled(losses: np.ndarray | None) -> np.ndarray:
+        assert losses is not None
+        return np.ldexp(losses, power)
+
+    spaces, losses = spectra(seed)
+    plans = [
+        ranks.plan_by_cost(
+            INFOS, each, ranks.parameters, total=TOTAL, limit=share * TOTAL, allocator=allocator_of(each, widths)
+        )
+        for each, widths in (
+            (spaces, losses),
+            (
+                {name: replace(space, losses=scaled(space.losses)) for name, space in spaces.items()},
+                {name: scaled(each) for name, each in losses.items()},
+            ),
+        )
+    ]
+    assert plans[0].channels == plans[1].channels
+    assert [(p.name, p.how if p.rank else None) for p in plans[0].layers] == [
+        (p.name, p.how if p.rank else None) for p in plans[1].layers
+    ]
+
+
 def test_widths_are_near_the_best_of_every_combination() -> None:
     gaps = []
     for seed in range(8):
