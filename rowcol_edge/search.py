@@ -1,13 +1,14 @@
 """Which plan: from a file, from an energy, from cost limits, or the smallest one whose quality holds.
 
 Quality is judged on the selection split only. The plans that are tried form a ladder, from careful to bold; the search
-bisects it, because a bolder plan is hardly ever better, and says in its trials what it tried.
+bisects it, because a bolder plan is seldom better, and says in its trials what it tried. Where costs are limited too
+and what bisection found is too dear, the plans within the limits are tried before the budgets are refused.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from . import evaluation, limits
-from .budgets import Budgets
+from .budgets import Budget, Budgets
 from .errors import BudgetError
 from .evaluation import Judged
 from .factoring import ranks
@@ -32,6 +33,7 @@ DEFAULT_LOSS = 1e-4
 """Predicted loss that is taken where nothing says how much may be lost: nats for a classifier, else half the squared
 relative error of the outputs. What really follows is several times as much, as layers add up."""
 _MOST_CAREFUL, _BOLDEST, _PLANS = 0.97, 0.03, 31
+_WITHIN = 8  # plans within the cost limits that are tried where the largest that keeps the drop is too dear
 BYTES_PER_WEIGHT = {
     "fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8-io": 1.0, "int8-dynamic": 1.0,
     "int8-weights": 1.0, "int4-weights": 0.5,
@@ -144,17 +146,24 @@ def smaller(study: Study, plan: FactorPlan, excess_bytes: float, precision: str,
 
 def check_costs(study: Study, plan: FactorPlan, budgets: Budgets) -> None:
     """Raises BudgetError where the plan exceeds a parameter or MAC limit."""
+    for budget, limit, got in _exceeded(study, plan, budgets):
+        raise BudgetError(
+            f"budget {budget.text}",
+            expected=f"at most {limit:,.0f} {budget.kind}",
+            got=f"{got:,} ({got / limit:.2f} times the limit)",
+            hint="the smallest plan within the other limits is still too large: allow a larger drop"
+            if budgets.get("drop")
+            else "allow more, or leave out what made this plan",
+        )
+
+
+def _exceeded(study: Study, plan: FactorPlan, budgets: Budgets) -> Iterator[tuple[Budget, float, int]]:
+    """Each limit on parameters or MACs that the plan does not keep: the budget, what it allows, what there is."""
     cost = trial(study, plan, None, None)
     for kind, dense, got in (("params", study.parameters, cost.parameters), ("macs", study.macs, cost.macs)):
         budget = budgets.get(kind)
         if budget and got > budget.absolute(dense):
-            limit = budget.absolute(dense)
-            raise BudgetError(
-                f"budget {budget.text}",
-                expected=f"at most {limit:,.0f} {kind}",
-                got=f"{got:,} ({got / limit:.2f} times the limit)",
-                hint="the smallest plan within the other limits is still too large: allow a larger drop",
-            )
+            yield budget, budget.absolute(dense), got
 
 
 def ladder(study: Study, multiple: int, model: str, kinds: Collection[str] = ()) -> tuple[FactorPlan, ...]:
@@ -195,19 +204,53 @@ def _by_quality(
     budget = job.budgets.get("drop")
     assert budget is not None  # choose() comes here for no other reason
     kinds = [each.kind for each in job.budgets.entries]
-    plans = tuple(replace(plan, refit=job.options.refit) for plan in ladder(study, multiple, job.model.name, kinds))
-    trials: dict[int, Trial] = {}
+    costs = Budgets(tuple(each for each in job.budgets.entries if each.kind in ("params", "macs")))
+    # limits that no plan meets are refused before anything is tried
+    least = [_by_cost(study, costs, multiple, "fp32", job.model.name)] if costs.entries else []
+    least, plans = (
+        [replace(plan, refit=job.options.refit) for plan in found]
+        for found in (least, ladder(study, multiple, job.model.name, kinds))
+    )
+    trials: list[Trial] = []
 
-    def holds(index: int) -> bool:
-        module = factored(study, plans[index], progress)
-        judged = judge(module, f"try {plans[index].made_by}")
+    def holds(plan: FactorPlan) -> bool:
+        judged = judge(factored(study, plan, progress), f"try {plan.made_by}")
         lost = evaluation.drop(job, reference, judged)
-        trials[index] = trial(study, plans[index], judged.value, lost)
+        trials.append(trial(study, plan, judged.value, lost))
         return lost <= budget.limit + 1e-9
 
-    chosen = boldest(holds, len(plans), lambda done, total: progress("search ranks", done, total))
-    check_costs(study, plans[chosen], job.budgets)
-    return Choice(plans[: chosen + 1], tuple(trials[i] for i in sorted(trials)))
+    chosen = boldest(
+        lambda index: holds(plans[index]), len(plans), lambda done, total: progress("search ranks", done, total)
+    )
+    if not any(_exceeded(study, plans[chosen], costs)):
+        return Choice(tuple(plans[: chosen + 1]), _by_size(trials))
+    within = [plan for plan in (*least, *plans[chosen:]) if not any(_exceeded(study, plan, costs))]
+    for count, plan in enumerate(within[:_WITHIN]):
+        progress("search ranks within the limits", count, len(within[:_WITHIN]))
+        if holds(plan):
+            return Choice((plan,), _by_size(trials))
+    raise _apart(study, plans[chosen], trials[-len(within[:_WITHIN]) :], job.budgets)
+
+
+def _by_size(trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """From careful to bold."""
+    return tuple(sorted(trials, key=lambda tried: -tried.parameters))
+
+
+def _apart(study: Study, kept: FactorPlan, within: Sequence[Trial], budgets: Budgets) -> BudgetError:
+    """Budgets each of which can be met: how far the best plans are from meeting all."""
+    nearest = min(within, key=lambda tried: tried.drop or 0.0)
+    over = ", ".join(
+        f"{got:,} {each.kind} ({got / limit:.2f} times {each.text})"
+        for each, limit, got in _exceeded(study, kept, budgets)
+    )
+    return BudgetError(
+        f"budgets {budgets}",
+        expected="one plan that keeps all of them",
+        got=f"a drop of {nearest.drop:.2f} pp, the least of {len(within)} plans within the cost limits; "
+        f"the boldest plan found that keeps the drop has {over}",
+        hint="allow a larger drop or a higher cost",
+    )
 
 
 def boldest(holds: Callable[[int], bool], count: int, progress: Callable[[int, int], None]) -> int:

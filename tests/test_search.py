@@ -1,7 +1,19 @@
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rowcol_edge import evaluation, search
+from rowcol_edge.budgets import Budgets
+from rowcol_edge.datasets import Split, scan
+from rowcol_edge.errors import BudgetError
+from rowcol_edge.factoring.study import Study, study
 from rowcol_edge.search import boldest
 
 
@@ -28,3 +40,69 @@ def test_what_is_returned_has_been_seen_to_hold_even_if_quality_is_not_monotone(
 
     found = boldest(holds, 12, lambda done, total: None)
     assert found == 0 or seen[found]
+
+
+@pytest.fixture(scope="module")
+def known() -> Study:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    x = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
+    return study(net.eval(), scan(Split("calibration", "random", lambda: iter([({"input": x}, None)]))), classify=True)
+
+
+def chosen(
+    known: Study, budgets: str, drop: Callable[[float], float], monkeypatch: pytest.MonkeyPatch
+) -> search.Choice:
+    """What is chosen where a model with that share of the parameters loses so many points."""
+    monkeypatch.setattr(evaluation, "drop", lambda job, reference, judged: judged.value)
+
+    def judge(module: nn.Module, what: str) -> Any:
+        return SimpleNamespace(value=drop(sum(p.numel() for p in module.parameters()) / known.parameters))
+
+    job = SimpleNamespace(
+        options=SimpleNamespace(plan=None, energy=None, refit=False),
+        model=SimpleNamespace(name="net"), budgets=Budgets.parse(budgets),
+    )  # fmt: skip
+    reference = cast(evaluation.Judged, SimpleNamespace())
+    return search.choose(known, cast(Any, job), 1, "fp32", reference, judge, lambda what, done, total: None)
+
+
+def test_budgets_are_not_refused_where_quality_falls_and_rises_again(
+    known: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drop(share: float) -> float:
+        return 1.0 if 0.15 < share < 0.8 else 0.1
+
+    found = chosen(known, "drop<=0.5pp,params<=0.14x", drop, monkeypatch)
+    left = known.parameters - found.plans[-1].saved_parameters
+    assert left <= 0.14 * known.parameters
+    assert drop(left / known.parameters) == 0.1
+    assert [trial.parameters for trial in found.trials] == sorted((t.parameters for t in found.trials), reverse=True)
+    assert any(trial.drop == 1.0 for trial in found.trials)
+
+
+def test_the_least_loss_within_the_limits_is_tried_first(known: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where costs just meet the limit is the quality kept."""
+    found = chosen(
+        known, "drop<=0.5pp,params<=0.5x", lambda share: 0.0 if share > 0.97 or 0.45 < share < 0.5 else 2.0, monkeypatch
+    )
+    left = (known.parameters - found.plans[-1].saved_parameters) / known.parameters
+    assert 0.45 < left <= 0.5
+
+
+def test_budgets_that_exclude_each_other_say_how_far_apart_they_are(
+    known: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BudgetError, match=r"a drop of 3\.00 pp.*boldest plan found that keeps the drop has") as caught:
+        chosen(known, "drop<=0.5pp,macs<=0.5x", lambda share: 0.0 if share > 0.9 else 3.0, monkeypatch)
+    assert "times macs<=0.5x" in str(caught.value)
+
+
+def test_a_limit_that_no_plan_meets_is_refused_before_anything_is_tried(
+    known: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drop(share: float) -> float:
+        raise AssertionError("tried")
+
+    with pytest.raises(BudgetError, match="at the smallest ranks"):
+        chosen(known, "drop<=0.5pp,params<=0.001x", drop, monkeypatch)
