@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ _UNITS: dict[str, dict[str, float]] = {
     "params": {"x": 0.0, "": 1.0, "k": 1e3, "m": 1e6},
     "macs": {"x": 0.0, "": 1.0, "k": 1e3, "m": 1e6, "g": 1e9},
 }
+_EXAMPLES = {"drop": "drop<=0.5pp", "size": "size<=4MB", "params": "params<=0.5x", "macs": "macs<=0.5x"}
 _ENTRY = re.compile(r"\s*([a-z]+)\s*<=\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
 
 
@@ -45,7 +47,8 @@ class Budgets:
 
     @classmethod
     def parse(cls, text: str) -> Budgets:
-        """Raises ConfigError for anything but ``kind<=number unit`` entries separated by commas."""
+        """Raises ConfigError for anything but ``kind<=number unit`` entries separated by commas, and for a cost of
+        nothing (a drop of nothing can be met)."""
         entries = tuple(_entry(part) for part in text.split(",") if part.strip())
         kinds = [b.kind for b in entries]
         for kind in kinds:
@@ -72,4 +75,12 @@ def _entry(text: str) -> Budget:
     if unit not in _UNITS[kind]:
         raise ConfigError(f"budget {kind}", expected=f"a unit out of {sorted(_UNITS[kind])}", got=repr(found[3]))
     relative = unit == "x"
-    return Budget(kind, number if relative else number * _UNITS[kind][unit], relative, text.strip())
+    limit = number if relative else number * _UNITS[kind][unit]
+    if not math.isfinite(limit) or (limit == 0.0 and kind != "drop"):
+        raise ConfigError(
+            f"budget {kind}",
+            expected="a finite number above 0",
+            got=repr(text.strip()),
+            hint=f"e.g. {_EXAMPLES[kind]}",
+        )
+    return Budget(kind, limit, relative, text.strip())

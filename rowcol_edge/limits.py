@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .budgets import Budgets
-from .errors import BudgetError
+from .errors import BudgetError, ModelError
 from .factoring import ranks, remainder
 from .factoring.costs import LayerInfo, Split
 from .factoring.options import Cost
@@ -28,12 +28,30 @@ class Limit:
     most: float
 
 
+def check(study: Study, budgets: Budgets) -> None:
+    """Raises ModelError where nothing of the model can be made smaller: it has no parameters, or a budget of parameters
+    or MACs asks for less than it has and neither layers nor channels can be factored. Bytes depend on the precision."""
+    if not study.parameters:
+        raise ModelError("the model", expected="layers that can be factored", got="no parameters at all")
+    if study.spaces or any(not each.fixed for each in study.channels):
+        return
+    for kind, dense in (("params", study.parameters), ("macs", study.macs)):
+        budget = budgets.get(kind)
+        if budget is not None and (not dense or budget.absolute(dense) < dense):
+            raise ModelError(
+                f"the model, for budget {budget.text}",
+                expected="layers that can be factored",
+                got=f"none, of {dense:,} {kind}",
+                hint=remainder.told(study),
+            )
+
+
 def of_budgets(study: Study, budgets: Budgets, bytes_per_weight: float) -> tuple[Limit, ...]:
     """One limit on parameters (the tighter of ``params`` and ``size``) and one on MACs, as far as there are any."""
     counts = []
     for budget in budgets.entries:
         if budget.kind == "params":
-            counts.append((float(int(budget.absolute(study.parameters))), budget.text))
+            counts.append((float(max(1, int(budget.absolute(study.parameters)))), budget.text))
         elif budget.kind == "size":
             counts.append((float(max(1, int(budget.limit / bytes_per_weight))), budget.text))
     found = [of_parameters(study, *min(counts))] if counts else []

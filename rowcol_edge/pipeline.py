@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from . import bundling, config, coverage, evaluation, keeping, precision, search, wheelhouse
+from . import bundling, config, coverage, evaluation, keeping, limits, precision, search, wheelhouse
 from .arms import Arm, Workbench
 from .backends.base import LayerError
 from .budgets import Budget
@@ -227,7 +227,9 @@ def _unchanged(path: Path, key: str) -> Built | None:
 def _study(job: Job, progress: Progress) -> Study:
     classify = job.contract == "classify"
     keep = partial(job.cache.arrays, job.stage_key("spaces", job.calibration.key, classify))
-    return study(job.model.module, job.calibration, classify=classify, keep=keep, progress=progress)
+    known = study(job.model.module, job.calibration, classify=classify, keep=keep, progress=progress)
+    limits.check(known, job.budgets)
+    return known
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,3 +33,18 @@ def test_binary_units_and_no_budget() -> None:
 def test_anything_else_is_refused(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         Budgets.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["params<=0x", "params<=0", "macs<=0x", "macs<=0.0G", "size<=0MB", f"params<={'9' * 400}"]
+)
+def test_a_cost_of_nothing_is_refused_with_an_example(text: str) -> None:
+    kind = text.partition("<")[0]
+    with pytest.raises(
+        ConfigError, match=rf"budget {kind}: expected a finite number above 0, got '.*' – e\.g\. {kind}<="
+    ):
+        Budgets.parse(text)
+
+
+def test_no_drop_at_all_may_be_asked_for() -> None:
+    assert Budgets.parse("drop<=0pp").entries[0].limit == 0.0

@@ -13,7 +13,7 @@ from torch import nn
 from rowcol_edge import limits, search
 from rowcol_edge.budgets import Budgets
 from rowcol_edge.datasets import Split, scan
-from rowcol_edge.errors import BudgetError
+from rowcol_edge.errors import BudgetError, ModelError
 from rowcol_edge.factoring.options import Cost
 from rowcol_edge.factoring.plan import FactorPlan
 from rowcol_edge.factoring.study import Study, study
@@ -79,6 +79,52 @@ def test_a_limit_that_cannot_be_met_is_named_with_the_gap(known: Study, kind: st
     other = "macs" if kind == "params" else "params"
     with pytest.raises(BudgetError, match=rf"budget {kind}<=0.001x: expected at most .* too many"):
         planned(known, f"{other}<=0.9x,{kind}<=0.001x")
+
+
+class Grouped(nn.Module):
+    """Nothing but a grouped convolution and an embedding, which no form takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed, self.shift = nn.Conv2d(4, 4, 3, groups=2), nn.Embedding(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        moved: torch.Tensor = self.mixed(x) + self.shift(torch.zeros(1, dtype=torch.long))
+        return moved
+
+
+class Bare(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x)
+
+
+def studied(module: nn.Module) -> Study:
+    x = np.random.default_rng(0).normal(size=(8, 4, 8, 8)).astype(np.float32)
+    return study(module, scan(Split("calibration", "random", lambda: iter([({"x": x}, None)]))), classify=False)
+
+
+@pytest.mark.parametrize("budget", ["params<=0.5x", "macs<=0.5x", "drop<=1pp,params<=0.5x", "params<=20"])
+def test_a_model_of_which_nothing_can_be_factored_is_refused_with_the_reason(budget: str) -> None:
+    with pytest.raises(
+        ModelError, match=r"expected layers that can be factored, got none, .*left as they are: mixed \(76"
+    ):
+        limits.check(studied(Grouped()), Budgets.parse(budget))
+
+
+@pytest.mark.parametrize("budget", ["", "drop<=1pp", "params<=1x", "macs<=1G", "size<=1MB"])
+def test_what_such_a_model_meets_as_it_is_may_be_asked_of_it(budget: str) -> None:
+    limits.check(studied(Grouped()), Budgets.parse(budget))
+
+
+@pytest.mark.parametrize("budget", ["", "drop<=1pp", "params<=0.5x", "macs<=1G"])
+def test_a_model_without_parameters_is_refused(budget: str) -> None:
+    with pytest.raises(ModelError, match="no parameters at all"):
+        limits.check(studied(Bare()), Budgets.parse(budget))
+
+
+def test_less_than_one_parameter_is_a_budget_that_cannot_be_met(known: Study) -> None:
+    with pytest.raises(BudgetError, match=r"budget params<=0\.000001x: expected at most 1 parameters"):
+        planned(known, "params<=0.000001x")
 
 
 def test_limits_that_hold_only_one_by_one_are_both_named(known: Study, monkeypatch: pytest.MonkeyPatch) -> None:

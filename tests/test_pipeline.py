@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rowcol_edge.errors import (
     ConfigError,
     DataError,
     MissingDependencyError,
+    ModelError,
     SplitError,
     StageError,
     TargetError,
@@ -243,6 +245,8 @@ def test_a_module_that_was_handed_over_leaves_no_file_that_claims_to_repeat_it(b
         ({"metric": "acuracy"}, ConfigError),
         ({"metric": "iou"}, ConfigError),
         ({"budget": "drop<0.5"}, ConfigError),
+        ({"budget": "params<=0x"}, ConfigError),
+        ({"budget": "macs<=0x"}, ConfigError),
         ({"budget": "size<=1KB"}, BudgetError),
         ({"budget": "drop<=2pp,params<=0.001x"}, BudgetError),
         ({"calib": None}, DataError),
@@ -263,6 +267,24 @@ def test_bad_input_writes_nothing(
     options = {"out": str(tmp_path / "out"), "labels": ["plain", "striped"], "positive": "striped", **splits, **change}
     with pytest.raises(error):
         rowcol_edge.build(net, **options)
+    assert not (tmp_path / "out").exists()
+
+
+class Flat(torch.nn.Module):
+    """No layer and no parameter."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("budget", [None, "drop<=1pp", "params<=0.5x", "macs<=0.5x"])
+@pytest.mark.parametrize("word", [rowcol_edge.build, rowcol_edge.factor])
+def test_a_model_with_nothing_to_factor_is_refused(
+    splits: dict[str, str], tmp_path: Path, budget: str | None, word: Callable[..., Any]
+) -> None:
+    options = {"calib": splits["calib"], "select": splits["select"], "budget": budget}
+    with pytest.raises(ModelError, match="expected layers that can be factored, got no parameters at all"):
+        word(Flat(), out=str(tmp_path / "out"), **options)
     assert not (tmp_path / "out").exists()
 
 
