@@ -221,4 +221,6 @@ def _plan_notes(plan: FactorPlan | None) -> list[str]:
     notes = [f"{ALREADY_FACTORED}, left as they are: {', '.join(found)}"] if found else []
     if not plan.changes:
         notes.append("no layer was factored: the factored arm equals the dense one")
+    if plan.note:
+        notes.append(f"factored: {plan.note}")
     return notes

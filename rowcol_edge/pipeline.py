@@ -31,6 +31,7 @@ from .errors import BudgetError, BundleError, ConfigError, ModelError, StageErro
 from .evaluation import Judged
 from .export.onnx import check_size, program
 from .export.parity import torch_run
+from .factoring import thin
 from .factoring.apply import factored
 from .factoring.equalize import equalize
 from .factoring.graph import trace
@@ -95,6 +96,7 @@ class Factored:
             "made_by": self.plan.made_by,
             "predicted_loss": self.plan.loss,
             "gap": self.plan.gap,
+            "note": self.plan.note or None,
             "plan_digest": self.plan.digest,
             "trials": [t.to_dict() for t in self.trials],
             "parameters_before": self.parameters_before,
@@ -260,12 +262,18 @@ class _Chooser:
         if key not in self._found:
             text = self.job.cache.text(
                 self.job.stage_key("search", *key, self.job.search_key),
-                lambda: search.choose(
-                    self.study, self.job, multiple, precision, self.reference, self.judge_trial, self.progress
-                ).to_json(),
+                lambda: self._chosen(multiple, precision).to_json(),
             )
             self._found[key] = Choice.from_json(text)
         return self._found[key]
+
+    def _chosen(self, multiple: int, precision: str) -> Choice:
+        """With what is too thin for each plan as its note."""
+        choice = search.choose(
+            self.study, self.job, multiple, precision, self.reference, self.judge_trial, self.progress
+        )
+        plans = (replace(plan, note=thin.told(self.study, plan)) for plan in choice.plans)
+        return replace(choice, plans=tuple(plans))
 
     def _judge(self, module: nn.Module, label: str, original: Judged | None, source: str = "") -> Judged | None:
         """A module on the selection split; None without labels."""
@@ -478,6 +486,7 @@ class _Line:
                 break
             try:
                 plan = search.smaller(self.study, plan, excess, arm.precision, self.job.budgets)
+                plan = replace(plan, note=thin.told(self.study, plan))
             except BudgetError:
                 break  # _check_size says by how much the smallest file misses the limit
             arm = self._arm("factored", plan, target, runtime, arm.precision)

@@ -158,6 +158,29 @@ def test_too_few_data_to_fill_the_spaces_is_said(tmp_path: Path, capsys: pytest.
         assert (f"{taken} rows cannot fill" in " ".join(capsys.readouterr().out.split())) is said
 
 
+def test_one_calibration_sample_is_warned_of_wherever_the_plan_is(
+    model: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load(model["calib"]) as arrays:
+        np.savez(tmp_path / "one.npz", x=arrays["x"][:1])
+    common = [model["model"], "--weights", model["weights"], "--budget", "params<=0.5x", "--calib"]
+    for calib, warned in ((str(tmp_path / "one.npz"), True), (model["calib"], False)):
+        out = tmp_path / f"out {warned}"
+        assert run("factor", *common, calib, "--out", str(out)) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("warning: too few calibration data: fewer than 4 samples" in said) is warned
+        assert ('note = "too few calibration data' in (out / "plan.toml").read_text()) is warned
+        assert run("build", *common, calib, "--no-dense", "--out", str(out)) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("note: factored: too few calibration data: fewer than 4 samples" in said) is warned
+        bundle = out / "generic-x86-onnxruntime"
+        notes = json.loads((bundle / "manifest.json").read_text())["build"]["notes"]
+        assert any("too few calibration data" in note for note in notes) is warned
+        assert ('note = "too few calibration data' in (bundle / "plan.toml").read_text()) is warned
+        assert run("factor", *common[:3], "--plan", str(bundle / "plan.toml"), "--calib", calib, "--json") == 0
+        assert bool(json.loads(capsys.readouterr().out)["note"]) is warned
+
+
 def test_what_the_user_named_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.py").write_text("import torch\n\n\ndef two():\n    return torch.nn.Linear(4, 4)\n")
     np.savez(tmp_path / "[red]calib.npz", x=np.ones((2, 4), np.float32), labels=np.array([0, 1]))

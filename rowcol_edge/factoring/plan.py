@@ -27,8 +27,8 @@ _HEADER = """\
 # is said), "row" (what it takes), "both" (Tucker-2: `rank` of what it gives, `taken` of what it takes) or "spatial"
 # (k×1, then 1×k; with `across_first = true` the other way round).
 # The form "narrow" (a layer whose channels got fewer and that is else dense), gauge, energy, parameters_*, macs_*, of
-# and reason are derived: they are computed anew when the plan is applied; loss and gap are left out then. macs_* are
-# per sample.
+# reason and note are derived: they are computed anew when the plan is applied; loss and gap are left out then. macs_*
+# are per sample.
 
 """
 
@@ -85,6 +85,7 @@ class FactorPlan:
     refit: bool = False  # fit the weights once more, to inputs that are already compressed
     loss: float | None = None  # predicted at the model's output
     gap: float | None = None  # at most so much of it could be saved by other forms and ranks at these widths
+    note: str = ""  # why the calibration data are too few to trust it (see `thin`)
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
@@ -142,6 +143,8 @@ class FactorPlan:
         content["rank_multiple"] = self.rank_multiple
         content["refit"] = self.refit
         content |= {key: value for key in ("loss", "gap") if (value := getattr(self, key)) is not None}
+        if self.note:
+            content["note"] = self.note
         if self.channels:
             content["channels"] = [asdict(each) for each in self.channels]
         content["layers"] = [_table(layer) for layer in self.layers]
@@ -203,6 +206,7 @@ _PLAN_TYPES: dict[str, type] = {
     "refit": bool,
     "loss": float,
     "gap": float,
+    "note": str,
 }
 
 

@@ -242,7 +242,7 @@ def refresh(
             raise PlanError(f"layer {name!r}: the spaces of its input were not collected", hint=hint)
         layers.append(_project(info, layer.how, spaces, inputs or {}, left))
     # what it is predicted to lose is known of the plan as it was made
-    return replace(plan, layers=tuple(layers), channels=_channels(channels, widths), loss=None, gap=None)
+    return replace(plan, layers=tuple(layers), channels=_channels(channels, widths), loss=None, gap=None, note="")
 
 
 def _widths(plan: FactorPlan, sets: Sequence[ChannelSet]) -> dict[str, int]:

@@ -69,6 +69,8 @@ class Study:
         parameters: unique parameters of the folded model.
         macs: multiply-accumulates of its layers, one sample.
         classify: its first output is a classifier's.
+        judges: calibration samples that directions are judged on and do not come from; 0 of fewer than four, where what
+            they come from judges them.
         samples: calibration samples for a second pass.
     """
 
@@ -83,6 +85,7 @@ class Study:
     parameters: int
     macs: int
     classify: bool
+    judges: int
     samples: Callable[[], Mapping[str, np.ndarray[Any, Any]]]
     _coupled: Callable[[], tuple[ChannelSet, ...]]
 
@@ -130,6 +133,8 @@ def study(
         traced = replace(graph.trace(folded, example), batchnorms=traced.batchnorms)
     infos = layers.survey(folded, traced)
     names = [name for name, info in infos.items() if not info.skip]
+    count = _gradients(sum(info.macs for info in infos.values()))
+    judges = min(count, len(calibration) // 4)
 
     @cache
     def coupled() -> tuple[ChannelSet, ...]:
@@ -142,8 +147,9 @@ def study(
                 batches = _Batches(calibration)
                 return spaces.to_arrays(spaces.collect(folded, batches, names, row_space=row_space, progress=progress))
             kernels = [name for name in names if math.prod(infos[name].kernel) > 1]
-            count = _gradients(sum(info.macs for info in infos.values()))
-            return _weighed(folded, calibration, names, kernels, coupled(), count, classify=classify, progress=progress)
+            return _weighed(
+                folded, calibration, names, kernels, coupled(), (count, judges), classify=classify, progress=progress
+            )
 
     @cache
     def known() -> _Known:
@@ -161,6 +167,7 @@ def study(
         parameters=sum(p.numel() for p in folded.parameters()),
         macs=sum(info.macs for info in infos.values()),
         classify=bool(classify),
+        judges=judges,
         samples=lambda: calibration.spread(refit.affordable(infos)),
         _coupled=coupled,
     )
@@ -177,17 +184,18 @@ def _weighed(
     names: Sequence[str],
     kernels: Sequence[str],
     sets: Sequence[ChannelSet],
-    count: int,
+    counts: tuple[int, int],
     *,
     classify: bool,
     progress: Progress | None,
 ) -> Arrays:
-    """Spaces, row spaces of ``kernels`` and channel spaces in one pass over most samples, weighed with ``count`` of
-    them and judged on others."""
+    """Spaces, row spaces of ``kernels`` and channel spaces in one pass over most samples, weighed with the first of
+    ``counts`` of them and judged on the second of others; where those are none, on the same."""
     free = [each for each in sets if not each.fixed]
     if not names and not free:
         return {}
-    judges = evenly(len(calibration), min(count, len(calibration) // 4)).tolist()
+    count, held_out = counts
+    judges = evenly(len(calibration), held_out).tolist()
     pool = sorted(set(range(len(calibration))) - set(judges))
     outputs = {name: Place(name) for name in names}
     # the readers of a narrowed stream see it through a layer norm: what is left to them is not a part of what they took

@@ -235,6 +235,8 @@ def factored(result: Factored) -> None:
     _trials(console, [t.to_dict() for t in result.trials])
     if result.recovery is not None:
         console.print(result.recovery.note)
+    if result.plan.note:
+        console.print(f"warning: {result.plan.note}")
     console.print(
         f"{result.parameters_before:,} → {result.parameters_after:,} parameters "
         f"({result.parameters_after / max(1, result.parameters_before):.1%}); written to {result.out}",
