@@ -97,7 +97,8 @@ def factor(
     """Choose ranks and rewrite the model; with ``out`` also write plan.toml, weights and the factored ``.pt2``.
 
     Args:
-        options: as for `build`; ``target`` only gives the rank multiple.
+        options: as for `build`; ``target`` only gives the rank multiple, ``precision`` what a budget in bytes is
+            predicted at.
     """
     from . import pipeline
 

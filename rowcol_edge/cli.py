@@ -213,6 +213,9 @@ def factor(
     recover: Recover = None,
     recover_data: RecoverData = None,
     target: Annotated[str, typer.Option(help="the board whose rank multiple is used")] = "generic-x86",
+    precision: Annotated[
+        str | None, typer.Option(help="what a budget of size is predicted at; build judges the file (default: int8)")
+    ] = None,
     out: Out = None,
     cache: UseCache = True,
     json: Json = False,
@@ -228,7 +231,8 @@ def factor(
             model,
             weights=weights, calib=calib, select=select, metric=metric, labels=labels, positive=positive,
             preprocess=preprocess, budget=budget, energy=energy, plan=plan, refit=refit, target=target,
-            out=out or "factored", recover=recover, recover_data=recover_data, cache=cache, progress=progress,
+            precision=precision, out=out or "factored", recover=recover, recover_data=recover_data, cache=cache,
+            progress=progress,
         )  # fmt: skip
     if json:
         _print_json(result.to_dict())

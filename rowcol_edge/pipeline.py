@@ -66,7 +66,10 @@ class Built:
 
 @dataclass(frozen=True, slots=True)
 class Factored:
-    """A factored model: the module, its plan, what was tried, and where it was written (None: nowhere)."""
+    """A factored model: the module, its plan, what was tried, and where it was written (None: nowhere).
+
+    ``size`` is what its weights are predicted to take, where a budget limits that: bytes, and at which precision.
+    """
 
     model: str
     module: nn.Module
@@ -76,6 +79,7 @@ class Factored:
     parameters_after: int
     out: Path | None
     recovery: Recovery | None = None
+    size: tuple[int, str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -102,6 +106,7 @@ class Factored:
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "out": None if self.out is None else str(self.out),
+            **({} if self.size is None else {"predicted_bytes": self.size[0], "precision": self.size[1]}),
             **({} if self.recovery is None else {"recovered": dict(self.recovery.record)}),
         }
 
@@ -166,21 +171,25 @@ def factor(
 ) -> Factored:
     """Choose a plan and apply it; with ``out`` write ``plan.toml``, ``model.safetensors`` and ``model.pt2`` there.
 
+    A budget in bytes is held by what the weights take at ``options.precision``; what a file takes besides, only `build`
+    knows.
+
     Raises:
         InputError, BudgetError: as for `build`; nothing is written.
     """
     if out is not None:
         check_out(out)
     job = prepare(options, model, progress, cache)
-    if job.budgets.get("size"):
-        raise ConfigError(
-            "budget size", expected="a budget that factoring decides", got="bytes", hint="build judges it"
-        )
+    limit, precision = job.budgets.get("size"), options.precision
+    if limit is not None and precision not in search.BYTES_PER_WEIGHT:
+        hint = "build measures which one is the fastest"
+        raise ConfigError("precision", expected="one that bytes can be predicted at", got=precision, hint=hint)
     known = _study(job, progress)
     chooser = _Chooser(job, known, progress)
-    choice = chooser.choice(job.targets[0].rank_multiple, "fp32")
+    choice = chooser.choice(job.targets[0].rank_multiple, "fp32" if limit is None else precision)
     plan = choice.plans[-1]
     search.check_costs(known, plan, job.budgets)
+    size = None if limit is None else _predicted(known, plan, limit, precision)
     recoverer = Recoverer(job, known, chooser.judge_trial, progress)
     recovery = recoverer.of(plan)
     gauged = Settler(job, known, progress).of(
@@ -200,7 +209,21 @@ def factor(
         known.parameters - plan.saved_parameters,
         out,
         recovery,
+        size,
     )
+
+
+def _predicted(known: Study, plan: FactorPlan, limit: Budget, precision: str) -> tuple[int, str]:
+    """Bytes of the weights at this precision; BudgetError where they exceed the limit."""
+    size = int((known.parameters - plan.saved_parameters) * search.BYTES_PER_WEIGHT[precision])
+    if size > limit.limit:
+        raise BudgetError(
+            f"budget {limit.text}, predicted at {precision}",
+            expected=f"at most {limit.limit:,.0f} bytes",
+            got=f"{size:,} bytes ({size / limit.limit:.2f} times the limit)",
+            hint="allow a larger file, or a lower precision",
+        )
+    return size, precision
 
 
 def _wheelhouses(job: Job, work: Path, out: Path, *, force: bool, progress: Progress) -> dict[str, Path | None]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,27 @@ def test_one_calibration_sample_is_warned_of_wherever_the_plan_is(
         assert ('note = "too few calibration data' in (bundle / "plan.toml").read_text()) is warned
         assert run("factor", *common[:3], "--plan", str(bundle / "plan.toml"), "--calib", calib, "--json") == 0
         assert bool(json.loads(capsys.readouterr().out)["note"]) is warned
+
+
+def test_factoring_says_that_a_size_is_predicted(
+    model: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [
+        "factor",
+        model["model"],
+        "--weights",
+        model["weights"],
+        "--calib",
+        model["calib"],
+        "--out",
+        str(tmp_path),
+    ]
+    for precision, budget in (("int8", "size<=30KB"), ("fp32", "size<=120KB")):
+        assert run(*common, "--budget", budget, "--precision", precision) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert re.search(rf"predicted [0-9.]+ MB of weights at {precision}; build judges the real file", said)
+    assert run(*common, "--budget", "params<=0.5x") == 0
+    assert "build judges" not in capsys.readouterr().out
 
 
 def test_what_the_user_named_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

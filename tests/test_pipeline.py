@@ -153,6 +153,36 @@ def test_a_size_budget_is_met_by_the_compiled_file(
     assert one.manifest.arms[0].size_bytes <= limit * 1000
 
 
+@pytest.mark.parametrize(("precision", "bytes_each"), [("fp32", 4.0), ("int8", 1.0)])
+def test_a_size_budget_of_factoring_is_met_by_prediction(
+    net: torch.nn.Module, splits: dict[str, str], precision: str, bytes_each: float
+) -> None:
+    dense = sum(parameter.numel() for parameter in net.parameters())
+    limit = int(0.6 * dense * bytes_each)
+    found = rowcol_edge.factor(net, calib=splits["calib"], budget=f"size<={limit}B", precision=precision)
+    assert found.size == (int(found.parameters_after * bytes_each), precision)
+    assert 0.5 * limit < found.size[0] <= limit
+    said = found.to_dict()
+    assert (said["predicted_bytes"], said["precision"]) == found.size
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"energy": 0.9999}, BudgetError, r"budget size<=99B, predicted at int8: expected at most 99 bytes, got \d"),
+        ({}, BudgetError, r"budget size<=99B: expected at most 99 parameters"),
+        ({"precision": "auto"}, ConfigError, "precision: expected one that bytes can be predicted at, got auto"),
+    ],
+)
+def test_a_size_budget_that_factoring_cannot_hold_is_refused(
+    net: torch.nn.Module, splits: dict[str, str], tmp_path: Path, change: dict[str, Any], error: type[Exception],
+    message: str,
+) -> None:  # fmt: skip
+    with pytest.raises(error, match=message):
+        rowcol_edge.factor(net, calib=splits["calib"], budget="size<=99B", out=tmp_path / "out", **change)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_callers_module_stays_as_it_was(splits: dict[str, str]) -> None:
     module = small_net().train()
     before = {key: value.clone() for key, value in module.state_dict().items()}

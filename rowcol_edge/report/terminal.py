@@ -237,6 +237,9 @@ def factored(result: Factored) -> None:
         console.print(result.recovery.note)
     if result.plan.note:
         console.print(f"warning: {result.plan.note}")
+    if result.size is not None:
+        size, precision = result.size
+        console.print(f"predicted {size / 1e6:.3g} MB of weights at {precision}; build judges the real file")
     console.print(
         f"{result.parameters_before:,} → {result.parameters_after:,} parameters "
         f"({result.parameters_after / max(1, result.parameters_before):.1%}); written to {result.out}",
