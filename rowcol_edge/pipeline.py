@@ -188,8 +188,8 @@ def factor(
     chooser = _Chooser(job, known, progress)
     choice = chooser.choice(job.targets[0].rank_multiple, "fp32" if limit is None else precision)
     plan = choice.plans[-1]
-    search.check_costs(known, plan, job.budgets)
-    size = None if limit is None else _predicted(known, plan, limit, precision)
+    _check_costs(job, known, plan)
+    size = None if limit is None else _predicted(job, known, plan, limit)
     recoverer = Recoverer(job, known, chooser.judge_trial, progress)
     recovery = recoverer.of(plan)
     gauged = Settler(job, known, progress).of(
@@ -213,15 +213,16 @@ def factor(
     )
 
 
-def _predicted(known: Study, plan: FactorPlan, limit: Budget, precision: str) -> tuple[int, str]:
-    """Bytes of the weights at this precision; BudgetError where they exceed the limit."""
+def _predicted(job: Job, known: Study, plan: FactorPlan, limit: Budget) -> tuple[int, str]:
+    """Bytes of the weights at the precision of the job; BudgetError where they exceed the limit."""
+    precision = job.options.precision
     size = int((known.parameters - plan.saved_parameters) * search.BYTES_PER_WEIGHT[precision])
     if size > limit.limit:
         raise BudgetError(
             f"budget {limit.text}, predicted at {precision}",
             expected=f"at most {limit.limit:,.0f} bytes",
             got=f"{size:,} bytes ({size / limit.limit:.2f} times the limit)",
-            hint="allow a larger file, or a lower precision",
+            hint=_remedy(job, job.targets[0], precision),
         )
     return size, precision
 
@@ -451,7 +452,7 @@ class _Line:
         index, plan = -index, choice.plans[-index]
         if limit is None:
             arm, plan = self._fitted(arm, plan, target, runtime)
-        search.check_costs(self.study, plan, self.job.budgets)
+        _check_costs(self.job, self.study, plan)
         _check_size(self.job, arm, target)
         return arm, replace(choice, plans=(*choice.plans[:index], plan))
 
@@ -552,8 +553,32 @@ def _check_size(job: Job, arm: Arm, target: Target) -> None:
             f"budget {budget.text}: {arm.name} on {target.name}",
             expected=f"at most {budget.limit:,.0f} bytes",
             got=f"{arm.artifact.size_bytes:,} bytes ({arm.artifact.size_bytes / budget.limit:.2f} times the limit)",
-            hint="allow a larger drop, or build at a lower precision",
+            hint=_remedy(job, target, arm.precision),
         )
+
+
+def _check_costs(job: Job, known: Study, plan: FactorPlan) -> None:
+    """Raises BudgetError where the plan exceeds a parameter or MAC limit."""
+    try:
+        search.check_costs(known, plan, job.budgets)
+    except BudgetError as e:  # not every plan comes from a search for a drop
+        raise BudgetError(e.what, expected=e.expected, got=e.got, hint=_remedy(job)) from e
+
+
+def _remedy(job: Job, target: Target | None = None, precision: str | None = None) -> str:
+    """What would make a plan that costs too much smaller, of what was asked for; with ``precision`` also the file."""
+    said = []
+    if job.options.plan is not None:
+        said.append("give the plan smaller ranks, or leave out --plan to have one made for the budget")
+    elif job.options.energy is not None:
+        said.append("lower the energy, or leave out --energy to have a plan made for the budget")
+    elif job.budgets.get("drop") is not None:
+        said.append("the smallest plan within the other limits is still too large: allow a larger drop")
+    if target is not None and precision is not None:
+        weights = search.BYTES_PER_WEIGHT
+        if any(weights[other] < weights[precision] for other in target.runtime(job.options.runtime).precisions):
+            said.append("take a lower precision")
+    return "; or ".join(said)
 
 
 def _program(module: nn.Module, job: Job) -> torch.export.ExportedProgram:

@@ -153,6 +153,48 @@ def test_a_size_budget_is_met_by_the_compiled_file(
     assert one.manifest.arms[0].size_bytes <= limit * 1000
 
 
+@pytest.mark.parametrize("word", [rowcol_edge.build, rowcol_edge.factor])
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        ({"energy": 0.999}, "lower the energy, or leave out --energy to have a plan made for the budget"),
+        ({"plan": "{plan}"}, "give the plan smaller ranks, or leave out --plan to have one made for the budget"),
+        ({"select": "{select}"}, "the smallest plan within the other limits is still too large: allow a larger drop"),
+    ],
+)
+def test_a_missed_cost_hints_at_what_was_asked_for(
+    net: torch.nn.Module, splits: dict[str, str], tmp_path: Path, change: dict[str, Any], hint: str,
+    word: Callable[..., Any],
+) -> None:  # fmt: skip
+    plan = tmp_path / "plan.toml"
+    FactorPlan(()).write(plan)
+    change = {k: v.format(plan=plan, **splits) if isinstance(v, str) else v for k, v in change.items()}
+    budget = "params<=0.01x" + (",drop<=0pp" if "select" in change else "")
+    with pytest.raises(BudgetError) as raised:
+        word(net, calib=splits["calib"], budget=budget, out=tmp_path / "out", dense=False, precision="fp32", **change)
+    assert raised.value.hint == hint
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "runtime", "hint"),
+    [
+        ("fp32", "onnxruntime", "take a lower precision"),
+        ("int8", "onnxruntime", "take a lower precision"),
+        ("int4-weights", "onnxruntime", ""),
+        ("int8", "openvino", ""),
+    ],
+)
+def test_a_lower_precision_is_hinted_at_where_there_is_one(
+    net: torch.nn.Module, splits: dict[str, str], precision: str, runtime: str, hint: str
+) -> None:
+    options = {"calib": splits["calib"], "budget": "size<=99B", "energy": 0.9, "precision": precision}
+    with pytest.raises(BudgetError) as raised:
+        rowcol_edge.factor(net, runtime=runtime, **options)
+    made = "lower the energy, or leave out --energy to have a plan made for the budget"
+    assert raised.value.hint == "; or ".join(filter(None, (made, hint)))
+
+
 @pytest.mark.parametrize(("precision", "bytes_each"), [("fp32", 4.0), ("int8", 1.0)])
 def test_a_size_budget_of_factoring_is_met_by_prediction(
     net: torch.nn.Module, splits: dict[str, str], precision: str, bytes_each: float
