@@ -22,10 +22,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import rowcol_edge
-from rowcol_edge import cli
+from rowcol_edge import cli, limits
 from rowcol_edge.datasets import Split, scan
 from rowcol_edge.errors import BudgetError, ModelError
-from rowcol_edge.factoring import ranks
 from rowcol_edge.factoring.apply import factored
 from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan, LayerPlan
 from rowcol_edge.factoring.study import Study, study
@@ -275,14 +274,7 @@ def test_any_of_it_together_keeps_the_budget(
     known = study(model, split(pictures(count)), classify=True)
     limit = int(share * known.parameters)
     try:
-        plan = ranks.plan_by_parameters(
-            known.infos,
-            known.spaces,
-            model_parameters=known.parameters,
-            count=limit,
-            allocator=known.allocator(1, 1.0),
-            inputs=known.input_spaces,
-        )
+        plan = limits.cheapest(known, [limits.of_parameters(known, limit, "")], 1, "")
     except BudgetError:
         return
     first, second = (factored(known, replace(plan, refit=True)) for _ in range(2))

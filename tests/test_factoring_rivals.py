@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from rowcol_edge.datasets import Split, scan
-from rowcol_edge.factoring import apply, sensitivity
+from rowcol_edge.factoring import apply
 from rowcol_edge.factoring.ranks import OverBudgetError
 from rowcol_edge.factoring.study import Study, study
+
+from . import weighing
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def studied(inputs: np.ndarray) -> Study:
 def ways(rivals: ModuleType, studied: Study, inputs: np.ndarray) -> dict[str, tuple[Any, Any]]:
     """(way, spaces) by name."""
     plain = dict(studied.spaces)
-    weighed = sensitivity.weigh(studied.folded, {"input": inputs}, plain, classify=True)
+    weighed = weighing.weighed(studied.folded, {"input": inputs}, plain, classify=True)
     return {way.name: (way, way.spaces(studied, plain, weighed)) for way in rivals.WAYS}
 
 

@@ -43,9 +43,8 @@ def measure(name: str, threads: int) -> dict[str, Any]:
     import torch
 
     import benchmark_models
-    from rowcol_edge import datasets
+    from rowcol_edge import datasets, limits
     from rowcol_edge.device.memory import peak_bytes
-    from rowcol_edge.factoring import ranks
     from rowcol_edge.factoring.apply import factored
     from rowcol_edge.factoring.study import study
 
@@ -63,10 +62,8 @@ def measure(name: str, threads: int) -> dict[str, Any]:
     clock.stage("couplings")
     spaces, channels = dict(known.spaces), dict(known.channel_spaces)
     clock.stage("spaces")
-    plan = ranks.plan_by_parameters(
-        known.infos, spaces, model_parameters=known.parameters, ratio=0.5, rank_multiple=16, model=name,
-        allocator=known.allocator(16, 1.0), inputs=known.input_spaces,
-    )  # fmt: skip
+    half = known.parameters // 2
+    plan = limits.cheapest(known, [limits.of_parameters(known, half, "params<=0.5x")], 16, name)
     clock.stage("allocation")
     factored(known, plan)
     clock.stage("rewriting")

@@ -33,12 +33,12 @@ from torch import nn
 from benchmark_gauge_table import table
 from benchmark_machine import machine
 from int8_files import RUNTIMES, TARGET, compiled, logits, scores
-from rowcol_edge import arms, calling, config, evaluation, job, targets
+from rowcol_edge import arms, calling, config, evaluation, job, limits, targets
 from rowcol_edge.backends import load_backend
 from rowcol_edge.backends.base import QuantSpec
 from rowcol_edge.datasets import Feeds
 from rowcol_edge.export.parity import torch_run
-from rowcol_edge.factoring import apply, ranks
+from rowcol_edge.factoring import apply
 from rowcol_edge.factoring.gauge import Gauge
 from rowcol_edge.factoring.settle import GAUGES, SAMPLES, in8bits, quantized, settle_model
 from rowcol_edge.factoring.study import Study, study
@@ -120,10 +120,8 @@ def _plan(
     progress: job.Progress,
 ) -> dict[str, Any]:
     assert work.selection is not None
-    plan = ranks.plan_by_parameters(
-        studied.infos, studied.spaces, model_parameters=studied.parameters, ratio=ratio, rank_multiple=_MULTIPLE,
-        model=work.model.name, allocator=studied.allocator(_MULTIPLE, 1.0), inputs=studied.input_spaces,
-    )  # fmt: skip
+    limit = limits.of_parameters(studied, int(studied.parameters * ratio), f"params<={ratio}x")
+    plan = limits.cheapest(studied, [limit], _MULTIPLE, work.model.name)
     factored = apply.factored(studied, plan, progress)
     names = [layer.name for layer in plan.projected]
     metrics = apply.metrics(studied, plan)

@@ -152,8 +152,8 @@ def studied(module: nn.Module, work: job.Job, progress: job.Progress) -> Study:
 
 def factored(known: Study, limit: int, multiple: int) -> tuple[nn.Module, int, int]:
     """The module within a number of parameters, and what it costs."""
-    plan = ranks.plan_by_parameters(
-        known.infos, known.spaces, model_parameters=known.parameters, count=limit, rank_multiple=multiple
+    plan = ranks.plan_by_cost(
+        known.infos, known.spaces, ranks.parameters, total=known.parameters, limit=limit, rank_multiple=multiple
     )
     macs = known.macs - plan.saved_macs
     return apply(known.folded, plan, known.spaces), known.parameters - plan.saved_parameters, macs

@@ -44,8 +44,8 @@ def spatial_losses(
     layer at its full rank, and the activations of 4 samples.
 
     Args:
-        samples: input name → samples, as `sensitivity.weigh` takes them; the half is used that those directions, which
-            came from the other half, have not seen.
+        samples: input name → samples, of which the half is used that directions from the other half (see
+            `sensitivity.halves`) have not seen.
         inputs, outputs: what `projections.project` would be given, by layer.
     """
     full: dict[str, nn.Sequential] = {}

@@ -56,41 +56,6 @@ def plan_by_energy(
     return FactorPlan(tuple(layers), rank_multiple, f"energy={energy:.10g}", model)
 
 
-def plan_by_parameters(
-    infos: Mapping[str, LayerInfo],
-    spaces: Mapping[str, Spectrum],
-    *,
-    model_parameters: int,
-    ratio: float | None = None,
-    count: int | None = None,
-    rank_multiple: int = 1,
-    break_even: float = 1.0,
-    model: str = "",
-    allocator: Allocator | None = None,
-    inputs: Mapping[str, Spectrum] | None = None,
-) -> FactorPlan:
-    """Meets a parameter budget over the whole model at the least predicted loss (see `plan_by_cost`).
-
-    Args:
-        model_parameters: parameters of the whole model, those outside ``infos`` included.
-        ratio: budget as a fraction of ``model_parameters``; or
-        count: budget as a number of parameters (give one of the two).
-
-    Raises:
-        ConfigError: options out of range.
-        BudgetError: below the least that can be reached; says by how much.
-    """
-    budget = _budget(model_parameters, ratio, count)
-    try:
-        return plan_by_cost(
-            infos, spaces, parameters, total=model_parameters, limit=budget, rank_multiple=rank_multiple,
-            break_even=break_even, made_by=f"parameters<={budget}", model=model, allocator=allocator, inputs=inputs,
-        )  # fmt: skip
-    except OverBudgetError as e:
-        what = "the parameter budget cannot be met by factoring"
-        raise missed(what, "parameters", budget, e.least, rank_multiple) from e
-
-
 def missed(what: str, kind: str, most: float, least: float, rank_multiple: int, why: str = "") -> BudgetError:
     """The error of a budget that allows ``most``, where the smallest ranks cost ``least``, of ``kind``."""
     limit, reached = int(most), round(least)
@@ -264,14 +229,6 @@ def _check_options(rank_multiple: int, break_even: float) -> None:
         raise ConfigError("rank_multiple", expected="a positive integer", got=str(rank_multiple))
     if not 0.0 < break_even <= 1.0:
         raise ConfigError("break_even", expected="above 0, at most 1", got=str(break_even))
-
-
-def _budget(model_parameters: int, ratio: float | None, count: int | None) -> int:
-    if (ratio is None) == (count is None):
-        raise ConfigError("parameter budget", expected="a ratio or a count", got=f"ratio {ratio}, count {count}")
-    if ratio is not None and not 0.0 < ratio <= 1.0:
-        raise ConfigError("parameter ratio", expected="above 0, at most 1", got=str(ratio))
-    return int(model_parameters * ratio) if ratio is not None else int(count or 0)
 
 
 def _reason(info: LayerInfo, spectrum: Spectrum | None) -> str:

@@ -51,28 +51,6 @@ class Weighed:
     channels: dict[str, ChannelSpaces]
 
 
-def weigh(
-    model: nn.Module,
-    samples: Feeds,
-    spaces: Mapping[str, LayerSpaces],
-    *,
-    classify: bool,
-    progress: Progress | None = None,
-) -> dict[str, LayerSpaces]:
-    """`weigh_all` of layers only, one half of the samples for the directions and the other to judge them.
-
-    Spaces are returned as they are where no gradient reaches a layer, or where the model cannot be differentiated: then
-    the variance of its own output is all that is known.
-    """
-    moments = {name: space.moments for name, space in spaces.items()}
-    parts = halves(samples)
-    found = weigh_all(model, *parts, moments, {}, (), classify=classify, progress=progress).layers
-    return {
-        name: replace(found[name], row_eigenvalues=space.row_eigenvalues) if name in found else space
-        for name, space in spaces.items()
-    }
-
-
 def halves(samples: Feeds) -> tuple[Feeds, Feeds]:
     """Those that directions are found with, and those that they are judged on; a single sample is both."""
     count = min(len(array) for array in samples.values())

@@ -62,6 +62,11 @@ def allocator_of(spaces: dict[str, LayerSpaces], widths: Losses, kind: type[Allo
     return kind(Widths(INFOS, SETS), Options(spaces, {}), widths)
 
 
+def within(spaces: dict[str, LayerSpaces], limit: int, allocator: Allocator | None = None) -> FactorPlan:
+    """The plan of least loss with at most ``limit`` parameters."""
+    return ranks.plan_by_cost(INFOS, spaces, ranks.parameters, total=TOTAL, limit=limit, allocator=allocator)
+
+
 def test_a_width_changes_every_layer_that_it_meets() -> None:
     widths = Widths(INFOS, SETS)
     narrowed = {name: widths.info(name, {"a": 10, "b": 8}) for name in INFOS}
@@ -87,9 +92,7 @@ def test_small_sets_have_a_choice(size: int, multiple: int, wanted: int) -> None
 def test_plans_keep_the_budget_and_their_own_books(seed: int, share: float) -> None:
     spaces, losses = spectra(seed)
     allocator = allocator_of(spaces, losses)
-    plan = ranks.plan_by_parameters(
-        INFOS, spaces, model_parameters=TOTAL, ratio=share, allocator=allocator
-    )  # fmt: skip
+    plan = within(spaces, int(TOTAL * share), allocator)
     assert TOTAL - sum(p.parameters_before - p.parameters_after for p in plan.layers) <= TOTAL * share
     assert ranks.refresh(plan, INFOS, spaces, SETS) == replace(plan, loss=None, gap=None)
     assert plan.gap is not None
@@ -132,7 +135,7 @@ def test_widths_are_near_the_best_of_every_combination() -> None:
     gaps = []
     for seed in range(8):
         spaces, losses = spectra(seed)
-        limit = 0.4 * TOTAL
+        limit = int(0.4 * TOTAL)
 
         def value(plan: FactorPlan, losses: Losses = losses, spaces: dict[str, LayerSpaces] = spaces) -> float:
             channels = sum(losses[each.name][each.width] for each in plan.channels)
@@ -149,19 +152,11 @@ def test_widths_are_near_the_best_of_every_combination() -> None:
                     return [chosen]
 
             try:
-                plan = ranks.plan_by_parameters(
-                    INFOS,
-                    spaces,
-                    model_parameters=TOTAL,
-                    count=int(limit),
-                    allocator=allocator_of(spaces, losses, Fixed),
-                )
+                plan = within(spaces, limit, allocator_of(spaces, losses, Fixed))
             except ranks.BudgetError:
                 continue
             best = min(best, value(plan))
-        found = ranks.plan_by_parameters(
-            INFOS, spaces, model_parameters=TOTAL, count=int(limit), allocator=allocator_of(spaces, losses)
-        )
+        found = within(spaces, limit, allocator_of(spaces, losses))
         gaps.append(value(found) / best)
     assert min(gaps) >= 1.0 - 1e-9
     assert np.median(gaps) < 1.3
@@ -172,8 +167,8 @@ def test_channels_go_further_than_ranks_alone() -> None:
     allocator = allocator_of(spaces, losses)
     least = 0.12
     with pytest.raises(ranks.BudgetError):
-        ranks.plan_by_parameters(INFOS, spaces, model_parameters=TOTAL, ratio=0.02)
-    plan = ranks.plan_by_parameters(INFOS, spaces, model_parameters=TOTAL, ratio=least, allocator=allocator)
+        within(spaces, int(0.02 * TOTAL))
+    plan = within(spaces, int(least * TOTAL), allocator)
     assert plan.channels
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from rowcol_edge.errors import DataError, ModelError
-from rowcol_edge.factoring import input_spaces
 from rowcol_edge.factoring.costs import Form, Split
 from rowcol_edge.factoring.projections import project
 from rowcol_edge.factoring.spaces import LayerSpaces
+from tests import weighing
 
 
 class Net(nn.Module):
@@ -43,7 +43,7 @@ NAMES = ["padded", "inner", "head"]
 
 def test_moments_are_those_of_what_a_layer_takes() -> None:
     x = pictures(20)
-    found = input_spaces.collect(Net(), [{"x": x[:13]}, {"x": x[13:]}], NAMES, max_positions=10**6)
+    found = weighing.taken(Net(), [{"x": x[:13]}, {"x": x[13:]}], NAMES, max_positions=10**6)
     rows = np.moveaxis(x, 1, -1).reshape(-1, 6).astype(np.float64)
     mean, covariance = rows.mean(0), np.cov(rows.T, bias=True)
     share = (1 - 2 / 18) * (1 - 2 / 15)  # of 3 · 6 and 3 · 5 taps along the axes two read the border
@@ -63,7 +63,7 @@ def test_moments_are_those_of_what_a_layer_takes() -> None:
 def test_of_a_transposed_convolution_moments_are_about_zero() -> None:
     x = pictures(20)
     model = nn.Sequential(nn.ConvTranspose2d(6, 4, 3, stride=2))
-    space = input_spaces.collect(model, [{"input": x}], ["0"], max_positions=10**6)["0"]
+    space = weighing.taken(model, [{"input": x}], ["0"], max_positions=10**6)["0"]
     rows = np.moveaxis(x, 1, -1).reshape(-1, 6).astype(np.float64)
     wanted = rows.T @ rows / len(rows)
     np.testing.assert_allclose((space.basis * space.eigenvalues) @ space.basis.T, wanted, rtol=1e-9, atol=1e-9)
@@ -71,17 +71,17 @@ def test_of_a_transposed_convolution_moments_are_about_zero() -> None:
 
 
 def weighed(model: nn.Module, x: np.ndarray, *, classify: bool = True) -> dict[str, LayerSpaces]:
-    plain = input_spaces.collect(model, [{"x": x}], NAMES)
-    return input_spaces.weigh(model, {"x": x}, plain, classify=classify)
+    plain = weighing.taken(model, [{"x": x}], NAMES)
+    return weighing.weighed_inputs(model, {"x": x}, plain, classify=classify)
 
 
 def test_the_gradient_is_the_one_through_the_layer_alone() -> None:
     """What the model's output makes of an input through one layer: Wᵀ g, with g the gradient at its output."""
     model, x = Net().double(), pictures(8)
-    plain = input_spaces.collect(model, [{"x": x}], ["inner"])
+    plain = weighing.taken(model, [{"x": x}], ["inner"])
     seen: list[torch.Tensor] = []
     handle = model.inner.register_full_backward_hook(lambda module, taken, given: seen.append(given[0]))
-    found = input_spaces.weigh(model, {"x": x}, plain, classify=False)["inner"]
+    found = weighing.weighed_inputs(model, {"x": x}, plain, classify=False)["inner"]
     handle.remove()
     total = torch.zeros(6, 6, dtype=torch.float64)
     samples = 0
@@ -119,8 +119,8 @@ def test_the_predicted_loss_counts_the_border() -> None:
     model = nn.Sequential(nn.Conv2d(6, 5, 3, padding=1), nn.Flatten(), nn.Linear(150, 3)).double()
     x = np.random.default_rng(0).normal(size=(200, 6, 6, 5)) * np.array([3, 3, 3, 3, 3, 0.0]).reshape(6, 1, 1)
     x[:, 5] = 1.0
-    plain = input_spaces.collect(model, [{"input": x}], ["0"])
-    space = input_spaces.weigh(model, {"input": x}, plain, classify=True)["0"]
+    plain = weighing.taken(model, [{"input": x}], ["0"])
+    space = weighing.weighed_inputs(model, {"input": x}, plain, classify=True)["0"]
     direction = np.abs(space.basis[5]).argmax()
     assert direction == 5  # it is worth least
     assert space.losses is not None
@@ -161,22 +161,22 @@ def test_without_a_way_back_the_spaces_stay_as_they_are() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x).round().detach()
 
-    plain = input_spaces.collect(Rounding(), [{"x": pictures(10)}], NAMES)
-    assert input_spaces.weigh(Rounding(), {"x": pictures(10)}, plain, classify=True) == plain
+    plain = weighing.taken(Rounding(), [{"x": pictures(10)}], NAMES)
+    assert weighing.weighed_inputs(Rounding(), {"x": pictures(10)}, plain, classify=True) == plain
 
 
 def test_bad_data_is_refused_with_the_layers_name() -> None:
     model = Net()
     with pytest.raises(DataError, match="at least one batch"):
-        input_spaces.collect(model, [], NAMES)
+        weighing.taken(model, [], NAMES)
     with pytest.raises(ModelError, match="no layer 'nix'"):
-        input_spaces.collect(model, [{"x": pictures(2)}], ["nix"])
+        weighing.taken(model, [{"x": pictures(2)}], ["nix"])
     with pytest.raises(ModelError, match="fails on a calibration batch"):
-        input_spaces.collect(model, [{"x": pictures(2)[:, :3]}], NAMES)
+        weighing.taken(model, [{"x": pictures(2)[:, :3]}], NAMES)
     model.unused = nn.Linear(3, 3)
     with pytest.raises(DataError, match="'unused' was not reached"):
-        input_spaces.collect(model, [{"x": pictures(2)}], ["unused"])
+        weighing.taken(model, [{"x": pictures(2)}], ["unused"])
     with torch.no_grad():
         model.padded.bias[0] = float("nan")
     with pytest.raises(DataError, match="input of layer 'head' holds NaN"):
-        input_spaces.collect(model, [{"x": pictures(2)}], NAMES)
+        weighing.taken(model, [{"x": pictures(2)}], NAMES)

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from rowcol_edge.errors import PlanError
-from rowcol_edge.factoring import input_spaces
 from rowcol_edge.factoring.costs import Form, Split
 from rowcol_edge.factoring.latents import spatial_losses
 from rowcol_edge.factoring.projections import project
-from rowcol_edge.factoring.sensitivity import weigh
 from rowcol_edge.factoring.spaces import LayerSpaces, collect
+from tests import weighing
 
 
 class Net(nn.Module):
@@ -45,8 +44,8 @@ def smooth(count: int, seed: int = 0) -> np.ndarray:
 
 
 def measured(model: nn.Module, x: np.ndarray) -> tuple[dict[str, LayerSpaces], dict[str, LayerSpaces]]:
-    taken = input_spaces.collect(model, [{"x": x}], NAMES)
-    return taken, weigh(model, {"x": x}, collect(model, [{"x": x}], NAMES), classify=True)
+    taken = weighing.taken(model, [{"x": x}], NAMES)
+    return taken, weighing.weighed(model, {"x": x}, collect(model, [{"x": x}], NAMES), classify=True)
 
 
 def divergence(model: nn.Module, other: nn.Module, x: np.ndarray) -> float:

@@ -110,9 +110,10 @@ def test_kernels_have_row_spaces_and_a_small_budget_uses_them(known: Study) -> N
     kernels = [n for n, info in known.infos.items() if not info.skip and np.prod(info.kernel) > 1]
     assert kernels
     assert set(known.input_spaces) == set(kernels)
-    plan = ranks.plan_by_parameters(
-        known.infos, known.spaces, model_parameters=known.parameters, ratio=0.35, inputs=known.input_spaces
-    )
+    plan = ranks.plan_by_cost(
+        known.infos, known.spaces, ranks.parameters, total=known.parameters, limit=0.35 * known.parameters,
+        inputs=known.input_spaces,
+    )  # fmt: skip
     assert any(layer.split in ("row", "both") for layer in plan.projected)
     model = factored(known, plan)
     assert sum(p.numel() for p in model.parameters()) == known.parameters - plan.saved_parameters

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rowcol_edge.errors import PlanError
-from rowcol_edge.factoring import input_spaces, splits
+from rowcol_edge.factoring import splits
 from rowcol_edge.factoring.costs import Form, LayerInfo, Split
 from rowcol_edge.factoring.graph import trace
 from rowcol_edge.factoring.layers import SUPPORTED, describe, survey
 from rowcol_edge.factoring.projections import project, spatial_losses
 from rowcol_edge.factoring.spaces import LayerSpaces, collect
+from tests import weighing
 
 _MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -56,7 +57,7 @@ def measured(layer: nn.Module, x: np.ndarray) -> tuple[LayerSpaces, LayerSpaces]
     """Spaces of what a layer takes and of what it gives."""
     model = nn.Sequential(layer)
     every = 10**6
-    taken = input_spaces.collect(model, [{"input": x}], ["0"], max_positions=every)["0"]
+    taken = weighing.taken(model, [{"input": x}], ["0"], max_positions=every)["0"]
     return taken, collect(model, [{"input": x}], ["0"], max_positions=every)["0"]
 
 

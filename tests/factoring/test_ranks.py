@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rowcol_edge.errors import BudgetError, ConfigError, PlanError
+from rowcol_edge.errors import ConfigError, PlanError
 from rowcol_edge.factoring.costs import Form, LayerInfo, Split
+from rowcol_edge.factoring.options import Cost
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan
-from rowcol_edge.factoring.ranks import OverBudgetError, macs, plan_by_cost, plan_by_energy, plan_by_parameters, refresh
+from rowcol_edge.factoring.ranks import OverBudgetError, macs, parameters, plan_by_cost, plan_by_energy, refresh
 
 
 @dataclass
@@ -62,7 +64,7 @@ def test_budget_is_met_and_loss_monotone(seed: int, multiple: int, first: float,
     total = sum(info.parameters for info in infos.values()) + 123
     losses = []
     for ratio in sorted((first, second)):
-        plan = plan_by_parameters(infos, spaces, model_parameters=total, ratio=ratio, rank_multiple=multiple)
+        plan = plan_by_cost(infos, spaces, parameters, total=total, limit=int(total * ratio), rank_multiple=multiple)
         assert total - plan.saved_parameters <= int(total * ratio)
         losses.append(sum(1 - layer.energy for layer in plan.layers))
     assert losses[1] <= losses[0] + 1e-12
@@ -72,7 +74,7 @@ def test_budget_is_near_the_exhaustive_optimum() -> None:
     infos, spaces = _case(3, ((12, 10), (8, 14)))
     total = sum(info.parameters for info in infos.values())
     for ratio in (0.4, 0.6, 0.8, 0.95):
-        plan = plan_by_parameters(infos, spaces, model_parameters=total, ratio=ratio)
+        plan = plan_by_cost(infos, spaces, parameters, total=total, limit=int(total * ratio))
         loss = sum(1 - layer.energy for layer in plan.layers)
         choices = []
         for name, info in infos.items():
@@ -100,10 +102,10 @@ def _with_losses(spectrum: Spectrum, scale: float) -> Spectrum:
 def test_a_full_budget_changes_nothing_and_a_loss_protects() -> None:
     infos, spaces = _case(1, SIZES)
     total = sum(info.parameters for info in infos.values())
-    assert plan_by_parameters(infos, spaces, model_parameters=total, ratio=1.0).projected == ()
-    plain = plan_by_parameters(infos, spaces, model_parameters=total, ratio=0.6)
+    assert plan_by_cost(infos, spaces, parameters, total=total, limit=total).projected == ()
+    plain = plan_by_cost(infos, spaces, parameters, total=total, limit=int(total * 0.6))
     dear = {name: _with_losses(spectrum, 100.0 if name == "l0" else 1.0) for name, spectrum in spaces.items()}
-    guarded = plan_by_parameters(infos, dear, model_parameters=total, ratio=0.6)
+    guarded = plan_by_cost(infos, dear, parameters, total=total, limit=int(total * 0.6))
     energy = {plan: {layer.name: layer.energy for layer in plan.layers}["l0"] for plan in (plain, guarded)}
     assert energy[guarded] > energy[plain]
 
@@ -123,22 +125,20 @@ def test_any_cost_is_met_and_more_of_it_loses_no_more(seed: int, first: float, s
     assert losses[1] <= losses[0] + 1e-12
 
 
-def test_a_cost_out_of_reach_says_what_can_be_reached() -> None:
+@pytest.mark.parametrize(
+    ("cost", "dense", "smallest"),
+    [(parameters, LayerInfo.parameters, LayerInfo.split_parameters), (macs, LayerInfo.macs, LayerInfo.split_macs)],
+)
+def test_a_cost_out_of_reach_says_what_can_be_reached(
+    cost: Cost, dense: property, smallest: Callable[..., int]
+) -> None:
     infos, spaces = _case(1, SIZES)
-    total = float(sum(info.macs for info in infos.values()))
-    least = float(sum(info.split_macs(Split(Form.COLUMN, 1)) for info in infos.values()))
+    total = sum(dense.__get__(info) for info in infos.values())
+    least = sum(smallest(info, Split(Form.COLUMN, 1)) for info in infos.values())
+    assert plan_by_cost(infos, spaces, cost, total=total, limit=least).projected
     with pytest.raises(OverBudgetError) as raised:
-        plan_by_cost(infos, spaces, macs, total=total, limit=least - 1)
+        plan_by_cost(infos, spaces, cost, total=total, limit=least - 1)
     assert raised.value.least == least
-
-
-def test_infeasible_budget_says_by_how_much() -> None:
-    infos, spaces = _case(1, SIZES)
-    total = sum(info.parameters for info in infos.values())
-    least = sum(info.split_parameters(Split(Form.COLUMN, 1)) for info in infos.values())
-    assert plan_by_parameters(infos, spaces, model_parameters=total, count=least).projected
-    with pytest.raises(BudgetError, match=f"got {least:,} at the smallest ranks, 1 too many"):
-        plan_by_parameters(infos, spaces, model_parameters=total, count=least - 1)
 
 
 def test_reasons_to_stay_dense() -> None:
@@ -188,6 +188,6 @@ def test_options_are_checked() -> None:
     ):
         with pytest.raises(ConfigError):
             plan_by_energy(infos, spaces, **options)
-    for options in ({}, {"ratio": 0.5, "count": 5}, {"ratio": 0.0}):
+    for options in ({"rank_multiple": 0}, {"break_even": 2}):
         with pytest.raises(ConfigError):
-            plan_by_parameters(infos, spaces, model_parameters=10**4, **options)
+            plan_by_cost(infos, spaces, parameters, total=10**4, limit=10**3, **options)

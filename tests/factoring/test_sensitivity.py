@@ -13,9 +13,9 @@ from torch import nn
 from rowcol_edge.datasets import Split, scan
 from rowcol_edge.factoring.apply import apply, factored
 from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan, LayerPlan
-from rowcol_edge.factoring.sensitivity import weigh
 from rowcol_edge.factoring.spaces import LayerSpaces, collect
 from rowcol_edge.factoring.study import study
+from tests import weighing
 
 
 class Clipped(nn.Module):
@@ -43,7 +43,7 @@ def both(
     model: nn.Module, samples: Mapping[str, np.ndarray], names: list[str], *, classify: bool = True
 ) -> tuple[dict[str, LayerSpaces], dict[str, LayerSpaces]]:
     plain = collect(model.eval(), [samples], names)
-    return plain, weigh(model, samples, plain, classify=classify)
+    return plain, weighing.weighed(model, samples, plain, classify=classify)
 
 
 def projected(model: nn.Module, name: str, rank: int, spaces: Mapping[str, LayerSpaces]) -> nn.Module:
@@ -148,7 +148,7 @@ def test_it_is_deterministic_and_leaves_the_model_as_it_was() -> None:
     model.head.weight.requires_grad_(False)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     plain = collect(model, [x], ["wide", "head"])
-    first, second = (weigh(model, x, plain, classify=True) for _ in range(2))
+    first, second = (weighing.weighed(model, x, plain, classify=True) for _ in range(2))
     for name in first:
         np.testing.assert_array_equal(first[name].basis, second[name].basis)
         np.testing.assert_array_equal(first[name].losses, second[name].losses)
