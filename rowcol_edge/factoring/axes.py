@@ -313,9 +313,18 @@ class _Follower:
         name = getattr(getattr(node.target, "_schema", None), "name", "")
         if not isinstance(value, torch.Tensor | list | tuple):
             return ()
+        known = _known(value)
+        if known and isinstance(value, torch.Tensor) and not value.numel():
+            return self._opaque(value)  # it holds no channels
         handler = self._handler(name, node)
-        if handler is not None:
-            return handler(node)
+        if known and handler is not None:
+            try:
+                found = handler(node)
+            except (LookupError, TypeError, ValueError):
+                # boundary: users' models call operators in ways that no handler foresees; a wrong shape tells others
+                found = None
+            if _fits(found, value):
+                return found
         self._unknown(node, name)
         return self._opaque(value)
 
@@ -342,7 +351,7 @@ class _Follower:
 
     def _opaque(self, value: object) -> Any:
         if isinstance(value, torch.Tensor):
-            return tuple(nowhere(count) for count in value.shape)
+            return tuple(nowhere(count) for count in value.shape) if _known(value) else (_ONE,) * value.dim()
         return [self._opaque(one) for one in value] if isinstance(value, list | tuple) else ()
 
     def _pin(self, node: fx.Node, reason: str) -> None:
@@ -511,12 +520,13 @@ class _Follower:
         return tuple(axis if size(axis) == count else nowhere(count) for axis, count in zip(taken, shape, strict=True))
 
     def _op_cat(self, node: fx.Node) -> Axes:
-        parts = [self._of(part) for part in cast(Sequence[fx.Node], node.args[0])]
-        place = cast(int, node.args[1]) if len(node.args) > 1 else 0
+        # torch leaves out empty parts, even of another rank, as the caches are that Transformers of text begin with
+        parts = [self._of(part) for part in cast(Sequence[fx.Node], node.args[0]) if part.meta["val"].numel()]
         rank = len(parts[0])
+        place = cast(int, node.args[1]) % rank if len(node.args) > 1 else 0
         result = list(parts[0])
         for other in range(rank):
-            if other != place % rank:
+            if other != place:
                 for part in parts[1:]:
                     result[other] = self.trail.merge(result[other], part[other])
         # a single channel is a segment too
@@ -625,6 +635,20 @@ class _Follower:
         else:
             self.trail.pin(first, "summed over in a product")
             self.trail.pin(second, "summed over in a product")
+
+
+def _known(value: object) -> bool:
+    """No size of a tensor, or of several, depends on the data, as that of what a mask picks does."""
+    if isinstance(value, torch.Tensor):
+        return all(isinstance(count, int) for count in value.shape)
+    return not isinstance(value, list | tuple) or all(map(_known, value))
+
+
+def _fits(found: Any, value: object) -> bool:
+    """Are these the axes of such a tensor, or of such tensors?"""
+    if isinstance(value, torch.Tensor):
+        return isinstance(found, tuple) and list(map(size, found)) == [max(count, 1) for count in value.shape]
+    return isinstance(found, list) and isinstance(value, list | tuple) and all(map(_fits, found, value))
 
 
 def _by_channel(module: nn.Module) -> bool:

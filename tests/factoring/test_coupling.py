@@ -98,6 +98,54 @@ def test_what_cannot_be_followed_stays_with_its_reason() -> None:
     assert found["knows"].fixed == "the model's code does not do with fewer"
 
 
+def test_empty_parts_of_a_concatenation_change_nothing() -> None:
+    """As torch has it: those of one axis are left out whatever the others are, as caches that nothing is in yet."""
+
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.last = nn.Linear(5, 6), nn.Linear(5, 10), nn.Linear(16, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            left = torch.cat([x.new_zeros(0), F.relu(self.left(x))], 1)
+            both = torch.cat([left[..., :0], left, x.new_zeros(0), F.relu(self.right(x))], -1)
+            logits: torch.Tensor = self.last(both.mean(1))
+            return logits
+
+    found = sets(made(Cached), TOKENS)
+    assert {name: each.fixed for name, each in found.items()} == {
+        "left": "",
+        "right": "",
+        "last": "an output of the model",
+    }
+    assert [found[name].uses[0].index.ravel().tolist() for name in ("left", "right")] == [
+        list(range(6)),
+        list(range(6, 16)),
+    ]
+
+
+def test_an_operator_called_in_an_unforeseen_way_pins_what_it_takes() -> None:
+    class Unforeseen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flat, self.picked, self.free, self.last = (
+                nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+            )  # fmt: skip
+            self.slope = nn.Parameter(torch.rand(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = F.prelu(self.flat(x).flatten(), self.slope).reshape(-1, 7, 8)  # one axis: no channels are told apart
+            x = self.picked(x)
+            size = F.relu(x[x > 0]).sum()  # of as many as the data tells
+            logits: torch.Tensor = self.last(F.relu(self.free(F.relu(x))).mean(1)) * size
+            return logits
+
+    fixed = {name: each.fixed for name, each in sets(made(Unforeseen), TOKENS).items()}
+    assert fixed["flat"] == "read by prelu"
+    assert fixed["picked"].startswith("read by ")
+    assert fixed["free"] == ""
+
+
 def test_a_layer_norm_over_pixels_is_no_stream() -> None:
     class Mixer(nn.Module):
         def __init__(self) -> None:
