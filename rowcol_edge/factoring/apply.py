@@ -22,6 +22,7 @@ from rowcol_edge.factoring.products import product
 from rowcol_edge.factoring.projections import project
 from rowcol_edge.factoring.refit import refit
 from rowcol_edge.factoring.spaces import LayerSpaces, Progress, directions
+from rowcol_edge.factoring.standins import put
 from rowcol_edge.factoring.study import Study
 
 Array = NDArray[np.float64]
@@ -93,16 +94,14 @@ def apply(
         module = result.get_submodule(layer.name)
         assert isinstance(module, nn.Linear | _ConvNd)  # skip_reasons lists no other kind without a reason
         taken = (inputs or {}).get(layer.name)
-        result.set_submodule(
-            layer.name,
-            project(
-                module,
-                layer.how,
-                inputs=taken if taken is None else _through(taken, takes.get(layer.name)),
-                outputs=_through(spaces[layer.name], gives.get(layer.name)),
-                name=layer.name,
-            ),
+        parts = project(
+            module,
+            layer.how,
+            inputs=taken if taken is None else _through(taken, takes.get(layer.name)),
+            outputs=_through(spaces[layer.name], gives.get(layer.name)),
+            name=layer.name,
         )
+        put(result, module, parts)
     changed = {layer.name for layer in plan.projected} | {name for each in narrowings for name in each.channels.layers}
     leave_fused_paths(result, changed)
     return result

@@ -15,6 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from rowcol_edge.errors import ModelError
 from rowcol_edge.factoring.graph import LayerGraph
+from rowcol_edge.factoring.standins import put
 
 
 def fold_batchnorm(model: nn.Module, graph: LayerGraph) -> nn.Module:
@@ -35,7 +36,7 @@ def fold_batchnorm(model: nn.Module, graph: LayerGraph) -> nn.Module:
             what = f"the layer graph is of another model: {pair.norm!r}"
             raise ModelError(what, expected="a batch norm", got=type(norm).__name__)
         _fold(layer, norm)
-        folded.set_submodule(pair.norm, nn.Identity().eval())
+        put(folded, norm, nn.Identity().eval())
     return folded
 
 

@@ -23,6 +23,7 @@ from rowcol_edge.factoring.projections import project
 from rowcol_edge.factoring.sensitivity import Feeds, Frame, Losses
 from rowcol_edge.factoring.spaces import LayerSpaces, Progress
 from rowcol_edge.factoring.splits import Layer
+from rowcol_edge.factoring.standins import put
 
 Array = NDArray[np.float64]
 
@@ -63,7 +64,7 @@ def spatial_losses(
         return {}
     whole = copy.deepcopy(model)
     for name, parts in full.items():
-        whole.set_submodule(name, parts)
+        put(whole, whole.get_submodule(name), parts)
     chunks = sensitivity.chunked(sensitivity.halves(samples)[1])
     done = 0
 

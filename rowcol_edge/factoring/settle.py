@@ -22,6 +22,7 @@ from rowcol_edge.factoring.gauge import Gauge, turn
 from rowcol_edge.factoring.layers import base
 from rowcol_edge.factoring.places import channel_axis
 from rowcol_edge.factoring.splits import Layer
+from rowcol_edge.factoring.standins import put
 
 Array = NDArray[np.float64]
 
@@ -222,10 +223,10 @@ def settle_model(
     finally:
         for handle in handles:
             handle.remove()
-    for name in layers:
+    for name, layer in layers.items():
         if name not in found:
             raise DataError(f"layer {name!r} was not reached by the samples")
-        result.set_submodule(name, found[name][0])
+        put(result, layer, found[name][0])
     return result, {name: settled for name, (_, settled) in found.items()}
 
 
