@@ -29,6 +29,7 @@ from rowcol_edge.factoring import (
     sensitivity,
     spaces,
     splits,
+    standins,
 )
 from rowcol_edge.factoring.allocation import Allocator, Widths
 from rowcol_edge.factoring.channel_spaces import ChannelSpaces
@@ -133,6 +134,9 @@ def study(
         traced = replace(graph.trace(folded, example), batchnorms=traced.batchnorms)
     infos = layers.survey(folded, traced)
     names = [name for name, info in infos.items() if not info.skip]
+    for name, reason in standins.refused(folded, names, example).items():
+        infos[name] = replace(infos[name], skip=reason)
+        names.remove(name)
     count = _gradients(sum(info.macs for info in infos.values()))
     judges = min(count, len(calibration) // 4)
 
