@@ -44,6 +44,7 @@ class ChannelSet:
         linear: nothing but linear operators lies between producers and uses, so that they may be rotated.
         contracted: (query, key): nobody reads them but the product of the two.
         rescale: the model's code divides that product by the root of the width it finds.
+        sizes: (module, attribute) where the model's code keeps the number of channels, to reshape by.
         loose: parameters for each channel (of every group together) that belong to no layer: norms, what is added.
         fixed: why they stay as they are, ``""`` if they need not.
     """
@@ -60,6 +61,7 @@ class ChannelSet:
     linear: bool = False
     contracted: tuple[str, str] | None = None
     rescale: bool = False
+    sizes: tuple[tuple[str, str], ...] = ()
     loose: int = 0
     fixed: str = ""
 

@@ -11,6 +11,7 @@ and what passes the channels on keeps those that are kept. Where only the produc
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -119,6 +120,8 @@ def _write(editor: _Editor, each: Narrowing) -> None:
             editor.parameter(slot, kept)
     for place, slot in enumerate(channels.uses):
         editor.inputs(slot, width, None if each.give is None else each.give[place])
+    for name, attribute in channels.sizes:
+        setattr(editor.model.get_submodule(name), attribute, width)
 
 
 @dataclass(slots=True)
@@ -308,7 +311,7 @@ def checked(
     model: nn.Module, sets: Sequence[ChannelSet], example: Mapping[str, torch.Tensor]
 ) -> tuple[ChannelSet, ...]:
     """The sets, those fixed that the model's code cannot have narrower, and those marked whose product of query and key
-    it divides by the root of their width.
+    it divides by the root of their width, or whose width it keeps in attributes.
 
     Every set is tried at two widths: the narrowed model must give what the model gives whose other channels nobody
     reads. All at once first; one by one only where that fails.
@@ -330,11 +333,30 @@ def _put(sets: Sequence[ChannelSet], tried: Sequence[ChannelSet]) -> tuple[Chann
 
 
 def _tried(model: nn.Module, channels: ChannelSet, example: Mapping[str, torch.Tensor]) -> ChannelSet:
+    def works(each: ChannelSet) -> bool:
+        return all(_alike(model, [each], share, example) for share in _SHARES)
+
     for rescale in (False, True) if channels.contracted is not None else (False,):
-        marked = replace(channels, rescale=rescale)
-        if all(_alike(model, [marked], share, example) for share in _SHARES):
+        if works(marked := replace(channels, rescale=rescale)):
+            return marked
+    kinds = _sizes(model, channels)
+    for some in [[kind] for kind in kinds] + ([kinds] if len(kinds) > 1 else []):
+        if works(marked := replace(channels, sizes=tuple(itertools.chain(*some)))):
             return marked
     return replace(channels, fixed="the model's code does not do with fewer")
+
+
+def _sizes(model: nn.Module, channels: ChannelSet) -> list[list[tuple[str, str]]]:
+    """Attributes in which the model's code may keep the number of channels, those of modules of a kind together.
+
+    Of torch's own modules none: what reads theirs is a layer or norm of the set, or does without.
+    """
+    found: dict[tuple[type, str], list[tuple[str, str]]] = defaultdict(list)
+    for name, module in model.named_modules() if channels.groups == 1 else ():
+        for attribute, value in vars(module).items():
+            if type(value) is int and value == channels.size and not type(module).__module__.startswith("torch."):
+                found[type(module), attribute].append((name, attribute))
+    return list(found.values())
 
 
 def _alike(model: nn.Module, sets: Sequence[ChannelSet], share: float, example: Mapping[str, torch.Tensor]) -> bool:

@@ -160,6 +160,65 @@ def test_a_layer_norm_over_pixels_is_no_stream() -> None:
     assert (found["tokens"].fixed, found["tokens"].size) == ("", 12)
 
 
+class Kept(nn.Module):
+    """The code reshapes by widths that it keeps. Nine is also how large its pictures are, and twelve is in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side, self.width, self.shape = 9, 9, (-1, 12, 81)
+        self.first, self.second = nn.Conv2d(2, 9, 1), nn.Conv1d(9, 12, 1)
+        self.pooled, self.last = Pooled(10), nn.Linear(10, 3)
+        self.third = nn.Conv1d(12, 10, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != self.side:
+            raise ValueError("another picture")
+        x = F.relu(self.first(x)).reshape(len(x), self.width, -1)
+        x = F.relu(self.second(x)).reshape(self.shape)
+        x = F.relu(self.third(x))
+        if x.shape[1] != self.pooled.width:
+            raise ValueError("another width")
+        logits: torch.Tensor = self.last(self.pooled(x))
+        return logits
+
+
+class Pooled(nn.Module):
+    """Two modules of two kinds know the width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.inner = width, Inner(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled: torch.Tensor = self.inner(x).mean(2)
+        return pooled
+
+
+class Inner(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(-1, self.channels, x.shape[-1])
+
+
+def test_widths_that_the_code_keeps_change_with_the_channels() -> None:
+    model = made(Kept)
+    found = sets(model, PICTURE)
+    assert {name: (each.fixed, each.sizes) for name, each in found.items()} == {
+        "first": ("", (("", "width"),)),
+        "second": ("the model's code does not do with fewer", ()),
+        "third": ("", (("pooled", "width"), ("pooled.inner", "channels"))),
+        "last": ("an output of the model", ()),
+    }
+    chosen = [found["first"], found["third"]]
+    result = narrow.narrow(model, [narrow.plain(model, each, 4) for each in chosen])
+    assert (result.width, result.side, result.pooled.width, result.pooled.inner.channels) == (4, 9, 4, 4)
+    assert (model.width, model.pooled.width, model.pooled.inner.channels) == (9, 10, 10)
+    assert result(torch.randn(2, *PICTURE).double()).shape == (2, 3)
+
+
 class Held(nn.Module):
     """Layers whose weights belong to somebody else."""
 
