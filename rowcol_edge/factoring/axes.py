@@ -22,7 +22,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from rowcol_edge.factoring.graph import inside
 
-NOTHING = -1  # the root of digits that no layer gives: samples, pixels, tokens
+# Roots of digits that no layer gives, all below zero:
+NOTHING = -1  # samples, pixels, tokens
+INPUT = -2  # whatever the model is given
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +66,13 @@ class Trail:
     normed: list[tuple[str, Digit, int]] = field(default_factory=list)  # layer norm, what it takes, root it gives
 
     def pin(self, axis: Axis, reason: str) -> None:
-        self.pinned += [(digit, reason) for digit in digits(axis) if digit.root != NOTHING]
+        self.pinned += [(digit, reason) for digit in digits(axis) if digit.root >= 0]
 
     def root(self, root: Root) -> Axis:
         self.roots.append(root)
         return ((Digit(len(self.roots) - 1, root.size, 1),),) if root.size > 1 else _ONE
 
-    def merge(
-        self,
-        first: Axis,
-        second: Axis,
-        reason: str = "combined with values that no layer gives, as rotary embeddings are",
-    ) -> Axis:
+    def merge(self, first: Axis, second: Axis) -> Axis:
         """Two axes that become one, channel by channel."""
         if size(first) == 1 or size(second) == 1:
             return second if size(first) == 1 else first
@@ -83,20 +80,22 @@ class Trail:
             self.pin(first, "combined with channels that are put together in another way")
             self.pin(second, "combined with channels that are put together in another way")
             return nowhere(size(first))
-        return tuple(self._merge(a, b, reason) for a, b in zip(first, second, strict=True))
+        return tuple(self._merge(a, b) for a, b in zip(first, second, strict=True))
 
-    def _merge(self, first: Segment, second: Segment, reason: str) -> Segment:
+    def _merge(self, first: Segment, second: Segment) -> Segment:
         pairs = aligned(first, second)
         if pairs is None:
             self.pin((first, second), "combined with channels that are put together in another way")
             return nowhere(span(first))[0]
         merged = []
         for a, b in pairs:
-            if a.root == NOTHING or b.root == NOTHING:
-                self.pin(((a, b),), reason)
+            if INPUT in (a.root, b.root):
+                self.pin(((a, b),), "combined with the model's own input, as a stream is that starts there")
+            elif NOTHING in (a.root, b.root):
+                self.pin(((a, b),), "combined with values that no layer gives, as rotary embeddings are")
             else:
                 self.same.append((a, b))
-            merged.append(b if a.root == NOTHING else a)
+            merged.append(b if a.root < 0 <= b.root or a.root == NOTHING else a)
         return tuple(merged)
 
 
@@ -114,8 +113,8 @@ def size(axis: Axis) -> int:
     return sum(map(span, axis))
 
 
-def nowhere(count: int) -> Axis:
-    return ((Digit(NOTHING, count, 1),),) if count > 1 else _ONE
+def nowhere(count: int, root: int = NOTHING) -> Axis:
+    return ((Digit(root, count, 1),),) if count > 1 else _ONE
 
 
 def aligned(first: Segment, second: Segment) -> list[tuple[Digit, Digit]] | None:
@@ -302,7 +301,8 @@ class _Follower:
         if node.name in self.stored and node.name not in self.weights:
             path = self.stored[node.name]
             return tuple(self.trail.root(Root(path, count, place)) for place, count in enumerate(value.shape))
-        return tuple(nowhere(count) for count in value.shape)
+        root = INPUT if node.name in self.program.graph_signature.user_inputs else NOTHING
+        return tuple(nowhere(count, root) for count in value.shape)
 
     def _call(self, node: fx.Node) -> Any:
         value = node.meta.get("val")
@@ -365,7 +365,7 @@ class _Follower:
             self._pin(value, f"read by {name.removeprefix('aten::') or node.target}")
 
     def _bend(self, axes: Axes) -> Axes:
-        self.trail.bent += [digit for axis in axes for digit in digits(axis) if digit.root != NOTHING]
+        self.trail.bent += [digit for axis in axes for digit in digits(axis) if digit.root >= 0]
         return axes
 
     # Layers
@@ -431,7 +431,7 @@ class _Follower:
         weight, last = node.args[2] if len(node.args) > 2 else None, digits(taken[-1])
         part = self.weights.get(weight.name) if isinstance(weight, fx.Node) else None
         once = part is not None and part.name not in (name for name, _, _ in self.trail.normed)
-        whole = len(cast(Sequence[int], node.args[1])) == len(last) == 1 and last[0].root != NOTHING
+        whole = len(cast(Sequence[int], node.args[1])) == len(last) == 1 and last[0].root >= 0
         if part is not None and once and not part.held and whole:
             given = self.trail.root(Root(part.name, size(taken[-1]), norm=True))
             self.trail.normed.append((part.name, last[0], len(self.trail.roots) - 1))
@@ -532,8 +532,9 @@ class _Follower:
         # a single channel is a segment too
         joined = [part[place] if size(part[place]) > 1 else (((Digit(NOTHING, 1, 1),),)) for part in parts]
         result[place] = tuple(itertools.chain.from_iterable(joined))
-        if all(digit.root == NOTHING for digit in digits(result[place])):
-            result[place] = nowhere(size(result[place]))
+        origins = {digit.root for digit in digits(result[place])}
+        if max(origins) < 0:
+            result[place] = nowhere(size(result[place]), min(origins))
         return tuple(result)
 
     def _op_select(self, node: fx.Node) -> Axes:
@@ -629,7 +630,7 @@ class _Follower:
 
     def _contract(self, first: Axis, second: Axis) -> None:
         one, other = digits(first), digits(second)
-        if len(one) == len(other) == 1 and NOTHING not in (one[0].root, other[0].root):
+        if len(one) == len(other) == 1 and min(one[0].root, other[0].root) >= 0:
             self.trail.same.append((one[0], other[0]))
             self.trail.contracted.append((one[0], other[0]))
         else:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rowcol_edge.factoring import axes
-from rowcol_edge.factoring.axes import NOTHING, Axis, Digit, Part, Trail
+from rowcol_edge.factoring.axes import Axis, Digit, Part, Trail
 from rowcol_edge.factoring.channels import ChannelSet, Index, Slot
 from rowcol_edge.factoring.graph import LayerGraph, exported, weight_owners
 from rowcol_edge.factoring.layers import held
@@ -97,7 +97,7 @@ class _Sets:
             *(digit for _, axis in (*trail.read, *trail.carried) for digit in axes.digits(axis)),
         ]  # fmt: skip
         for digit in every:
-            if digit.root != NOTHING:
+            if digit.root >= 0:
                 self.cuts[digit.root] |= {digit.stride, digit.stride * digit.size}
         changed = True
         while changed:
@@ -239,7 +239,7 @@ class _Sets:
         """(groups, size, taps) along the segment; None where the class is not in it."""
         parts: list[tuple[_Atom | None, int]] = []
         for digit in segment:
-            if digit.root == NOTHING:
+            if digit.root < 0:
                 parts.append((None, digit.size))
             else:
                 parts += [(atom, self.size(atom)) for atom in self.atoms(digit)]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rowcol_edge.factoring import coupling, fold, graph, narrow
+from rowcol_edge.factoring import coupling, fold, graph, narrow, opening
 from rowcol_edge.factoring.channels import ChannelSet
 from tests.couplings import PICTURE, TOKENS, Encoder, Joined, Residual, made
 
@@ -70,6 +70,29 @@ def test_rotary_embeddings_are_named() -> None:
     found = sets(made(Encoder, "torch", True), TOKENS)
     assert found["attention.query"].fixed == "combined with values that no layer gives, as rotary embeddings are"
     assert found["attention.value"].fixed == ""
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_stream_that_starts_at_the_input_is_named(scaled: bool) -> None:
+    class Raw(nn.Module):
+        """No embedding: the width is that of the data, as it comes or as it is scaled."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 2, 40, batch_first=True, norm_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = (x - torch.tensor([0.5])) * torch.linspace(1, 2, 16) if scaled else x
+            logits: torch.Tensor = self.head(self.encoder(x).mean(1))
+            return logits
+
+    found = sets(opening.opened(made(Raw)), (7, 16))
+    reason = "combined with the model's own input, as a stream is that starts there"
+    assert found["encoder.layers.0.self_attn.out_proj"].fixed == reason
+    assert found["encoder.layers.0.self_attn.value"].fixed == ""
+    assert found["encoder.layers.0.linear1"].fixed == ""
 
 
 class Split(nn.Module):
