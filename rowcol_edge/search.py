@@ -151,9 +151,6 @@ def check_costs(study: Study, plan: FactorPlan, budgets: Budgets) -> None:
             f"budget {budget.text}",
             expected=f"at most {limit:,.0f} {budget.kind}",
             got=f"{got:,} ({got / limit:.2f} times the limit)",
-            hint="the smallest plan within the other limits is still too large: allow a larger drop"
-            if budgets.get("drop")
-            else "allow more, or leave out what made this plan",
         )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from rowcol_edge.datasets import Split, scan
 from rowcol_edge.factoring import refit
 from rowcol_edge.factoring.apply import factored
+from rowcol_edge.factoring.layouts import Layout
 from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan, LayerPlan
 from rowcol_edge.factoring.study import study
 from tests.couplings import PICTURE, TOKENS, Encoder, Residual, made
@@ -78,17 +79,19 @@ def test_a_model_that_loses_nothing_is_returned_as_it_was() -> None:
 @given(
     kernel=st.integers(1, 3), stride=st.integers(1, 2), padding=st.integers(0, 2), dilation=st.integers(1, 2),
     mode=st.sampled_from(["zeros", "reflect", "circular"]), lone=st.booleans(),
+    each=st.sampled_from([1, 3]),
 )  # fmt: skip
 def test_patches_are_what_a_convolution_sees(
-    kernel: int, stride: int, padding: int, dilation: int, mode: str, lone: bool
+    kernel: int, stride: int, padding: int, dilation: int, mode: str, lone: bool, each: int
 ) -> None:
     torch.manual_seed(0)
     kind, shape = (nn.Conv1d, (3, 2, 9)) if lone else (nn.Conv2d, (3, 2, 9, 8))
     layer = kind(2, 4, kernel, stride, padding, dilation, padding_mode=mode).double()
     x = torch.randn(shape, dtype=torch.float64)
     with torch.no_grad():
-        wanted = layer(x).flatten(2).transpose(1, 2)
-        got = refit._inputs(layer, x, 10**6) @ layer.weight.flatten(1).T + layer.bias
+        wanted = layer(x).flatten(2).transpose(1, 2).reshape(3 // each, -1, 4)
+        fit = refit._Fit("layer", None, 10**6, Layout(each=each))
+        got = refit._inputs(layer, x, fit) @ layer.weight.flatten(1).T + layer.bias
     torch.testing.assert_close(got, wanted)
 
 
