@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from rowcol_edge import limits, search
 from rowcol_edge.budgets import Budgets
 from rowcol_edge.datasets import Split, scan
 from rowcol_edge.errors import BudgetError, ModelError
+from rowcol_edge.factoring.apply import factored
 from rowcol_edge.factoring.options import Cost
 from rowcol_edge.factoring.plan import FactorPlan
 from rowcol_edge.factoring.study import Study, study
@@ -61,6 +65,42 @@ def test_both_limits_hold_at_little_more_than_the_loss_of_the_tighter_one(
     assert used[1] <= macs
     alone = [planned(known, text).loss or 0.0 for text in (f"params<={parameters}x", f"macs<={macs}x")]
     assert max(alone) * (1 - 1e-9) <= (plan.loss or 0.0) <= sum(alone) * (1 + 1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kinds=st.sets(st.sampled_from(["params", "macs", "size"]), min_size=1),
+    share=st.tuples(*[st.floats(0.01, 1.1)] * 3),
+    bytes_each=st.sampled_from([0.5, 1.0, 2.0, 4.0]),
+    multiple=st.sampled_from([1, 3, 8]),
+)
+def test_any_limits_hold_together_or_the_one_that_cannot_is_named(
+    known: Study, kinds: set[str], share: tuple[float, float, float], bytes_each: float, multiple: int
+) -> None:
+    dense = {"params": known.parameters, "macs": known.macs, "size": known.parameters * bytes_each}
+    most = {kind: int(part * dense[kind]) for kind, part in zip(dense, share, strict=True) if kind in kinds}
+    budgets = Budgets.parse(",".join(f"{kind}<={limit}{'B' * (kind == 'size')}" for kind, limit in most.items()))
+    found = limits.of_budgets(known, budgets, bytes_each)
+    alone = {each.text: within(known, [each], multiple) for each in found}
+    plan = within(known, found, multiple)
+    if isinstance(plan, str):
+        out_of_reach = [text for text, other in alone.items() if isinstance(other, str)]
+        assert plan == (f"budget {out_of_reach[0]}" if out_of_reach else f"budgets {' and '.join(alone)}")
+        return
+    assert not any(isinstance(other, str) for other in alone.values())
+    parameters = sum(part.numel() for part in factored(known, plan).parameters())
+    assert parameters == known.parameters - plan.saved_parameters
+    used = {"params": parameters, "macs": known.macs - plan.saved_macs, "size": parameters * bytes_each}
+    assert {kind for kind, limit in most.items() if used[kind] > limit} == set()
+    assert all(layer.rank % multiple == 0 for layer in plan.projected if layer.rank)
+
+
+def within(known: Study, found: Sequence[limits.Limit], multiple: int) -> FactorPlan | str:
+    """The plan, or what its error says cannot be met."""
+    try:
+        return limits.cheapest(known, found, multiple, "")
+    except BudgetError as error:
+        return error.what
 
 
 def test_neither_limit_alone_would_keep_the_other(known: Study) -> None:

@@ -125,6 +125,94 @@ def test_error_falls_with_the_rank(case: tuple[Any, np.ndarray]) -> None:
     assert all(later <= earlier * (1 + 1e-9) + noise for earlier, later in itertools.pairwise(errors))
 
 
+def lost(layer: nn.Module, made: nn.Module, x: np.ndarray) -> np.ndarray:
+    """(positions, features): what a layer gives more than what stands in for it."""
+    axis = -1 if isinstance(layer, nn.Linear) else 1
+    difference = (outputs(layer, x) - outputs(made, x)).movedim(axis, -1).numpy()
+    return difference.reshape(-1, difference.shape[-1])
+
+
+def squared(rows: np.ndarray) -> float:
+    """Their mean squared length."""
+    return float(np.square(rows).sum(-1).mean())
+
+
+@st.composite
+def tilings(draw: st.DrawFn) -> tuple[Any, np.ndarray, float, tuple[float, float]]:
+    """A layer whose kernel reads each input once, inputs, how many of its inputs (a transposed one: what share of one)
+    an output comes from, and the least and most that its weight makes of a squared length. Every other layer keeps
+    lengths up to a factor."""
+    kind = draw(st.sampled_from(sorted(SUPPORTED.values())))
+    inputs, features = draw(st.integers(1, 5)), draw(st.integers(1, 20))
+    even, bias = draw(st.booleans()), draw(st.booleans())
+    seed = draw(st.integers(0, 10**6))
+    torch.manual_seed(seed)
+    generator = np.random.default_rng(seed)
+    if kind == "linear":
+        layer: Any = nn.Linear(inputs, features, bias=bias).double()
+        kernel: tuple[int, ...] = ()
+    else:
+        kernel = tuple(draw(st.integers(1, 3)) for _ in range(int(kind[-2])))
+        make: Any = next(make for make, name in SUPPORTED.items() if name == kind)
+        layer = make(inputs, features, kernel, stride=kernel, bias=bias).double()
+    taps, transposed = int(np.prod(kernel)), kind.startswith("convtranspose")
+    matrix = layer.weight.detach().flatten(1).T if transposed else layer.weight.detach().flatten(1)
+    left, scales, right = torch.linalg.svd(matrix, full_matrices=False)
+    if even:
+        scales = torch.full_like(scales, float(scales[0]))
+        made = left @ right * scales[0]
+        with torch.no_grad():
+            layer.weight.copy_((made.T if transposed else made).reshape(layer.weight.shape))
+    least = float(scales[-1]) ** 2 if matrix.shape[0] >= matrix.shape[1] else 0.0
+    shape = tuple(side * count for side, count in zip(kernel, (4, 3), strict=False))
+    x = generator.normal(2, 1, (3, *shape, inputs)) @ generator.normal(size=(inputs, inputs))
+    x = np.ascontiguousarray(np.moveaxis(x, -1, 1)) if kernel else x
+    return layer, x, 1.0 / taps if transposed else float(taps), (least, float(scales[0]) ** 2)
+
+
+@settings(max_examples=80, deadline=None)
+@given(tilings())
+def test_row_error_is_the_predicted_one_of_the_inputs_as_the_weight_stretches_it(
+    case: tuple[Any, np.ndarray, float, tuple[float, float]],
+) -> None:
+    """What is beyond the kept directions of each input passes through the weight, between its least and its largest
+    singular value; where they are one, the error is predicted exactly and falls with the rank."""
+    layer, x, share, (least, most) = case
+    taken, given_ = measured(layer, x)
+    noise = 1e-11 * (given_.variance + float(given_.mean @ given_.mean))
+    errors = []
+    for rank in range(1, taken.mean.size + 1):
+        made = project(layer, Split(Form.ROW, rank), inputs=taken)
+        errors.append(squared(lost(layer, made, x)))
+        predicted = share * float(taken.eigenvalues[rank:].sum())
+        assert least * predicted * (1 - 1e-6) - noise <= errors[-1] <= most * predicted * (1 + 1e-6) + noise
+    assert errors[-1] <= noise
+    if least == most:
+        assert all(later <= earlier * (1 + 1e-9) + noise for earlier, later in itertools.pairwise(errors))
+
+
+@settings(max_examples=60, deadline=None)
+@given(layers(), st.data())
+def test_tucker_error_is_that_of_its_columns_and_what_they_keep_of_that_of_its_rows(
+    case: tuple[Any, np.ndarray], data: st.DataObject
+) -> None:
+    """The two are at right angles, as nothing of the second is beyond the kept directions of the output: together no
+    more than the errors of both splits alone, and no less than that of the column split, which is the predicted one."""
+    layer, x = case
+    taken, given_ = measured(layer, x)
+    if not describe("0", layer).takes(Form.BOTH):
+        return
+    rank = data.draw(st.integers(1, given_.mean.size))
+    width = data.draw(st.integers(1, taken.mean.size))
+    both = project(layer, Split(Form.BOTH, rank, width), inputs=taken, outputs=given_)
+    of_rows = lost(layer, project(layer, Split(Form.ROW, width), inputs=taken), x)
+    of_columns = float(given_.eigenvalues[rank:].sum())
+    error = squared(lost(layer, both, x))
+    noise = 1e-10 * (given_.variance + float(given_.mean @ given_.mean) + squared(of_rows))
+    assert error == pytest.approx(of_columns + squared(of_rows @ given_.basis[:, :rank]), rel=1e-6, abs=noise)
+    assert of_columns - noise <= error <= of_columns + squared(of_rows) + noise
+
+
 @pytest.mark.parametrize("across", [False, True])
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.booleans())
