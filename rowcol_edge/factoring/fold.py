@@ -15,7 +15,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from rowcol_edge.errors import ModelError
 from rowcol_edge.factoring.graph import LayerGraph
-from rowcol_edge.factoring.standins import put
 
 
 def fold_batchnorm(model: nn.Module, graph: LayerGraph) -> nn.Module:
@@ -26,17 +25,20 @@ def fold_batchnorm(model: nn.Module, graph: LayerGraph) -> nn.Module:
     Raises:
         ModelError: the graph is of another model.
     """
-    folded = copy.deepcopy(model).eval()
+    norms: list[tuple[str, _BatchNorm]] = []
     for pair in graph.batchnorms:
         try:
-            layer, norm = folded.get_submodule(pair.layer), folded.get_submodule(pair.norm)
+            _, norm = model.get_submodule(pair.layer), model.get_submodule(pair.norm)
         except AttributeError as error:
             raise ModelError("the layer graph is of another model", expected=f"module {pair.norm!r}") from error
         if not isinstance(norm, _BatchNorm):
             what = f"the layer graph is of another model: {pair.norm!r}"
             raise ModelError(what, expected="a batch norm", got=type(norm).__name__)
-        _fold(layer, norm)
-        put(folded, norm, nn.Identity().eval())
+        norms.append((pair.layer, norm))
+    # by the copy's memo, so that whatever refers to a norm, be it a list, refers to what is in its place
+    folded = copy.deepcopy(model, {id(norm): nn.Identity() for _, norm in norms}).eval()
+    for name, norm in norms:
+        _fold(folded.get_submodule(name), norm)
     return folded
 
 
