@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -155,16 +156,38 @@ def data(model: str | nn.Module, *, progress: Progress = silent, **options: Unpa
     return coverage.of_job(job.prepare(*_asked(model, options), progress, judges=False), progress)
 
 
-def profile(bundle: Bundle | str | Path, *, progress: Progress = silent, **options: Any) -> Profile:
-    """Measure the arms of a bundle on this machine, see `rowcol_edge.device.measure.profile`."""
+def profile(
+    bundle: Bundle | str | Path,
+    *,
+    on: str | None = None,
+    board: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> Profile:
+    """Measure the arms of a bundle.
+
+    Args:
+        on: a board, ``ssh://[user@]host[:port]`` or ``adb:SERIAL``; this machine if not given.
+        board: how it is reached: ``known_hosts``, ``python`` and ``folder``, see `rowcol_edge.fleet.remote.profile`.
+        progress: called with a label, the steps done and the steps in all.
+        options: ``arms``, ``baseline``, ``blocks``, ``seconds``, ``threads``, see `rowcol_edge.device.measure.profile`.
+    """
     from .device.bundle import Bundle
+
+    if not isinstance(bundle, Bundle):
+        with Bundle.open(bundle) as opened:
+            return profile(opened, on=on, board=board, progress=progress, **options)
+    given = {key: value for key, value in options.items() if value is not None}
+    reach = {key: value for key, value in (board or {}).items() if value is not None}
+    if on is not None:
+        from .fleet import remote
+
+        return remote.profile(bundle, on, **reach, progress=progress, **given)
+    if reach:
+        raise ConfigError(", ".join(reach), expected="a board to use it for", got="none", hint="name it with --on")
     from .device.measure import profile as measure
 
-    given = {key: value for key, value in options.items() if value is not None}
-    if isinstance(bundle, Bundle):
-        return measure(bundle, progress=progress, **given)
-    with Bundle.open(bundle) as opened:
-        return measure(opened, progress=progress, **given)
+    return measure(bundle, progress=progress, **given)
 
 
 def doctor(target: str | None = None) -> Diagnosis:
@@ -218,15 +241,16 @@ class Demo:
 
 
 def profile_to(
-    bundle: str | Path, out: Path | None, *, progress: Progress = silent, **options: Any
+    bundle: str | Path, out: Path | None, *, on: str | None = None, progress: Progress = silent, **options: Any
 ) -> tuple[Profile, Path]:
     """`profile`, and its JSON file: ``out``, or a new one in the bundle's ``profiles/`` where `compare` finds it."""
     from .device.bundle import Bundle
     from .device.main import profile_path, write_profile
 
     with Bundle.open(bundle) as opened:
-        path = profile_path(out, opened)  # before the measurement, so that a place that cannot be written costs no time
-        measured = profile(opened, progress=progress, **options)
+        # before the measurement, so that a place that cannot be written costs no time
+        path = profile_path(out, opened, on or platform.node())
+        measured = profile(opened, on=on, progress=progress, **options)
         write_profile(measured, path)
     return measured, path
 

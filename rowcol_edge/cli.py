@@ -332,9 +332,21 @@ def profile(
     seconds: Annotated[float | None, typer.Option(min=1, help="aim to be done in this time")] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="instead of the target's")] = None,
     out: Annotated[Path | None, typer.Option(help="where the profile goes; BUNDLE/profiles/ by default")] = None,
+    on: Annotated[
+        str | None, typer.Option(metavar="BOARD", help="measure there: ssh://[user@]host[:port] or adb:SERIAL")
+    ] = None,
+    known_hosts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="with --on ssh: keys of hosts, instead of ~/.ssh/known_hosts")
+    ] = None,
+    board_python: Annotated[
+        str | None, typer.Option(metavar="PATH", help="with --on: Python on the board (default: python3)")
+    ] = None,
+    board_folder: Annotated[
+        str | None, typer.Option(metavar="DIR", help="with --on: where on the board (default: its temporary folder)")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Measure every arm of a bundle on this machine.
+    """Measure every arm of a bundle, on this machine or on a board.
 
     Paired, interleaved, in fresh processes, with a null arm.
     """
@@ -342,7 +354,7 @@ def profile(
 
     with _progress() as progress:
         measured, path = api.profile_to(
-            bundle, out,
+            bundle, out, on=on, board={"known_hosts": known_hosts, "python": board_python, "folder": board_folder},
             arms=arms.split(",") if arms else None, baseline=baseline, blocks=blocks, seconds=seconds, threads=threads,
             progress=progress,
         )  # fmt: skip

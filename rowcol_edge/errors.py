@@ -18,6 +18,10 @@
     ├── BudgetError                 exit code 1: a budget or gate was not met
     ├── VerifyError                 exit code 1: a bundle computes something else here than where it was built
     ├── NotComparableError          exit code 3: two measurements that must not be compared
+    ├── BoardError                  a board at the end of a line that lacks what a run needs, or whose run failed
+    │   ├── UnreachableError        no line to it, or one that dropped and did not come back
+    │   ├── LoginError              it does not let this user in
+    │   └── HostKeyError            its host key is unknown, or another one than on record
     └── MeasurementError            the profiler could not take the measurement
 
 Each says what is wrong, what was expected, what was got, and a hint for the next step.
@@ -138,6 +142,22 @@ class NotComparableError(RowcolError):
     """Two measurements that must not be compared."""
 
     exit_code = 3
+
+
+class BoardError(RowcolError):
+    """A board at the end of a line that lacks what a run needs, or whose run failed."""
+
+
+class UnreachableError(BoardError):
+    """No line to a board, or one that dropped and did not come back."""
+
+
+class LoginError(BoardError):
+    """A board that does not let this user in."""
+
+
+class HostKeyError(BoardError):
+    """A board whose host key is unknown, or another one than on record."""
 
 
 class MeasurementError(RowcolError):

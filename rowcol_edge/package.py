@@ -21,7 +21,7 @@ from .device_archive import DEVICE_ARCHIVE_NAME, device_archive_bytes
 from .errors import BundleError, RowcolError
 from .swap import clean, flush, locked, publish, temporary
 
-__all__ = ["README_NAME", "board_readme", "write_bundle"]
+__all__ = ["README_NAME", "board_readme", "write_bundle", "zip_bundle"]
 
 README_NAME = "README.md"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -64,7 +64,7 @@ def write_bundle(
             building = temporary(out)
             try:
                 _build(building, manifest, parts, out)
-                zipped = _zip(building, out) if zip_too else None
+                zipped = zip_bundle(building, building.with_name(f"{building.name}.zip"), out.name) if zip_too else None
                 publish(building, out, zipped, archive)
             finally:
                 clean(out)
@@ -175,13 +175,12 @@ def _build(folder: Path, manifest: Manifest, parts: Mapping[str, Path | bytes], 
         flush(file)
 
 
-def _zip(folder: Path, out: Path) -> Path:
-    """The bundle as one file, in a folder of the bundle's name; measurements in profiles/ stay out of it."""
-    path = folder.with_name(f"{folder.name}.zip")
+def zip_bundle(folder: Path, path: Path, name: str) -> Path:
+    """A bundle folder as the one file ``path``, in a folder ``name``; measurements in profiles/ stay out of it."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).parts[0] != PROFILES_FOLDER)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in files:
-            entry = zipfile.ZipInfo(f"{out.name}/{file.relative_to(folder).as_posix()}", _EPOCH)
+            entry = zipfile.ZipInfo(f"{name}/{file.relative_to(folder).as_posix()}", _EPOCH)
             entry.external_attr = (0o100000 | (file.stat().st_mode & 0o777)) << 16
             entry.compress_type = zipfile.ZIP_DEFLATED
             with file.open("rb") as source, archive.open(entry, "w", force_zip64=True) as packed:

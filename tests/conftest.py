@@ -70,6 +70,10 @@ SYSTEM_NEEDS = {
         ),
         "on Debian and Ubuntu apt-get install debootstrap qemu-user",
     ),
+    "openssh": SystemNeed(
+        lambda: bool(shutil.which("ssh") and shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")),
+        "on Debian and Ubuntu apt-get install openssh-client openssh-server",
+    ),
     "dataset-fashion-mnist": SystemNeed(
         Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz").is_file,
         "apt-get install dataset-fashion-mnist",

@@ -261,7 +261,7 @@ def _profile(options: argparse.Namespace) -> int:
         if (value := getattr(options, key)) is not None
     }
     with Bundle.open(options.bundle) as bundle:
-        out = profile_path(options.out, bundle)
+        out = profile_path(options.out, bundle, platform.node())
         measured = profile(bundle, progress=on_stderr(sys.stderr.isatty()), **given)
         write_profile(measured, out)
     if options.json:
@@ -299,9 +299,11 @@ def _doctor(options: argparse.Namespace) -> int:
     return RowcolError.exit_code if diagnosis.stopped else 0
 
 
-def profile_path(out: str | Path | None, bundle: Bundle) -> Path:
-    """Where the profile goes; BundleError before the measurement if that place cannot be written."""
-    import platform
+def profile_path(out: str | Path | None, bundle: Bundle, machine: str) -> Path:
+    """Where the profile goes, by default under a name with ``machine`` in it, which is where it is taken.
+
+    BundleError, before the measurement, if that place cannot be written.
+    """
     import re
     import time
     from pathlib import Path
@@ -309,7 +311,7 @@ def profile_path(out: str | Path | None, bundle: Bundle) -> Path:
     if out is not None:
         path = Path(out)
     else:
-        host = re.sub(r"[^A-Za-z0-9.-]+", "-", platform.node()) or "board"
+        host = re.sub(r"[^A-Za-z0-9.-]+", "-", machine) or "board"
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         folder = bundle.root / "profiles" if bundle.source.is_dir() else Path.cwd()
         path = folder / f"{stamp}-{host}.json"

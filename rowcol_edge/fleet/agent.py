@@ -1,0 +1,411 @@
+"""What runs on the board: sent over the line as this source, never installed. Standard library of Python 3.10, Linux.
+
+It reads requests from stdin, one JSON object a line with the operation's name as ``op`` and its arguments; bytes of a
+file follow the request for ``put`` and the answer to ``fetch``. It answers each with one JSON object a line (``follow``
+with several), or with ``{"error": {what, expected, got, hint}}``, after which it ends.
+
+The work itself is done by a *keeper*: a process of its own session that outlives the line. All state lies in one
+temporary folder:
+
+    lock         held by the keeper as long as it lives, and by nothing after a reboot
+    lease        holds the seconds after which nobody is waiting any more; its mtime is the last contact
+    job.json     the steps that are to run: [name, arguments of the device program] each
+    NAME.done    a step that ended well and is not repeated
+    log          what the steps wrote to stderr
+    result.json  how the job ended
+
+Once nobody has been in touch for the lease, the keeper ends what runs and removes the folder: nothing stays behind even
+if the other side lost its power.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+if TYPE_CHECKING:
+    from io import BufferedReader
+
+PREFIX = "rowcol-edge-board-"
+MARK = "ROWCOL_EDGE_BOARD"
+"""Set to the folder in the environment of the keeper and so of all it starts: what has it is ended with the folder."""
+PROGRAM = "device.pyz"
+PROFILE = "profile.json"
+SOURCE: bytes = globals().get("SOURCE", b"")
+"""This file's text, given by the line that runs it (see ``session``): the keeper is started from it."""
+
+_PIECE_BYTES = 1 << 18
+_POLL_SECONDS = 1.0
+_TAIL_BYTES = 4000
+
+
+class RefusalError(Exception):
+    """Why something cannot be done here: the keys of an error's four texts."""
+
+    def __init__(self, what: str, expected: str, got: str, hint: str = "") -> None:
+        super().__init__({"what": what, "expected": expected, "got": got, "hint": hint})
+
+
+def answer(**fields: Any) -> None:
+    sys.stdout.buffer.write(json.dumps(fields).encode() + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def open_folder(folder: str, places: list[str], need_bytes: int, lease_seconds: float) -> None:
+    """The folder of an earlier connection, or a new one where it is gone; ``begun``: its job runs or has ended."""
+    fresh = not folder or not _ours(Path(folder))
+    path = _new_folder(places, need_bytes) if fresh else Path(folder)
+    try:
+        begun = _prepare(path, lease_seconds)
+    except OSError:
+        if fresh:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+    answer(folder=str(path), fresh=fresh, begun=begun, machine=platform.machine(), host=platform.node())
+
+
+def _prepare(path: Path, lease_seconds: float) -> bool:
+    """Make contact, and start a keeper unless one is at work or done, which is what is given back."""
+    (path / "lease").write_text(str(lease_seconds))
+    begun = (path / "result.json").exists() or (_alive(path) and (path / "job.json").exists())
+    if not begun:
+        (path / "job.json").unlink(missing_ok=True)  # files may have been lost in a reboot: they are looked at first
+        _keeper(path)
+    return begun
+
+
+def _new_folder(places: list[str], need_bytes: int) -> Path:
+    told = []
+    for place in places or [os.environ.get("TMPDIR", ""), "/tmp", "/var/tmp"]:  # noqa: S108 – mkdtemp makes it ours
+        if not place:
+            continue
+        place = str(Path.cwd() / place)
+        try:
+            _sweep(Path(place))
+            if (free := shutil.disk_usage(place).free) < need_bytes:
+                told.append(f"{place}: {free >> 20} MiB free")
+                continue
+            return Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+        except OSError as e:
+            told.append(f"{place}: {e.strerror}")
+    raise RefusalError(
+        "no place for the bundle",
+        expected=f"a folder that can be written, with {(need_bytes >> 20) + 1} MiB free",
+        got="; ".join(told),
+        hint="make room, or name another folder of the board with --board-folder",
+    )
+
+
+def _ours(path: Path) -> bool:
+    """Is it a folder of this user? Where everybody may write, another could have put one in the place of a lost one."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+
+
+def _sweep(place: Path) -> None:
+    """Remove folders that nobody holds or waits for: their keeper went down with the board."""
+    for path in place.glob(f"{PREFIX}*"):
+        try:
+            contact = path / "lease"
+            if not _ours(path) or _alive(path):
+                continue
+            if time.time() - contact.stat().st_mtime > float(contact.read_text()):
+                shutil.rmtree(path, ignore_errors=True)
+        except (OSError, ValueError):
+            continue  # being made or removed by another connection
+
+
+def held(folder: str, name: str) -> None:
+    """Bytes and digest of a file, of the part that has arrived; none: 0 bytes."""
+    path = Path(folder, name)
+    digest = _digest(path) if path.is_file() else ""
+    answer(size=path.stat().st_size if digest else 0, sha256=digest)
+
+
+def put(folder: str, name: str, offset: int, size: int) -> None:
+    """Take the bytes of a file of ``size`` behind the ``offset`` that are here; the digest of all as it lies there."""
+    path = Path(folder, name)
+    path.touch()
+    line = cast("BufferedReader", sys.stdin.buffer)
+    with path.open("r+b") as file:
+        file.truncate(offset)
+        file.seek(offset)
+        left = size - offset
+        while left:
+            piece = line.read1(min(left, _PIECE_BYTES))
+            if not piece:
+                sys.exit(0)  # the line dropped: what has arrived is kept
+            file.write(piece)
+            file.flush()
+            left -= len(piece)
+            _touch(folder)
+        os.fsync(file.fileno())
+    answer(sha256=_digest(path))
+
+
+def call(folder: str, arguments: list[str], timeout_seconds: float) -> None:
+    """Run the device program here and now."""
+    command = [sys.executable, PROGRAM, *arguments]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=_environment(folder), stdin=subprocess.DEVNULL, capture_output=True,
+            timeout=timeout_seconds, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise RefusalError(arguments[0], expected=f"an answer within {timeout_seconds:.0f} s", got="none") from None
+    answer(
+        code=done.returncode, stdout=done.stdout.decode(errors="replace"), stderr=done.stderr.decode(errors="replace")
+    )
+
+
+def follow(folder: str, steps: list[list[Any]], at: int, beat_seconds: float) -> None:
+    """Begin the job unless it has begun, and tell what it writes behind the first ``at`` bytes, until it ends.
+
+    Every answer has ``at``; ``end`` holds the result, and is None where the keeper is gone without one.
+    """
+    path = Path(folder)
+    if not (path / "job.json").exists():
+        _write(path / "job.json", steps)
+    told = time.monotonic()
+    while True:
+        _touch(folder)
+        over = (path / "result.json").exists() or not _alive(path)  # before the log, which is complete by then
+        while lines := _lines(path / "log", at):
+            for line in lines:
+                at += len(line) + 1
+                answer(at=at, line=line.decode(errors="replace"))
+            told = time.monotonic()
+        if over:
+            result = _read(path / "result.json")
+            answer(at=at, end=result, note="" if result else _tail(path / "keeper.log", 0))
+            return
+        if time.monotonic() - told >= beat_seconds:
+            told = time.monotonic()
+            answer(at=at)
+        time.sleep(_POLL_SECONDS)
+
+
+def fetch(folder: str) -> None:
+    """The profile: its size and digest, then the bytes."""
+    path = Path(folder, PROFILE)
+    answer(size=path.stat().st_size, sha256=_digest(path))
+    with path.open("rb") as file:
+        shutil.copyfileobj(file, sys.stdout.buffer)
+    sys.stdout.buffer.flush()
+
+
+def remove(folder: str) -> None:
+    """End what runs and remove the folder."""
+    _end(folder)
+    if Path(folder).exists():
+        shutil.rmtree(folder)
+    answer()
+
+
+def keep(folder: str) -> None:
+    """The keeper: wait for the job, run its steps, and stay until the folder is removed."""
+    path = Path(folder)
+    threading.Thread(target=_watch, args=(path,), daemon=True).start()
+    while not (path / "job.json").exists():
+        time.sleep(0.1)
+    result: dict[str, Any] = {}
+    for name, arguments in _read(path / "job.json"):
+        if (path / f"{name}.done").exists():
+            continue
+        result = {"step": name, **_step(path, name, arguments)}
+        if result["code"] != 0:
+            break
+        (path / f"{name}.done").touch()
+    _write(path / "result.json", result)
+    while True:
+        time.sleep(60)  # the other thread ends this process
+
+
+def _step(path: Path, name: str, arguments: list[str]) -> dict[str, Any]:
+    """Run the device program: its exit code (minus the signal that ended it), and the end of what it told."""
+    with (path / "log").open("ab") as log:
+        log.write(f"{name} 0/1\n".encode())
+        log.flush()
+        begin = log.tell()
+        command = [sys.executable, str(path / PROGRAM), name, *arguments]
+        code = subprocess.run(
+            command, cwd=path, env=_environment(str(path)), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=log, check=False,
+        ).returncode  # fmt: skip
+    return {"code": code, "told": _tail(path / "log", begin)}
+
+
+def _environment(folder: str) -> dict[str, str]:
+    """All that a run writes goes into the folder."""
+    temporary = Path(folder, "tmp")
+    temporary.mkdir(exist_ok=True)
+    return {
+        "ROWCOL_ENGINE_CACHE": str(Path(folder, "engines")),  # unless the board has its own
+        **os.environ,
+        "TMPDIR": str(temporary),
+        "PYTHONIOENCODING": "utf-8",
+    }
+
+
+def _watch(path: Path) -> NoReturn:
+    """Wait until nobody has been in touch for the lease. By the monotonic clock: a board's other one may jump."""
+    try:
+        lease_seconds, contact, since = float((path / "lease").read_text()), 0, time.monotonic()
+        while time.monotonic() - since < lease_seconds:
+            time.sleep(min(5.0, lease_seconds / 4))
+            if (seen := (path / "lease").stat().st_mtime_ns) != contact:
+                contact, since = seen, time.monotonic()
+    except OSError:
+        pass  # the folder is gone
+    _end(str(path), keep=os.getpid())
+    shutil.rmtree(path, ignore_errors=True)
+    os._exit(0)
+
+
+def _keeper(path: Path) -> None:
+    """Start the keeper unless it lives. The lock is taken here and handed on, so there is no moment without it."""
+    with (path / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        _end(str(path))  # what a keeper that was killed alone has left running
+        (path / "agent.py").write_bytes(SOURCE)
+        with (path / "keeper.log").open("wb") as log:
+            subprocess.Popen(
+                [sys.executable, "-I", str(path / "agent.py"), str(path)],
+                cwd=path, env={**os.environ, MARK: str(path)}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, pass_fds=[lock.fileno()],
+            )  # fmt: skip
+
+
+def _alive(path: Path) -> bool:
+    """Does the keeper hold its lock?"""
+    try:
+        with (path / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _end(folder: str, keep: int = 0) -> None:
+    """End every process that was started for the folder, but ``keep``; TimeoutError: one does not go."""
+    mark = f"{MARK}={folder}".encode()
+    found: list[int] = []
+    for _ in range(100):
+        found = [pid for pid in _processes(mark) if pid != keep]
+        if not found:
+            return
+        for pid in found:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.1)
+    raise TimeoutError(0, f"process {found[0]} does not end")
+
+
+def _processes(mark: bytes) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                variables = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue  # another user's, or gone
+            if mark in variables:
+                found.append(int(entry.name))
+    return found
+
+
+def _lines(path: Path, at: int) -> list[bytes]:
+    """Whole lines behind the first ``at`` bytes, without their ends."""
+    try:
+        with path.open("rb") as file:
+            file.seek(at)
+            return file.read(_PIECE_BYTES).split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+
+
+def _tail(path: Path, begin: int) -> str:
+    with path.open("rb") as file:
+        file.seek(max(begin, path.stat().st_size - _TAIL_BYTES))
+        return file.read().decode(errors="replace")
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _touch(folder: str) -> None:
+    os.utime(Path(folder, "lease"))
+
+
+def _write(path: Path, value: Any) -> None:
+    """In one step, and on the disk: a power cut leaves the whole file or none."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+OPERATIONS: dict[str, Callable[..., None]] = {
+    "open": open_folder, "held": held, "put": put, "call": call, "follow": follow, "fetch": fetch, "remove": remove,
+}  # fmt: skip
+
+
+def serve() -> None:
+    """Answer requests until the line ends or one fails."""
+    try:
+        while raw := sys.stdin.buffer.readline():
+            request = json.loads(raw)
+            OPERATIONS[request.pop("op")](**request)
+    except RefusalError as e:
+        answer(error=e.args[0])
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads what Python flushes at its end
+    except OSError as e:
+        got = f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror or e)
+        expected, hint = "a disk that can be written and read", "df -h and dmesg on the board say more"
+        answer(error={"what": "the work on the board failed", "expected": expected, "got": got, "hint": hint})
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        keep(sys.argv[1])
+    else:
+        serve()

@@ -1,0 +1,65 @@
+"""What the end of a program on a board means here: the same typed errors as if it had run on this machine."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from typing import Any
+
+from ..device.doctor import STOP
+from ..errors import BoardError, MissingDependencyError, NotComparableError, RowcolError, VerifyError
+from .transport import last_line, printable
+
+#: how an error is written, see RowcolError.__str__
+_ERROR = re.compile(
+    r"error: (?P<what>.+?)(?:: expected (?P<expected>.+?))?(?:(?:, |: )got (?P<got>.+?))?(?: – (?P<hint>.+))?"
+)
+_BY_CODE: dict[int, type[RowcolError]] = {1: VerifyError, 3: NotComparableError}
+
+
+def check_step(board: str, result: dict[str, Any]) -> None:
+    """The error of a step that did not end well, in the board's own words."""
+    code, told = int(result["code"]), str(result["told"])
+    if code == 0:
+        return
+    what = f"{result['step']} on {board}"
+    if code < 0:
+        raise BoardError(
+            what, expected="a process that ends well", got=f"killed by {_signal(-code)}",
+            hint="out of memory? dmesg on the board says who was ended, and why",
+        )  # fmt: skip
+    line = last_line(told)
+    found = _ERROR.fullmatch(line)
+    if found is None:
+        raise BoardError(what, expected="a process that ends well", got=line or f"exit code {code}")
+    texts = {key: text or "" for key, text in found.groupdict().items()}
+    raise _BY_CODE.get(code, BoardError)(f"{board}: {texts.pop('what')}", **texts)
+
+
+def check_doctor(board: str, done: dict[str, Any]) -> None:
+    """The error for the first thing that ``doctor`` finds in the way of a run."""
+    try:
+        findings = [finding for finding in json.loads(done["stdout"])["findings"] if finding["level"] == STOP]
+        texts = [tuple(printable(str(finding[key])) for key in ("what", "found", "do")) for finding in findings]
+    except (ValueError, KeyError, TypeError) as e:
+        got = last_line(str(done["stderr"])) or f"exit code {done['code']}"
+        raise BoardError(f"doctor on {board}", expected="its findings", got=got) from e
+    for what, found, do in texts:
+        if found.startswith("not installed"):
+            raise MissingDependencyError(f"{board} lacks {what}", package=what, install=f"{do} – on the board")
+        raise BoardError(f"{board}: {what}", expected="one that runs the bundle", got=found, hint=do)
+
+
+def check_keeper(board: str, note: str) -> BoardError:
+    """A run whose own process is gone, though the line held."""
+    got = last_line(note) or "it was killed"
+    hint = "out of memory? dmesg on the board says who was ended, and why"
+    return BoardError(f"the run on {board}", expected="one that ends by itself", got=got, hint=hint)
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

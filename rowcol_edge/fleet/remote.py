@@ -1,0 +1,228 @@
+"""A profile that is taken on a board: copy, verify, run, bring back, and leave nothing behind.
+
+Every step can be taken again: a file that lies there is known by its digest, a run that goes on is followed from where
+it was left, one that was lost begins anew. So a dropped line is mended by doing everything once more on a new one.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..device.bundle import Bundle
+from ..device.digests import sha256_bytes
+from ..device.profile import Profile
+from ..device.session import Progress
+from ..device.system import another_machine
+from ..errors import BoardError, BundleError, ConfigError, IntegrityError, RowcolError, UnreachableError
+from . import outcome
+from .addresses import parse
+from .agent import PROFILE
+from .cargo import BUNDLE, Cargo, File
+from .session import Session, remote_command
+from .transport import Transport, printable
+
+Say = Callable[[str], None]
+
+RECONNECT_SECONDS = 300.0
+"""How long a line that dropped is tried again: a reboot takes a minute or two."""
+OUTAGES = 10
+"""How often a line may drop in one run."""
+STARTS = 3
+"""How often a run may begin: more, and it is the run that takes the board down."""
+LEASE_SECONDS = 900.0
+"""After that time without contact the board removes everything itself."""
+CLEAN_SECONDS = 30.0
+
+_OPTIONS = ("arms", "baseline", "blocks", "seconds", "threads")
+_DOCTOR_SECONDS = 180.0
+_LONGEST_DELAY_SECONDS = 15.0
+_PROFILE_LIMIT_BYTES = 256 << 20
+_PROGRESS = re.compile(r"(\w+) (\d+)/(\d+)(?:, \d+ s left)?")
+
+
+def on_stderr(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def profile(
+    bundle: Bundle,
+    on: str,
+    *,
+    known_hosts: Path | None = None,
+    python: str = "python3",
+    folder: str | None = None,
+    progress: Progress | None = None,
+    say: Say = on_stderr,
+    **options: Any,
+) -> Profile:
+    """Measure a bundle on the board at the address ``on``.
+
+    ``known_hosts``: keys of hosts instead of the user's own file. ``python`` and ``folder``: the board's Python, and
+    where its temporary folder is made. ``options``: as for :func:`rowcol_edge.device.measure.profile`. ``say`` gets a
+    line for each thing worth knowing.
+
+    Errors: see `rowcol_edge.errors`; nothing stays on the board after one of them, or after Ctrl-C.
+    """
+    transport = parse(on, known_hosts)
+    remote_command(python)
+    if folder is not None and not folder.isprintable():
+        raise ConfigError("the board's folder", expected="a path", got=repr(folder))
+    for name in filter(None, (*(options.get("arms") or ()), options.get("baseline"))):
+        bundle.arm(name)  # before anything is copied
+    with tempfile.TemporaryDirectory(prefix="rowcol-edge-") as made:
+        cargo = Cargo.pack(bundle, Path(made))
+        run = _Run(transport, python, [folder] if folder else [], bundle.manifest.target, cargo, options, progress, say)
+        try:
+            data = run.result()
+        finally:
+            run.clean()
+    measured = Profile.from_json(data, f"profile from {transport.name}")
+    if measured.digest != bundle.digest:
+        raise IntegrityError(f"profile from {transport.name}", expected=f"bundle {bundle.digest}", got=measured.digest)
+    return measured
+
+
+def arguments(options: dict[str, Any]) -> list[str]:
+    """Options of the profiler as the device program takes them. ConfigError: one that only this side has."""
+    if unknown := sorted(set(options) - set(_OPTIONS)):
+        raise ConfigError("options of a profile on a board", expected=", ".join(_OPTIONS), got=", ".join(unknown))
+    given = {key: value for key, value in options.items() if value is not None}
+    texts = {key: ",".join(value) if key == "arms" else str(value) for key, value in given.items()}
+    return [f"--{key}={text}" for key, text in texts.items()]
+
+
+class _Run:
+    """One run on one board, over as many lines as it takes."""
+
+    def __init__(
+        self, transport: Transport, python: str, places: list[str], target: Mapping[str, Any], cargo: Cargo,
+        options: dict[str, Any], progress: Progress | None, say: Say,
+    ) -> None:  # fmt: skip
+        self._transport, self._python, self._places, self._cargo = transport, python, places, cargo
+        self._target = target
+        self._steps = [
+            ["verify", [BUNDLE, *arguments({"threads": options.get("threads")})]],
+            ["profile", [BUNDLE, f"--out={PROFILE}", *arguments(options)]],
+        ]
+        self._progress = progress or (lambda *_: None)
+        self._say = say
+        self._folder = ""
+        self._told = 0  # bytes of the run's log that were passed on
+        self._starts = 0
+
+    def result(self) -> bytes:
+        """The profile's JSON."""
+        session = Session(self._transport, self._python)  # at first an address may be wrong: no second try
+        for outage in range(OUTAGES + 1):
+            try:
+                with session:
+                    return self._pass(session)
+            except UnreachableError as e:
+                if outage == OUTAGES:
+                    raise
+                self._say(f"{e.what} ({e.got}); trying again for {RECONNECT_SECONDS:.0f} s")
+            session = self._connect_again(RECONNECT_SECONDS)
+            self._say(f"connected to {self._transport.name} again")
+        raise AssertionError  # the last pass returns or raises
+
+    def clean(self) -> None:
+        """Remove what lies on the board; if it is out of reach, say that it does so by itself."""
+        if not self._folder:
+            return
+        try:
+            with self._connect_again(CLEAN_SECONDS) as session:
+                session.ask("remove", folder=self._folder)
+        except RowcolError as e:
+            self._say(
+                f"{self._transport.name} could not be cleaned ({e.got or e.what}): it removes {self._folder} by "
+                f"itself, {LEASE_SECONDS / 60:.0f} minutes after the last contact"
+            )
+
+    def _pass(self, session: Session) -> bytes:
+        """Everything over one line, without what an earlier one has done."""
+        opened = session.ask(
+            "open", folder=self._folder, places=self._places, need_bytes=self._cargo.need_bytes,
+            lease_seconds=LEASE_SECONDS,
+        )  # fmt: skip
+        if self._folder and opened["fresh"]:
+            self._say(f"{self._folder} is gone from the board: copying again")
+            self._told = 0
+        self._folder, board = str(opened["folder"]), self._transport.name
+        if not opened["begun"]:
+            self._prepare(session, str(opened["machine"]))
+            self._starts += 1
+            if self._starts > 1:
+                self._say(f"{board} lost the run: it begins again")
+            if self._starts > STARTS:
+                raise BoardError(
+                    f"the run on {board}", expected="one that goes on when the line drops",
+                    got=f"lost {STARTS} times", hint="does the board reboot under load? look at its power supply",
+                )  # fmt: skip
+        outcome.check_step(board, self._follow(session))
+        return self._fetch(session)
+
+    def _prepare(self, session: Session, machine: str) -> None:
+        """Check the board and copy; what needs little comes before what takes long."""
+        board, cargo = self._transport.name, self._cargo
+        if wanted := another_machine(self._target, machine):
+            raise BundleError(
+                f"bundle for {self._target.get('name')}", expected=f"a machine of kind {wanted}",
+                got=f"{printable(machine)} ({board})", hint="build it for this board: rowcol-edge targets lists them",
+            )  # fmt: skip
+        for file in (cargo.program, cargo.manifest):
+            self._copy(session, file)
+        done = session.ask(
+            "call", folder=self._folder, arguments=["doctor", ".", "--json"], timeout_seconds=_DOCTOR_SECONDS,
+            seconds=_DOCTOR_SECONDS + 10,
+        )  # fmt: skip
+        outcome.check_doctor(board, done)
+        self._copy(session, cargo.bundle)
+
+    def _copy(self, session: Session, file: File) -> None:
+        file.copy(session, self._folder, lambda done, total: self._progress("copy", done >> 10, total >> 10))
+
+    def _follow(self, session: Session) -> dict[str, Any]:
+        """How the run ended; what it tells meanwhile goes to where a run here tells it."""
+        for answer in session.follow(folder=self._folder, steps=self._steps, at=self._told):
+            self._told = int(answer["at"])
+            if "line" in answer:
+                self._tell(printable(str(answer["line"])))
+            if "end" in answer:
+                if not answer["end"]:
+                    raise outcome.check_keeper(self._transport.name, str(answer["note"]))
+                return dict(answer["end"])
+        raise AssertionError  # a session raises or ends with an end
+
+    def _tell(self, line: str) -> None:
+        if found := _PROGRESS.fullmatch(line):
+            self._progress(found[1], int(found[2]), int(found[3]))
+        elif line and not line.startswith(("error: ", "written to ")):  # errors are raised, and that file is not kept
+            self._say(f"{self._transport.name}: {line}")
+
+    def _fetch(self, session: Session) -> bytes:
+        told = session.ask("fetch", folder=self._folder)
+        if not 0 < (size := int(told["size"])) < _PROFILE_LIMIT_BYTES:
+            raise BoardError(f"profile on {self._transport.name}", expected="a file of a few MB", got=f"{size} bytes")
+        data = session.receive(size)
+        if (got := sha256_bytes(data)) != told["sha256"]:
+            raise IntegrityError(f"profile from {self._transport.name}", expected=str(told["sha256"]), got=got)
+        return data
+
+    def _connect_again(self, seconds: float) -> Session:
+        """A new line, tried for so long with growing pauses; UnreachableError: the last try's."""
+        end, delay = time.monotonic() + seconds, 0.5
+        while True:
+            try:
+                return Session(self._transport, self._python)
+            except UnreachableError:
+                if time.monotonic() + delay > end:
+                    raise
+            time.sleep(delay)
+            delay = min(2 * delay, _LONGEST_DELAY_SECONDS)

@@ -1,0 +1,126 @@
+"""One connection to the agent on a board: requests, answers, and the bytes of files."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..errors import BoardError, ConfigError, RowcolError
+from .transport import Channel, Transport, printable
+
+ANSWER_SECONDS = 60.0
+"""How long a board may think: a login, the digest of a large file on a slow card."""
+BEAT_SECONDS = 5.0
+"""A followed run says this often that it is still there."""
+
+_HELLO = b"rowcol-edge-agent "
+_NOISE_LINES = 100
+"""What a login may print before the agent answers."""
+_OLDEST = (3, 10)
+#: Without single quotes, dollars and exclamation marks it is the same text in every shell. The source comes by stdin.
+_START = (
+    'import sys;o=sys.stdout;o.write(chr(10)+"rowcol-edge-agent %d %d"%sys.version_info[:2]+chr(10));o.flush();'
+    "i=sys.stdin.buffer;s=i.read(int(i.readline() or 0));"
+    'exec(compile(s,"agent","exec"),{"__name__":"__main__","SOURCE":s})'
+)
+
+
+class Session:
+    """Use it as a context manager. UnreachableError: the line dropped; what was asked may or may not have been done."""
+
+    def __init__(self, transport: Transport, python: str) -> None:
+        self._name = transport.name
+        self._channel = Channel(transport, remote_command(python))
+        try:
+            self._greet()
+        except BaseException:
+            self._channel.close()
+            raise
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._channel.close()
+
+    def ask(self, op: str, *, seconds: float = ANSWER_SECONDS, **arguments: Any) -> dict[str, Any]:
+        """The answer to one request. BoardError: the board refuses it."""
+        self._request(op, arguments)
+        return self._answer(seconds)
+
+    def follow(self, **arguments: Any) -> Iterator[dict[str, Any]]:
+        """The answers to ``follow``, the one with ``end`` last."""
+        self._request("follow", {**arguments, "beat_seconds": BEAT_SECONDS})
+        while True:
+            answer = self._answer(ANSWER_SECONDS)
+            yield answer
+            if "end" in answer:
+                return
+
+    def request_put(self, **arguments: Any) -> None:
+        """Ask to take a file; :meth:`send` its bytes, then take the :meth:`answer`."""
+        self._request("put", arguments)
+
+    def send(self, data: bytes) -> None:
+        self._channel.send(data, ANSWER_SECONDS)
+
+    def answer(self) -> dict[str, Any]:
+        return self._answer(ANSWER_SECONDS)
+
+    def receive(self, count: int) -> bytes:
+        return self._channel.exactly(count, ANSWER_SECONDS)
+
+    def _greet(self) -> None:
+        for _ in range(_NOISE_LINES):
+            line = self._channel.line(ANSWER_SECONDS)
+            if line.startswith(_HELLO):
+                break
+        else:
+            raise BoardError(self._name, expected="a shell that runs a command", got="other text", hint="see ~/.bashrc")
+        self._channel.answered()
+        version = tuple(int(part) for part in line.removeprefix(_HELLO).split())
+        if version < _OLDEST:
+            raise BoardError(
+                self._name,
+                expected="Python 3.10 or newer",
+                got=".".join(map(str, version)),
+                hint="install a newer one beside it, and say where it is: --board-python PATH",
+            )
+        source = _source()
+        self._channel.send(b"%d\n%b" % (len(source), source), ANSWER_SECONDS)
+
+    def _request(self, op: str, arguments: dict[str, Any]) -> None:
+        self._channel.send(json.dumps({"op": op, **arguments}).encode() + b"\n", ANSWER_SECONDS)
+
+    def _answer(self, seconds: float) -> dict[str, Any]:
+        line = self._channel.line(seconds)
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise BoardError(self._name, expected="an answer of the agent", got=printable(repr(line[:80])))
+        if "error" in answer:
+            raise self._refusal(answer["error"])
+        return answer
+
+    def _refusal(self, error: Any) -> RowcolError:
+        texts = {key: printable(str(error.get(key, ""))) for key in ("what", "expected", "got", "hint")}
+        return BoardError(f"{self._name}: {texts.pop('what')}", **texts)
+
+
+def remote_command(python: str) -> str:
+    """What the board's shell is given: the path of its Python, quoted, and a constant. ConfigError: not a path."""
+    if not python or not python.isprintable() or python.startswith("-"):
+        raise ConfigError("the board's Python", expected="a name or a path", got=repr(python))
+    return shlex.join([python, "-I", "-c", _START])
+
+
+@cache
+def _source() -> bytes:
+    return Path(__file__).with_name("agent.py").read_bytes()

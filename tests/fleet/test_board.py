@@ -1,0 +1,251 @@
+"""Boards that lack something, and files that do not arrive as they were sent; no network needed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import venv
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rowcol_edge.device.bundle import Bundle
+from rowcol_edge.device.profile import Profile
+from rowcol_edge.errors import (
+    BoardError,
+    BundleError,
+    ConfigError,
+    IntegrityError,
+    MissingDependencyError,
+    RowcolError,
+    VerifyError,
+)
+from rowcol_edge.fleet import agent, cargo, remote
+from rowcol_edge.fleet.session import Session
+from rowcol_edge.package import write_bundle
+
+from ..profiles import make_profile
+from .conftest import OPTIONS, Home, Pipe, until
+
+Parts = dict[str, Any]
+Say = remote.Say
+
+
+def profile(bundle: Bundle, **options: Any) -> Profile:
+    return remote.profile(bundle, "the pipe", **{**OPTIONS, **options})
+
+
+def fails(bundle: Bundle, kind: type[RowcolError], **options: Any) -> RowcolError:
+    with pytest.raises(kind) as caught:
+        profile(bundle, **options)
+    assert caught.value.what
+    assert caught.value.expected
+    assert caught.value.got
+    assert "Traceback" not in str(caught.value)
+    return caught.value
+
+
+def test_a_board_without_numpy(pipe: Pipe, home: Home, opened: Bundle, tmp_path: Path) -> None:
+    venv.create(tmp_path / "bare", symlinks=True)
+    home.python(f'exec {tmp_path}/bare/bin/python "$@"')
+    error = fails(opened, MissingDependencyError)
+    assert error.what == "board lacks numpy"
+    assert "python3 -m pip install onnxruntime numpy pillow" in error.hint
+    assert home.is_clean()
+
+
+def test_a_board_without_the_runtime(pipe: Pipe, home: Home, bundle_parts: Parts, tmp_path: Path) -> None:
+    # a runtime that nothing here has; the names of real ones depend on the environment of the tests
+    changed = replace(bundle_parts["manifest"].runtime, name="tensorrt", install="see NVIDIA", providers=())
+    manifest = replace(bundle_parts["manifest"], runtime=changed)
+    with Bundle.open(write_bundle(tmp_path / "b", **{**bundle_parts, "manifest": manifest})) as bundle:
+        error = fails(bundle, MissingDependencyError)
+    assert error.what == "board lacks tensorrt"
+    assert "see NVIDIA" in error.hint
+    assert home.is_clean()
+
+
+def test_a_board_with_an_old_python(pipe: Pipe, home: Home, opened: Bundle) -> None:
+    pretend = "import sys; sys.version_info = (3, 9, 2); exec(sys.argv[1])"
+    home.python(f'exec {sys.executable} -c "{pretend}" "$3"')
+    error = fails(opened, BoardError)
+    assert (error.expected, error.got) == ("Python 3.10 or newer", "3.9")
+    assert home.is_clean()
+
+
+def test_a_board_whose_python_says_something_else(pipe: Pipe, home: Home, opened: Bundle) -> None:
+    home.python("yes hello | head -n 200")
+    assert fails(opened, BoardError).expected == "a shell that runs a command"
+    home.python("echo; echo rowcol-edge-agent 3 12; cat > /dev/null & echo '[]'; exec sleep 5")
+    assert fails(opened, BoardError).expected == "an answer of the agent"
+
+
+def test_a_login_that_prints_is_read_over(pipe: Pipe, home: Home, opened: Bundle) -> None:
+    home.python(f'echo "Welcome to the board"; printf "no line end"; exec {sys.executable} "$@"')
+    with Session(pipe, "python3") as session:
+        folder = session.ask("open", folder="", places=[], need_bytes=0, lease_seconds=60)["folder"]
+        session.ask("remove", folder=folder)
+    assert home.is_clean()
+
+
+def test_a_board_of_another_architecture(pipe: Pipe, home: Home, bundle_parts: Parts, tmp_path: Path) -> None:
+    target = {"name": "raspberry-pi-5", "match": {"machine": "riscv64"}}
+    manifest = replace(bundle_parts["manifest"], target=target)
+    with Bundle.open(write_bundle(tmp_path / "b", **{**bundle_parts, "manifest": manifest})) as bundle:
+        error = fails(bundle, BundleError)
+    assert error.expected == "a machine of kind riscv64"
+    assert home.is_clean()
+
+
+def test_a_board_without_room(pipe: Pipe, home: Home, opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cargo, "SPARE_BYTES", 1 << 60)
+    error = fails(opened, BoardError)
+    assert "MiB free" in error.expected
+    assert f"{home.tmp}: " in error.got
+    assert "--board-folder" in error.hint
+    assert home.is_clean()
+
+
+@pytest.mark.parametrize("blocks", [8, 100])  # the agent itself does not fit; the device program does not
+def test_a_disk_that_fills_up(pipe: Pipe, home: Home, opened: Bundle, blocks: int) -> None:
+    home.python(f'ulimit -f {blocks}; exec {sys.executable} "$@"')
+    assert "File too large" in fails(opened, BoardError).got
+    assert home.is_clean()
+
+
+def test_a_folder_that_cannot_be_written(pipe: Pipe, home: Home, opened: Bundle) -> None:
+    error = fails(opened, BoardError, folder="/sys")
+    assert "a folder that can be written" in error.expected
+    assert error.got.startswith("/sys: ")
+    assert "No such file" in fails(opened, BoardError, folder="/no/such/folder").got
+    assert home.is_clean()
+
+
+def test_where_the_first_place_cannot_be_written_the_next_is_taken(
+    pipe: Pipe, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Home, "variables", {"PATH": f"{home.bin}:/usr/bin:/bin", "TMPDIR": "/sys"})
+    with Session(pipe, "python3") as session:
+        folder = session.ask("open", folder="", places=[], need_bytes=0, lease_seconds=60)["folder"]
+        session.ask("remove", folder=folder)
+    assert folder.startswith(("/tmp/", "/var/tmp/"))
+    assert not Path(folder).exists()
+
+
+def test_arms_that_verify_otherwise_are_an_error_of_their_own(
+    pipe: Pipe, home: Home, bundle_parts: Parts, tmp_path: Path
+) -> None:
+    outputs = bundle_parts["golden_outputs"]
+    wrong = {**outputs, "dense@fp32": {"output": outputs["dense@fp32"]["output"] + 1}}
+    with Bundle.open(write_bundle(tmp_path / "b", **{**bundle_parts, "golden_outputs": wrong})) as bundle:
+        error = fails(bundle, VerifyError)
+    assert (error.what, error.expected) == ("board: arm dense@fp32", "a relative error ≤ 1e-05")
+    assert "another version of onnxruntime" in error.hint
+    assert home.is_clean()
+
+
+def test_what_arrives_changed_is_refused(
+    pipe: Pipe, home: Home, opened: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = Session.send
+
+    def flip(self: Session, data: bytes) -> None:
+        send(self, bytes([data[0] ^ 1]) + data[1:])
+
+    monkeypatch.setattr(Session, "send", flip)
+    assert fails(opened, IntegrityError).what == "device.pyz as it lies on the board"
+    assert home.is_clean()
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"[]", BundleError),
+        (b"{", BundleError),
+        (make_profile().to_json().encode()[:-10], BundleError),
+        (make_profile().to_json().encode(), IntegrityError),  # of another bundle
+    ],
+)
+def test_a_profile_is_checked(
+    opened: Bundle, monkeypatch: pytest.MonkeyPatch, data: bytes, kind: type[RowcolError]
+) -> None:
+    monkeypatch.setattr(remote._Run, "result", lambda _: data)
+    with pytest.raises(kind, match="profile from board"):
+        remote.profile(opened, "ssh://board", **OPTIONS)
+
+
+class Ended:
+    """A run that has ended on a board, with what it wrote."""
+
+    def __init__(self, pipe: Pipe, bundle: Bundle, log: bytes, profile: bytes, say: Say) -> None:
+        packed = cargo.Cargo.pack(bundle, pipe.home.root)
+        self.run = remote._Run(pipe, "python3", [], {}, packed, {}, None, say)
+        with Session(pipe, "python3") as session:
+            opened = session.ask("open", folder="", places=[], need_bytes=0, lease_seconds=60)
+        folder = Path(opened["folder"])
+        (folder / "log").write_bytes(log)
+        (folder / "profile.json").write_bytes(profile)
+        (folder / "result.json").write_text(json.dumps({"step": "profile", "code": 0, "told": ""}))
+        self.run._folder = str(folder)
+
+
+def test_a_profile_that_arrives_changed_is_refused(
+    pipe: Pipe, home: Home, opened: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive = Session.receive
+    monkeypatch.setattr(Session, "receive", lambda self, count: receive(self, count)[:-1] + b"x")
+    ended = Ended(pipe, opened, b"", b"content", remote.on_stderr)
+    with pytest.raises(IntegrityError, match="profile from board"):
+        ended.run.result()
+    ended.run.clean()
+    assert home.is_clean()
+
+
+def test_what_a_board_says_steers_no_terminal(pipe: Pipe, home: Home, opened: Bundle, said: list[str]) -> None:
+    ended = Ended(pipe, opened, b"\x1b[2Jboo \xff\n", b"content", said.append)
+    assert ended.run.result() == b"content"
+    ended.run.clean()
+    assert said == ["board: [2Jboo �"]
+    assert home.is_clean()
+
+
+def test_options_that_are_wrong_are_told_before_anything_is_copied(opened: Bundle) -> None:
+    with pytest.raises(BundleError, match=r"did you mean dense@fp32\?"):
+        remote.profile(opened, "ssh://board", arms=("dense@fp3",))
+    with pytest.raises(BundleError):
+        remote.profile(opened, "ssh://board", baseline="nothing")
+    with pytest.raises(ConfigError, match="got evidence"):
+        remote.profile(opened, "ssh://board", evidence="proxy")
+
+
+def test_folders_that_nobody_waits_for_are_swept(pipe: Pipe, home: Home) -> None:
+    dead, fresh, foreign = home.tmp / f"{agent.PREFIX}dead", home.tmp / f"{agent.PREFIX}new", home.tmp / "other"
+    for folder, lease in ((dead, "0"), (fresh, "900"), (foreign, "0")):
+        folder.mkdir()
+        (folder / "lease").write_text(lease)
+    with Session(pipe, "python3") as session:
+        folder = session.ask("open", folder="", places=[], need_bytes=0, lease_seconds=60)["folder"]
+        assert set(home.left) == {fresh, foreign, Path(folder)}
+        session.ask("remove", folder=folder)
+
+
+def test_a_board_that_hears_nothing_more_cleans_itself(pipe: Pipe, home: Home) -> None:
+    with Session(pipe, "python3") as session:
+        session.ask("open", folder="", places=[], need_bytes=0, lease_seconds=1)
+        assert len(home.left) == 1
+    until(home.is_clean)
+
+
+def test_a_link_in_the_place_of_a_lost_folder_is_not_followed(pipe: Pipe, home: Home, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    link = home.tmp / f"{agent.PREFIX}x"
+    link.symlink_to(precious)
+    with Session(pipe, "python3") as session:
+        opened = session.ask("open", folder=str(link), places=[], need_bytes=0, lease_seconds=60)
+        assert opened["fresh"]
+        assert opened["folder"] != str(link)
+        session.ask("remove", folder=opened["folder"])
+    assert list(precious.iterdir()) == []

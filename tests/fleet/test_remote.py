@@ -1,0 +1,204 @@
+"""Whole runs on a board behind a real sshd: a run that goes well, and lines and boards that do not hold."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rowcol_edge.device.bundle import Bundle
+from rowcol_edge.errors import BoardError, UnreachableError
+from rowcol_edge.fleet import remote
+
+from .conftest import Home, Sshd, kill, until
+
+pytestmark = pytest.mark.system("openssh")
+
+
+def test_a_profile_comes_back_and_nothing_stays(sshd: Sshd, home: Home, opened: Bundle, said: list[str]) -> None:
+    steps: list[tuple[str, int, int]] = []
+    measured = sshd.profile(
+        opened, arms=("dense@fp32", "factored@fp32"), baseline="factored@fp32", say=said.append,
+        progress=lambda *step: steps.append(step),
+    )  # fmt: skip
+    assert measured.digest == opened.digest
+    assert {(c.arm, c.baseline) for c in measured.comparisons} == {("dense@fp32", "factored@fp32")}
+    assert (measured.threads, measured.protocol.budget_seconds) == (1, 2.0)
+    assert list(dict.fromkeys(label for label, _, _ in steps))[:2] == ["copy", "verify"]
+    assert {"memory", "latency"} <= {label for label, _, _ in steps}
+    assert home.is_clean()
+    assert not [line for line in said if "trying again" in line]
+
+
+def during(home: Home, step: str, happens: Callable[[], Any]) -> threading.Thread:
+    """Let something happen once a step of the run is under way."""
+
+    def wait() -> None:
+        until(lambda: home.steps(step), 60)
+        happens()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_a_dropped_line_does_not_end_the_run(sshd: Sshd, home: Home, opened: Bundle, said: list[str]) -> None:
+    seen: dict[str, list[int]] = {}
+
+    def drop() -> None:
+        seen["before"] = home.steps("profile")
+        sshd.drop()
+        until(sshd.sessions)  # it has connected again
+        seen["after"] = home.steps("profile")
+
+    dropping = during(home, "profile", drop)
+    measured = sshd.profile(opened, say=said.append)
+    dropping.join()
+    assert measured.digest == opened.digest
+    assert seen["before"] == seen["after"] != []  # the very process
+    assert sum("trying again for 20 s" in line for line in said) == 1
+    assert any("connected to" in line for line in said)
+    assert not any("begins again" in line or "copying again" in line for line in said)
+    assert home.is_clean()
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_reboot_begins_again_what_had_not_finished(
+    sshd: Sshd, home: Home, opened: Bundle, said: list[str], gone: bool
+) -> None:
+    steps: list[tuple[str, int, int]] = []
+
+    def reboot() -> None:
+        until(lambda: "memory" in {label for label, _, _ in steps})  # all before it has been told
+        sshd.reboot()
+        steps.append(("reboot", 0, 0))
+        if gone:
+            for folder in home.left:
+                shutil.rmtree(folder)
+        sshd.start()
+
+    rebooting = during(home, "profile", reboot)
+    measured = sshd.profile(opened, say=said.append, progress=lambda *step: steps.append(step))
+    rebooting.join()
+    assert measured.digest == opened.digest
+    afterwards = [label for label, _, _ in steps[steps.index(("reboot", 0, 0)) + 1 :]]
+    assert ("copy" in afterwards) == gone  # what lies there by its digest is not copied again
+    assert ("verify" in afterwards) == gone  # and what had ended well is not repeated
+    assert "latency" in afterwards
+    assert any("begins again" in line for line in said)
+    assert any("copying again" in line for line in said) == gone
+    assert home.is_clean()
+
+
+def test_a_line_that_drops_while_copying_goes_on_where_it_was(
+    sshd: Sshd, home: Home, opened: Bundle, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[tuple[str, int]] = []
+    send = remote.File._pieces
+
+    def cut(self: remote.File, offset: int, end: int | None = None) -> Any:
+        if self.name == "bundle.zip" and end is None:
+            copied.append((self.name, offset))
+            if len(copied) == 1:
+                yield next(send(self, 0, 1000))
+                until(lambda: [p for p in home.tmp.glob("*/bundle.zip") if p.stat().st_size == 1000])
+                sshd.drop()
+                return
+        yield from send(self, offset, end)
+
+    monkeypatch.setattr(remote.File, "_pieces", cut)
+    assert sshd.profile(opened, say=said.append).digest == opened.digest
+    assert copied == [("bundle.zip", 0), ("bundle.zip", 1000)]
+    assert home.is_clean()
+
+
+def test_a_board_that_does_not_come_back_is_given_up(
+    sshd: Sshd, home: Home, opened: Bundle, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "RECONNECT_SECONDS", 2.0)
+    monkeypatch.setattr(remote, "CLEAN_SECONDS", 1.0)
+    monkeypatch.setattr(remote, "LEASE_SECONDS", 6.0)
+    stopping = during(home, "profile", sshd.stop)
+    with pytest.raises(UnreachableError, match="expected an ssh server"):
+        sshd.profile(opened, say=said.append)
+    stopping.join()
+    [folder] = home.left
+    assert any(f"it removes {folder} by itself" in line for line in said)
+    until(home.is_clean)  # and so it does
+
+
+def test_a_line_that_keeps_dropping_is_given_up(
+    sshd: Sshd, home: Home, opened: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "OUTAGES", 1)
+    ended = threading.Event()
+
+    def keep_dropping() -> None:
+        while not ended.is_set():
+            sshd.drop()
+            ended.wait(1.0)
+
+    dropping = during(home, "profile", keep_dropping)
+    with pytest.raises(UnreachableError, match="dropped"):
+        sshd.profile(opened, say=lambda _: ended.set() if home.left == [] else None)
+    ended.set()
+    dropping.join()
+    assert home.is_clean()
+
+
+def test_a_run_that_takes_the_board_down_is_not_begun_for_ever(
+    sshd: Sshd, home: Home, opened: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "STARTS", 1)
+
+    def reboot() -> None:
+        sshd.reboot()
+        sshd.start()
+
+    rebooting = during(home, "profile", reboot)
+    with pytest.raises(BoardError, match="lost 1 times"):
+        sshd.profile(opened)
+    rebooting.join()
+    assert home.is_clean()
+
+
+def test_ctrl_c_cleans_the_board(sshd: Sshd, home: Home, bundle_path: Path, root: Path) -> None:
+    started = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "rowcol_edge", "profile", str(bundle_path), "--on", sshd.address),
+            *("--known-hosts", str(sshd.known_hosts), "--board-python", home.python3),
+        ],
+        cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    until(lambda: home.steps("profile"), 60)
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal does: the whole group
+    out, err = started.communicate(timeout=30)
+    assert started.returncode == 130
+    assert (out, "Traceback" in err) == ("", False)
+    assert home.is_clean()
+
+
+def test_what_was_killed_on_the_board_is_an_error(sshd: Sshd, home: Home, opened: Bundle) -> None:
+    killing = during(home, "profile", lambda: kill(home.steps("profile")))
+    with pytest.raises(BoardError, match="killed by SIGKILL") as caught:
+        sshd.profile(opened)
+    killing.join()
+    assert caught.value.what.startswith("profile on ")
+    assert "out of memory" in caught.value.hint
+    assert home.is_clean()
+
+
+def test_a_run_whose_keeper_was_killed_is_an_error(sshd: Sshd, home: Home, opened: Bundle) -> None:
+    killing = during(home, "profile", lambda: kill(home.keepers()))
+    with pytest.raises(BoardError, match="expected one that ends by itself"):
+        sshd.profile(opened)
+    killing.join()
+    assert home.is_clean()
