@@ -37,7 +37,8 @@ class Adb:
     def failure(self, code: int, told: str) -> RowcolError:
         got = last_line(told) or f"exit code {code} of adb"
         if "unauthorized" in told:
-            return LoginError(self.name, expected="a board that lets this machine in", got=got)
+            hint = "allow it on the board, whose adb_keys holds ~/.android/adbkey.pub of those it lets in"
+            return LoginError(self.name, expected="a board that lets this machine in", got=got, hint=hint)
         if "no permissions" in told:
             hint = "a udev rule gives them: on Debian and Ubuntu apt-get install android-sdk-platform-tools-common"
             return LoginError(self.name, expected="rights to its USB device", got=got, hint=hint)
@@ -45,5 +46,8 @@ class Adb:
             hint = "install a newer adbd on it, or reach it by ssh"
             return BoardError(self.name, expected="an adbd with the shell protocol (since 2016)", got=got, hint=hint)
         if re.search(r"\b(not found|offline|closed|no devices)", told) and code in (1, 255):
-            return UnreachableError(self.name, expected="a board that adb devices lists", got=got)
-        return BoardError(self.name, expected="a shell that runs Python", got=got)
+            hint = "look at its cable or its network, and try adb devices"
+            return UnreachableError(self.name, expected="a board that adb devices lists", got=got, hint=hint)
+        return BoardError(
+            self.name, expected="a shell that runs Python", got=got, hint=f"try adb -s {self.serial} shell"
+        )

@@ -14,8 +14,8 @@ from ..device.manifest import MANIFEST_NAME
 from ..device_archive import device_archive_bytes
 from ..errors import IntegrityError
 from ..package import zip_bundle
-from .agent import PROGRAM
-from .session import Session
+from .board import PROGRAM
+from .connection import Connection
 
 BUNDLE = "bundle.zip"
 SPARE_BYTES = 16 << 20
@@ -37,24 +37,24 @@ class File:
     def of(cls, name: str, path: Path) -> File:
         return cls(name, path, *sha256_file(path))
 
-    def copy(self, session: Session, folder: str, progress: Callable[[int, int], None]) -> None:
+    def copy(self, connection: Connection, folder: str, progress: Callable[[int, int], None]) -> None:
         """Copy what is not there yet, by its digest; ``progress`` gets the bytes that are there and all.
 
         IntegrityError: what lies on the board afterwards is not what was sent.
         """
-        held = session.ask("held", folder=folder, name=self.name)
+        held = connection.ask("held", folder=folder, name=self.name)
         offset = int(held["size"])
         if offset > self.size_bytes or held["sha256"] != self._digest_of_first(offset):
             offset = 0
         elif offset == self.size_bytes:
             return
-        session.request_put(folder=folder, name=self.name, offset=offset, size=self.size_bytes)
+        connection.request_put(folder=folder, name=self.name, offset=offset, size=self.size_bytes)
         for piece in self._pieces(offset):
             progress(offset, self.size_bytes)
-            session.send(piece)
+            connection.send(piece)
             offset += len(piece)
         progress(offset, self.size_bytes)
-        if (got := session.answer()["sha256"]) != self.sha256:
+        if (got := connection.answer()["sha256"]) != self.sha256:
             raise IntegrityError(
                 f"{self.name} as it lies on the board", expected=self.sha256, got=str(got),
                 hint="its disk or memory loses data: check it before you measure anything",

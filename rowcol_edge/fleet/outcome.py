@@ -15,6 +15,8 @@ from .transport import last_line, printable
 _ERROR = re.compile(
     r"error: (?P<what>.+?)(?:: expected (?P<expected>.+?))?(?:(?:, |: )got (?P<got>.+?))?(?: – (?P<hint>.+))?"
 )
+_BY_HAND = "try it there: copy the bundle and run its rowcol-edge-device.pyz"
+_KILLED = "out of memory? dmesg on the board says who was ended, and why"
 _BY_CODE: dict[int, type[RowcolError]] = {1: VerifyError, 3: NotComparableError}
 
 
@@ -27,12 +29,12 @@ def check_step(board: str, result: dict[str, Any]) -> None:
     if code < 0:
         raise BoardError(
             what, expected="a process that ends well", got=f"killed by {_signal(-code)}",
-            hint="out of memory? dmesg on the board says who was ended, and why",
+            hint=_KILLED,
         )  # fmt: skip
     line = last_line(told)
     found = _ERROR.fullmatch(line)
     if found is None:
-        raise BoardError(what, expected="a process that ends well", got=line or f"exit code {code}")
+        raise BoardError(what, expected="a process that ends well", got=line or f"exit code {code}", hint=_BY_HAND)
     texts = {key: text or "" for key, text in found.groupdict().items()}
     raise _BY_CODE.get(code, BoardError)(f"{board}: {texts.pop('what')}", **texts)
 
@@ -44,18 +46,17 @@ def check_doctor(board: str, done: dict[str, Any]) -> None:
         texts = [tuple(printable(str(finding[key])) for key in ("what", "found", "do")) for finding in findings]
     except (ValueError, KeyError, TypeError) as e:
         got = last_line(str(done["stderr"])) or f"exit code {done['code']}"
-        raise BoardError(f"doctor on {board}", expected="its findings", got=got) from e
+        raise BoardError(f"doctor on {board}", expected="its findings", got=got, hint=_BY_HAND) from e
     for what, found, do in texts:
         if found.startswith("not installed"):
             raise MissingDependencyError(f"{board} lacks {what}", package=what, install=f"{do} – on the board")
         raise BoardError(f"{board}: {what}", expected="one that runs the bundle", got=found, hint=do)
 
 
-def check_keeper(board: str, note: str) -> BoardError:
-    """A run whose own process is gone, though the line held."""
+def keeper_gone(board: str, note: str) -> BoardError:
+    """The error for a run whose own process is gone, though the line held."""
     got = last_line(note) or "it was killed"
-    hint = "out of memory? dmesg on the board says who was ended, and why"
-    return BoardError(f"the run on {board}", expected="one that ends by itself", got=got, hint=hint)
+    return BoardError(f"the run on {board}", expected="one that ends by itself", got=got, hint=_KILLED)
 
 
 def _signal(number: int) -> str:

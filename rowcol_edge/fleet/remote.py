@@ -22,9 +22,9 @@ from ..device.system import another_machine
 from ..errors import BoardError, BundleError, ConfigError, IntegrityError, RowcolError, UnreachableError
 from . import outcome
 from .addresses import parse
-from .agent import PROFILE
+from .board import PROFILE
 from .cargo import BUNDLE, Cargo, File
-from .session import Session, remote_command
+from .connection import Connection, remote_command
 from .transport import Transport, printable
 
 Say = Callable[[str], None]
@@ -85,7 +85,10 @@ def profile(
             run.clean()
     measured = Profile.from_json(data, f"profile from {transport.name}")
     if measured.digest != bundle.digest:
-        raise IntegrityError(f"profile from {transport.name}", expected=f"bundle {bundle.digest}", got=measured.digest)
+        raise IntegrityError(
+            f"profile from {transport.name}", expected=f"bundle {bundle.digest}", got=measured.digest,
+            hint="the board's files were exchanged meanwhile: who else works there?",
+        )  # fmt: skip
     return measured
 
 
@@ -119,16 +122,16 @@ class _Run:
 
     def result(self) -> bytes:
         """The profile's JSON."""
-        session = Session(self._transport, self._python)  # at first an address may be wrong: no second try
+        connection = Connection(self._transport, self._python)  # at first an address may be wrong: no second try
         for outage in range(OUTAGES + 1):
             try:
-                with session:
-                    return self._pass(session)
+                with connection:
+                    return self._pass(connection)
             except UnreachableError as e:
                 if outage == OUTAGES:
                     raise
                 self._say(f"{e.what} ({e.got}); trying again for {RECONNECT_SECONDS:.0f} s")
-            session = self._connect_again(RECONNECT_SECONDS)
+            connection = self._connect_again(RECONNECT_SECONDS)
             self._say(f"connected to {self._transport.name} again")
         raise AssertionError  # the last pass returns or raises
 
@@ -137,17 +140,17 @@ class _Run:
         if not self._folder:
             return
         try:
-            with self._connect_again(CLEAN_SECONDS) as session:
-                session.ask("remove", folder=self._folder)
+            with self._connect_again(CLEAN_SECONDS) as connection:
+                connection.ask("remove", folder=self._folder)
         except RowcolError as e:
             self._say(
                 f"{self._transport.name} could not be cleaned ({e.got or e.what}): it removes {self._folder} by "
                 f"itself, {LEASE_SECONDS / 60:.0f} minutes after the last contact"
             )
 
-    def _pass(self, session: Session) -> bytes:
+    def _pass(self, connection: Connection) -> bytes:
         """Everything over one line, without what an earlier one has done."""
-        opened = session.ask(
+        opened = connection.ask(
             "open", folder=self._folder, places=self._places, need_bytes=self._cargo.need_bytes,
             lease_seconds=LEASE_SECONDS,
         )  # fmt: skip
@@ -156,7 +159,7 @@ class _Run:
             self._told = 0
         self._folder, board = str(opened["folder"]), self._transport.name
         if not opened["begun"]:
-            self._prepare(session, str(opened["machine"]))
+            self._prepare(connection, str(opened["machine"]))
             self._starts += 1
             if self._starts > 1:
                 self._say(f"{board} lost the run: it begins again")
@@ -165,10 +168,10 @@ class _Run:
                     f"the run on {board}", expected="one that goes on when the line drops",
                     got=f"lost {STARTS} times", hint="does the board reboot under load? look at its power supply",
                 )  # fmt: skip
-        outcome.check_step(board, self._follow(session))
-        return self._fetch(session)
+        outcome.check_step(board, self._follow(connection))
+        return self._fetch(connection)
 
-    def _prepare(self, session: Session, machine: str) -> None:
+    def _prepare(self, connection: Connection, machine: str) -> None:
         """Check the board and copy; what needs little comes before what takes long."""
         board, cargo = self._transport.name, self._cargo
         if wanted := another_machine(self._target, machine):
@@ -177,28 +180,27 @@ class _Run:
                 got=f"{printable(machine)} ({board})", hint="build it for this board: rowcol-edge targets lists them",
             )  # fmt: skip
         for file in (cargo.program, cargo.manifest):
-            self._copy(session, file)
-        done = session.ask(
-            "call", folder=self._folder, arguments=["doctor", ".", "--json"], timeout_seconds=_DOCTOR_SECONDS,
-            seconds=_DOCTOR_SECONDS + 10,
-        )  # fmt: skip
+            self._copy(connection, file)
+        done = connection.ask(
+            "call", folder=self._folder, arguments=["doctor", ".", "--json"], timeout_seconds=_DOCTOR_SECONDS
+        )
         outcome.check_doctor(board, done)
-        self._copy(session, cargo.bundle)
+        self._copy(connection, cargo.bundle)
 
-    def _copy(self, session: Session, file: File) -> None:
-        file.copy(session, self._folder, lambda done, total: self._progress("copy", done >> 10, total >> 10))
+    def _copy(self, connection: Connection, file: File) -> None:
+        file.copy(connection, self._folder, lambda done, total: self._progress("copy", done >> 10, total >> 10))
 
-    def _follow(self, session: Session) -> dict[str, Any]:
+    def _follow(self, connection: Connection) -> dict[str, Any]:
         """How the run ended; what it tells meanwhile goes to where a run here tells it."""
-        for answer in session.follow(folder=self._folder, steps=self._steps, at=self._told):
+        for answer in connection.follow(folder=self._folder, steps=self._steps, at=self._told):
             self._told = int(answer["at"])
             if "line" in answer:
                 self._tell(printable(str(answer["line"])))
             if "end" in answer:
                 if not answer["end"]:
-                    raise outcome.check_keeper(self._transport.name, str(answer["note"]))
+                    raise outcome.keeper_gone(self._transport.name, str(answer["note"]))
                 return dict(answer["end"])
-        raise AssertionError  # a session raises or ends with an end
+        raise AssertionError  # a connection raises or ends with an end
 
     def _tell(self, line: str) -> None:
         if found := _PROGRESS.fullmatch(line):
@@ -206,21 +208,27 @@ class _Run:
         elif line and not line.startswith(("error: ", "written to ")):  # errors are raised, and that file is not kept
             self._say(f"{self._transport.name}: {line}")
 
-    def _fetch(self, session: Session) -> bytes:
-        told = session.ask("fetch", folder=self._folder)
+    def _fetch(self, connection: Connection) -> bytes:
+        told = connection.ask("fetch", folder=self._folder)
         if not 0 < (size := int(told["size"])) < _PROFILE_LIMIT_BYTES:
-            raise BoardError(f"profile on {self._transport.name}", expected="a file of a few MB", got=f"{size} bytes")
-        data = session.receive(size)
+            raise BoardError(
+                f"profile on {self._transport.name}", expected="a file of a few MB", got=f"{size} bytes",
+                hint="is its disk full?",
+            )  # fmt: skip
+        data = connection.receive(size)
         if (got := sha256_bytes(data)) != told["sha256"]:
-            raise IntegrityError(f"profile from {self._transport.name}", expected=str(told["sha256"]), got=got)
+            raise IntegrityError(
+                f"profile from {self._transport.name}", expected=str(told["sha256"]), got=got,
+                hint="its disk or memory loses data: check it before you measure anything",
+            )  # fmt: skip
         return data
 
-    def _connect_again(self, seconds: float) -> Session:
+    def _connect_again(self, seconds: float) -> Connection:
         """A new line, tried for so long with growing pauses; UnreachableError: the last try's."""
         end, delay = time.monotonic() + seconds, 0.5
         while True:
             try:
-                return Session(self._transport, self._python)
+                return Connection(self._transport, self._python)
             except UnreachableError:
                 if time.monotonic() + delay > end:
                     raise

@@ -1,10 +1,11 @@
 """``ssh://[user@]host[:port]`` by the system's OpenSSH client.
 
 Why not a library such as asyncssh: OpenSSH is there on every machine that can reach a board today, and it brings what
-people have set up for their boards – names and jump hosts in ``~/.ssh/config``, agents, hardware keys, ``known_hosts``
-with hashed names and certificates. A library reads a part of that, is one dependency more to keep safe, and its answer
-to "does it connect?" is another than that of ``ssh`` in a terminal. One connection carries everything, so nothing would
-be gained by ``ControlMaster``, and a shared connection could have been opened without a check of the host's key.
+people have set up for their boards – names and jump hosts in ``~/.ssh/config``, keys in ssh-agent or in hardware,
+``known_hosts`` with hashed names and certificates. A library reads a part of that, is one dependency more to keep safe,
+and its answer to "does it connect?" is another than that of ``ssh`` in a terminal. One connection carries everything,
+so nothing would be gained by ``ControlMaster``, and a shared connection could have been opened without a check of the
+host's key. How the keys of jump hosts are checked is for the user's configuration to say.
 
 No argument that comes from outside is part of a shell command: the remote one is made of the path of Python, quoted,
 and a constant. Host and user are held to the characters of names and stand behind ``--`` or ``-l``.
@@ -114,7 +115,7 @@ class Ssh:
                 hint=f"give it a key (ssh-copy-id), name the user (ssh://USER@{self.host}), and try {self._by_hand}",
             )
         if code != 255:  # ssh itself has only that one: this is the shell's
-            return BoardError(self.name, expected="a shell that runs Python", got=got)
+            return BoardError(self.name, expected="a shell that runs Python", got=got, hint=f"try {self._by_hand}")
         return UnreachableError(self.name, expected="an ssh server", got=got, hint=f"try {self._by_hand}")
 
     @property

@@ -21,7 +21,7 @@ from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.profile import Profile
 from rowcol_edge.errors import BoardError, RowcolError, UnreachableError
 from rowcol_edge.fleet import remote
-from rowcol_edge.fleet.agent import MARK
+from rowcol_edge.fleet.board import MARK
 
 from ..device.conftest import bundle_parts, bundle_path  # noqa: F401 – fixtures
 
@@ -108,7 +108,7 @@ class Home:
 
     def keepers(self) -> list[int]:
         mine = set(self.running())
-        return processes(lambda entry: int(entry.name) in mine and b"agent.py" in (entry / "cmdline").read_bytes())
+        return processes(lambda entry: int(entry.name) in mine and b"board.py" in (entry / "cmdline").read_bytes())
 
     def is_clean(self) -> bool:
         return not self.left and not self.running()
@@ -246,7 +246,7 @@ def new_key(path: Path) -> None:
 
 @pytest.fixture
 def sshd(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
-    """For tests marked `system("openssh")`. The user's key comes from an agent, as it does for people."""
+    """For tests marked `system("openssh")`. The user's key comes from ssh-agent, as it does for people."""
     folder = tmp_path / "ssh"
     folder.mkdir()
     with socket.socket() as free:
@@ -257,18 +257,18 @@ def sshd(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     shutil.copy(folder / "user_key.pub", folder / "authorized_keys")
     made.new_host_key()
     made.know_host_key()
-    agent_socket = folder / "agent"
-    agent = subprocess.Popen(["ssh-agent", "-D", "-a", str(agent_socket)], stdout=subprocess.DEVNULL)
+    keys = folder / "agent"
+    holder = subprocess.Popen(["ssh-agent", "-D", "-a", str(keys)], stdout=subprocess.DEVNULL)
     try:
-        until(agent_socket.exists)
-        monkeypatch.setenv("SSH_AUTH_SOCK", str(agent_socket))
+        until(keys.exists)
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(keys))
         subprocess.run(["ssh-add", "-q", str(folder / "user_key")], check=True)
         made.start()
         yield made
     finally:
         made.stop()
-        agent.kill()
-        agent.wait()
+        holder.kill()
+        holder.wait()
 
 
 @pytest.fixture

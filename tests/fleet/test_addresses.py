@@ -9,7 +9,7 @@ import pytest
 from rowcol_edge.errors import ConfigError
 from rowcol_edge.fleet.adb import Adb
 from rowcol_edge.fleet.addresses import parse
-from rowcol_edge.fleet.session import remote_command
+from rowcol_edge.fleet.connection import remote_command
 from rowcol_edge.fleet.ssh import Ssh
 
 

@@ -22,8 +22,8 @@ from rowcol_edge.errors import (
     RowcolError,
     VerifyError,
 )
-from rowcol_edge.fleet import agent, cargo, remote
-from rowcol_edge.fleet.session import Session
+from rowcol_edge.fleet import board, cargo, remote
+from rowcol_edge.fleet.connection import Connection
 from rowcol_edge.package import write_bundle
 
 from ..profiles import make_profile
@@ -78,15 +78,15 @@ def test_a_board_with_an_old_python(pipe: Pipe, home: Home, opened: Bundle) -> N
 def test_a_board_whose_python_says_something_else(pipe: Pipe, home: Home, opened: Bundle) -> None:
     home.python("yes hello | head -n 200")
     assert fails(opened, BoardError).expected == "a shell that runs a command"
-    home.python("echo; echo rowcol-edge-agent 3 12; cat > /dev/null & echo '[]'; exec sleep 5")
-    assert fails(opened, BoardError).expected == "an answer of the agent"
+    home.python("echo; echo rowcol-edge-board 3 12; cat > /dev/null & echo '[]'; exec sleep 5")
+    assert fails(opened, BoardError).expected == "an answer of the program sent to it"
 
 
 def test_a_login_that_prints_is_read_over(pipe: Pipe, home: Home, opened: Bundle) -> None:
     home.python(f'echo "Welcome to the board"; printf "no line end"; exec {sys.executable} "$@"')
-    with Session(pipe, "python3") as session:
-        folder = session.ask("open", folder="", places=[], need_bytes=0, lease_seconds=60)["folder"]
-        session.ask("remove", folder=folder)
+    with Connection(pipe, "python3") as connection:
+        folder = connection.ask("open", folder="", places=[], need_bytes=0, lease_seconds=60)["folder"]
+        connection.ask("remove", folder=folder)
     assert home.is_clean()
 
 
@@ -108,7 +108,7 @@ def test_a_board_without_room(pipe: Pipe, home: Home, opened: Bundle, monkeypatc
     assert home.is_clean()
 
 
-@pytest.mark.parametrize("blocks", [8, 100])  # the agent itself does not fit; the device program does not
+@pytest.mark.parametrize("blocks", [8, 100])  # the program that is sent first does not fit; the device program does not
 def test_a_disk_that_fills_up(pipe: Pipe, home: Home, opened: Bundle, blocks: int) -> None:
     home.python(f'ulimit -f {blocks}; exec {sys.executable} "$@"')
     assert "File too large" in fails(opened, BoardError).got
@@ -127,9 +127,9 @@ def test_where_the_first_place_cannot_be_written_the_next_is_taken(
     pipe: Pipe, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Home, "variables", {"PATH": f"{home.bin}:/usr/bin:/bin", "TMPDIR": "/sys"})
-    with Session(pipe, "python3") as session:
-        folder = session.ask("open", folder="", places=[], need_bytes=0, lease_seconds=60)["folder"]
-        session.ask("remove", folder=folder)
+    with Connection(pipe, "python3") as connection:
+        folder = connection.ask("open", folder="", places=[], need_bytes=0, lease_seconds=60)["folder"]
+        connection.ask("remove", folder=folder)
     assert folder.startswith(("/tmp/", "/var/tmp/"))
     assert not Path(folder).exists()
 
@@ -149,12 +149,12 @@ def test_arms_that_verify_otherwise_are_an_error_of_their_own(
 def test_what_arrives_changed_is_refused(
     pipe: Pipe, home: Home, opened: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    send = Session.send
+    send = Connection.send
 
-    def flip(self: Session, data: bytes) -> None:
+    def flip(self: Connection, data: bytes) -> None:
         send(self, bytes([data[0] ^ 1]) + data[1:])
 
-    monkeypatch.setattr(Session, "send", flip)
+    monkeypatch.setattr(Connection, "send", flip)
     assert fails(opened, IntegrityError).what == "device.pyz as it lies on the board"
     assert home.is_clean()
 
@@ -182,8 +182,8 @@ class Ended:
     def __init__(self, pipe: Pipe, bundle: Bundle, log: bytes, profile: bytes, say: Say) -> None:
         packed = cargo.Cargo.pack(bundle, pipe.home.root)
         self.run = remote._Run(pipe, "python3", [], {}, packed, {}, None, say)
-        with Session(pipe, "python3") as session:
-            opened = session.ask("open", folder="", places=[], need_bytes=0, lease_seconds=60)
+        with Connection(pipe, "python3") as connection:
+            opened = connection.ask("open", folder="", places=[], need_bytes=0, lease_seconds=60)
         folder = Path(opened["folder"])
         (folder / "log").write_bytes(log)
         (folder / "profile.json").write_bytes(profile)
@@ -194,8 +194,8 @@ class Ended:
 def test_a_profile_that_arrives_changed_is_refused(
     pipe: Pipe, home: Home, opened: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    receive = Session.receive
-    monkeypatch.setattr(Session, "receive", lambda self, count: receive(self, count)[:-1] + b"x")
+    receive = Connection.receive
+    monkeypatch.setattr(Connection, "receive", lambda self, count: receive(self, count)[:-1] + b"x")
     ended = Ended(pipe, opened, b"", b"content", remote.on_stderr)
     with pytest.raises(IntegrityError, match="profile from board"):
         ended.run.result()
@@ -221,19 +221,19 @@ def test_options_that_are_wrong_are_told_before_anything_is_copied(opened: Bundl
 
 
 def test_folders_that_nobody_waits_for_are_swept(pipe: Pipe, home: Home) -> None:
-    dead, fresh, foreign = home.tmp / f"{agent.PREFIX}dead", home.tmp / f"{agent.PREFIX}new", home.tmp / "other"
+    dead, fresh, foreign = home.tmp / f"{board.PREFIX}dead", home.tmp / f"{board.PREFIX}new", home.tmp / "other"
     for folder, lease in ((dead, "0"), (fresh, "900"), (foreign, "0")):
         folder.mkdir()
         (folder / "lease").write_text(lease)
-    with Session(pipe, "python3") as session:
-        folder = session.ask("open", folder="", places=[], need_bytes=0, lease_seconds=60)["folder"]
+    with Connection(pipe, "python3") as connection:
+        folder = connection.ask("open", folder="", places=[], need_bytes=0, lease_seconds=60)["folder"]
         assert set(home.left) == {fresh, foreign, Path(folder)}
-        session.ask("remove", folder=folder)
+        connection.ask("remove", folder=folder)
 
 
 def test_a_board_that_hears_nothing_more_cleans_itself(pipe: Pipe, home: Home) -> None:
-    with Session(pipe, "python3") as session:
-        session.ask("open", folder="", places=[], need_bytes=0, lease_seconds=1)
+    with Connection(pipe, "python3") as connection:
+        connection.ask("open", folder="", places=[], need_bytes=0, lease_seconds=1)
         assert len(home.left) == 1
     until(home.is_clean)
 
@@ -241,11 +241,11 @@ def test_a_board_that_hears_nothing_more_cleans_itself(pipe: Pipe, home: Home) -
 def test_a_link_in_the_place_of_a_lost_folder_is_not_followed(pipe: Pipe, home: Home, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
-    link = home.tmp / f"{agent.PREFIX}x"
+    link = home.tmp / f"{board.PREFIX}x"
     link.symlink_to(precious)
-    with Session(pipe, "python3") as session:
-        opened = session.ask("open", folder=str(link), places=[], need_bytes=0, lease_seconds=60)
+    with Connection(pipe, "python3") as connection:
+        opened = connection.ask("open", folder=str(link), places=[], need_bytes=0, lease_seconds=60)
         assert opened["fresh"]
         assert opened["folder"] != str(link)
-        session.ask("remove", folder=opened["folder"])
+        connection.ask("remove", folder=opened["folder"])
     assert list(precious.iterdir()) == []

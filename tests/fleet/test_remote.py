@@ -16,7 +16,7 @@ import pytest
 
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.errors import BoardError, UnreachableError
-from rowcol_edge.fleet import remote
+from rowcol_edge.fleet import connection, remote
 
 from .conftest import Home, Sshd, kill, until
 
@@ -67,6 +67,17 @@ def test_a_dropped_line_does_not_end_the_run(sshd: Sshd, home: Home, opened: Bun
     assert sum("trying again for 20 s" in line for line in said) == 1
     assert any("connected to" in line for line in said)
     assert not any("begins again" in line or "copying again" in line for line in said)
+    assert home.is_clean()
+
+
+def test_a_line_that_goes_silent_is_a_dropped_one(
+    sshd: Sshd, home: Home, opened: Bundle, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "ANSWER_SECONDS", 10.0)
+    stopping = during(home, "profile", lambda: [os.kill(pid, signal.SIGSTOP) for pid in sshd.sessions()])
+    assert sshd.profile(opened, say=said.append).digest == opened.digest
+    stopping.join()
+    assert any("dropped (nothing for 10 s)" in line for line in said)
     assert home.is_clean()
 
 
@@ -125,7 +136,7 @@ def test_a_board_that_does_not_come_back_is_given_up(
 ) -> None:
     monkeypatch.setattr(remote, "RECONNECT_SECONDS", 2.0)
     monkeypatch.setattr(remote, "CLEAN_SECONDS", 1.0)
-    monkeypatch.setattr(remote, "LEASE_SECONDS", 6.0)
+    monkeypatch.setattr(remote, "LEASE_SECONDS", 8.0)
     stopping = during(home, "profile", sshd.stop)
     with pytest.raises(UnreachableError, match="expected an ssh server"):
         sshd.profile(opened, say=said.append)

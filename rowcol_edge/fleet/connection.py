@@ -1,4 +1,4 @@
-"""One connection to the agent on a board: requests, answers, and the bytes of files."""
+"""One connection to the program on a board: requests, answers, and the bytes of files."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ from ..errors import BoardError, ConfigError, RowcolError
 from .transport import Channel, Transport, printable
 
 ANSWER_SECONDS = 60.0
-"""How long a board may think: a login, the digest of a large file on a slow card."""
-BEAT_SECONDS = 5.0
-"""A followed run says this often that it is still there."""
+"""How long nothing may come or go. A login takes its time; later the board says every few seconds that it lives."""
 
-_HELLO = b"rowcol-edge-agent "
+_HELLO = b"rowcol-edge-board "
 _NOISE_LINES = 100
-"""What a login may print before the agent answers."""
+"""What a login may print before the program answers."""
 _OLDEST = (3, 10)
 #: Without single quotes, dollars and exclamation marks it is the same text in every shell. The source comes by stdin.
 _START = (
-    'import sys;o=sys.stdout;o.write(chr(10)+"rowcol-edge-agent %d %d"%sys.version_info[:2]+chr(10));o.flush();'
+    'import sys;o=sys.stdout;o.write(chr(10)+"rowcol-edge-board %d %d"%sys.version_info[:2]+chr(10));o.flush();'
     "i=sys.stdin.buffer;s=i.read(int(i.readline() or 0));"
-    'exec(compile(s,"agent","exec"),{"__name__":"__main__","SOURCE":s})'
+    'exec(compile(s,"board","exec"),{"__name__":"__main__","SOURCE":s})'
 )
 
 
-class Session:
+class Connection:
     """Use it as a context manager. UnreachableError: the line dropped; what was asked may or may not have been done."""
 
     def __init__(self, transport: Transport, python: str) -> None:
@@ -42,22 +40,22 @@ class Session:
             self._channel.close()
             raise
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Connection:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._channel.close()
 
-    def ask(self, op: str, *, seconds: float = ANSWER_SECONDS, **arguments: Any) -> dict[str, Any]:
+    def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         """The answer to one request. BoardError: the board refuses it."""
         self._request(op, arguments)
-        return self._answer(seconds)
+        return self.answer()
 
     def follow(self, **arguments: Any) -> Iterator[dict[str, Any]]:
         """The answers to ``follow``, the one with ``end`` last."""
-        self._request("follow", {**arguments, "beat_seconds": BEAT_SECONDS})
+        self._request("follow", arguments)
         while True:
-            answer = self._answer(ANSWER_SECONDS)
+            answer = self.answer()
             yield answer
             if "end" in answer:
                 return
@@ -70,7 +68,22 @@ class Session:
         self._channel.send(data, ANSWER_SECONDS)
 
     def answer(self) -> dict[str, Any]:
-        return self._answer(ANSWER_SECONDS)
+        """The next answer that is one."""
+        while True:
+            line = self._channel.line(ANSWER_SECONDS)
+            try:
+                answer = json.loads(line)
+            except ValueError:
+                answer = None
+            if not isinstance(answer, dict):
+                got = printable(repr(line[:80]))
+                raise BoardError(
+                    self._name, expected="an answer of the program sent to it", got=got, hint="what else prints there?"
+                )
+            if "error" in answer:
+                raise self._refusal(answer["error"])
+            if "beat" not in answer:
+                return answer
 
     def receive(self, count: int) -> bytes:
         return self._channel.exactly(count, ANSWER_SECONDS)
@@ -97,18 +110,6 @@ class Session:
     def _request(self, op: str, arguments: dict[str, Any]) -> None:
         self._channel.send(json.dumps({"op": op, **arguments}).encode() + b"\n", ANSWER_SECONDS)
 
-    def _answer(self, seconds: float) -> dict[str, Any]:
-        line = self._channel.line(seconds)
-        try:
-            answer = json.loads(line)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise BoardError(self._name, expected="an answer of the agent", got=printable(repr(line[:80])))
-        if "error" in answer:
-            raise self._refusal(answer["error"])
-        return answer
-
     def _refusal(self, error: Any) -> RowcolError:
         texts = {key: printable(str(error.get(key, ""))) for key in ("what", "expected", "got", "hint")}
         return BoardError(f"{self._name}: {texts.pop('what')}", **texts)
@@ -123,4 +124,4 @@ def remote_command(python: str) -> str:
 
 @cache
 def _source() -> bytes:
-    return Path(__file__).with_name("agent.py").read_bytes()
+    return Path(__file__).with_name("board.py").read_bytes()

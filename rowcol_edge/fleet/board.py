@@ -2,7 +2,8 @@
 
 It reads requests from stdin, one JSON object a line with the operation's name as ``op`` and its arguments; bytes of a
 file follow the request for ``put`` and the answer to ``fetch``. It answers each with one JSON object a line (``follow``
-with several), or with ``{"error": {what, expected, got, hint}}``, after which it ends.
+with several), or with ``{"error": {what, expected, got, hint}}``, after which it ends. Every few seconds it says
+``{"beat": true}``, so that the other side can tell slow work from a dead line.
 
 The work itself is done by a *keeper*: a process of its own session that outlives the line. All state lies in one
 temporary folder:
@@ -40,14 +41,16 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 if TYPE_CHECKING:
     from io import BufferedReader
 
+_OUT = threading.Lock()
 PREFIX = "rowcol-edge-board-"
 MARK = "ROWCOL_EDGE_BOARD"
 """Set to the folder in the environment of the keeper and so of all it starts: what has it is ended with the folder."""
 PROGRAM = "device.pyz"
 PROFILE = "profile.json"
 SOURCE: bytes = globals().get("SOURCE", b"")
-"""This file's text, given by the line that runs it (see ``session``): the keeper is started from it."""
+"""This file's text, given by the line that runs it (see ``connection``): the keeper is started from it."""
 
+_BEAT_SECONDS = 2.0
 _PIECE_BYTES = 1 << 18
 _POLL_SECONDS = 1.0
 _TAIL_BYTES = 4000
@@ -60,9 +63,28 @@ class RefusalError(Exception):
         super().__init__({"what": what, "expected": expected, "got": got, "hint": hint})
 
 
-def answer(**fields: Any) -> None:
-    sys.stdout.buffer.write(json.dumps(fields).encode() + b"\n")
-    sys.stdout.buffer.flush()
+def answer(data: bytes = b"", **fields: Any) -> None:
+    with _OUT:
+        sys.stdout.buffer.write(json.dumps(fields).encode() + b"\n" + data)
+        sys.stdout.buffer.flush()
+
+
+class Beat(threading.Thread):
+    """Says that this is alive, to the other side and, by the lease, to the keeper of ``folder``."""
+
+    folder = ""
+
+    def run(self) -> None:
+        while True:
+            time.sleep(_BEAT_SECONDS)
+            try:
+                answer(beat=True)
+                if self.folder:
+                    os.utime(Path(self.folder, "lease"))
+            except FileNotFoundError:
+                continue  # it is being removed
+            except BrokenPipeError:
+                os._exit(0)  # nobody is there any more; what has arrived is kept
 
 
 def open_folder(folder: str, places: list[str], need_bytes: int, lease_seconds: float) -> None:
@@ -155,7 +177,6 @@ def put(folder: str, name: str, offset: int, size: int) -> None:
             file.write(piece)
             file.flush()
             left -= len(piece)
-            _touch(folder)
         os.fsync(file.fileno())
     answer(sha256=_digest(path))
 
@@ -175,7 +196,7 @@ def call(folder: str, arguments: list[str], timeout_seconds: float) -> None:
     )
 
 
-def follow(folder: str, steps: list[list[Any]], at: int, beat_seconds: float) -> None:
+def follow(folder: str, steps: list[list[Any]], at: int) -> None:
     """Begin the job unless it has begun, and tell what it writes behind the first ``at`` bytes, until it ends.
 
     Every answer has ``at``; ``end`` holds the result, and is None where the keeper is gone without one.
@@ -183,32 +204,23 @@ def follow(folder: str, steps: list[list[Any]], at: int, beat_seconds: float) ->
     path = Path(folder)
     if not (path / "job.json").exists():
         _write(path / "job.json", steps)
-    told = time.monotonic()
     while True:
-        _touch(folder)
         over = (path / "result.json").exists() or not _alive(path)  # before the log, which is complete by then
         while lines := _lines(path / "log", at):
             for line in lines:
                 at += len(line) + 1
                 answer(at=at, line=line.decode(errors="replace"))
-            told = time.monotonic()
         if over:
             result = _read(path / "result.json")
             answer(at=at, end=result, note="" if result else _tail(path / "keeper.log", 0))
             return
-        if time.monotonic() - told >= beat_seconds:
-            told = time.monotonic()
-            answer(at=at)
         time.sleep(_POLL_SECONDS)
 
 
 def fetch(folder: str) -> None:
     """The profile: its size and digest, then the bytes."""
     path = Path(folder, PROFILE)
-    answer(size=path.stat().st_size, sha256=_digest(path))
-    with path.open("rb") as file:
-        shutil.copyfileobj(file, sys.stdout.buffer)
-    sys.stdout.buffer.flush()
+    answer(path.read_bytes(), size=path.stat().st_size, sha256=_digest(path))
 
 
 def remove(folder: str) -> None:
@@ -287,10 +299,10 @@ def _keeper(path: Path) -> None:
         except BlockingIOError:
             return
         _end(str(path))  # what a keeper that was killed alone has left running
-        (path / "agent.py").write_bytes(SOURCE)
+        (path / "board.py").write_bytes(SOURCE)
         with (path / "keeper.log").open("wb") as log:
             subprocess.Popen(
-                [sys.executable, "-I", str(path / "agent.py"), str(path)],
+                [sys.executable, "-I", str(path / "board.py"), str(path)],
                 cwd=path, env={**os.environ, MARK: str(path)}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True, pass_fds=[lock.fileno()],
             )  # fmt: skip
@@ -362,10 +374,6 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _touch(folder: str) -> None:
-    os.utime(Path(folder, "lease"))
-
-
 def _write(path: Path, value: Any) -> None:
     """In one step, and on the disk: a power cut leaves the whole file or none."""
     temporary = path.with_name(f".{path.name}")
@@ -390,9 +398,12 @@ OPERATIONS: dict[str, Callable[..., None]] = {
 
 def serve() -> None:
     """Answer requests until the line ends or one fails."""
+    beat = Beat(daemon=True)
+    beat.start()
     try:
         while raw := sys.stdin.buffer.readline():
             request = json.loads(raw)
+            beat.folder = request["folder"]
             OPERATIONS[request.pop("op")](**request)
     except RefusalError as e:
         answer(error=e.args[0])
