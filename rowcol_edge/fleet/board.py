@@ -245,6 +245,9 @@ def keep(folder: str) -> None:
         if result["code"] != 0:
             break
         (path / f"{name}.done").touch()
+    if (path / PROFILE).exists():
+        with (path / PROFILE).open("rb") as file:
+            os.fsync(file)  # a result that is on the disk stands for a profile that is
     _write(path / "result.json", result)
     while True:
         time.sleep(60)  # the other thread ends this process
