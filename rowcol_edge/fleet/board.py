@@ -81,10 +81,10 @@ class Beat(threading.Thread):
                 answer(beat=True)
                 if self.folder:
                     os.utime(Path(self.folder, "lease"))
-            except FileNotFoundError:
-                continue  # it is being removed
             except BrokenPipeError:
                 os._exit(0)  # nobody is there any more; what has arrived is kept
+            except OSError:
+                continue  # the folder is being removed, or its disk is full
 
 
 def open_folder(folder: str, places: list[str], need_bytes: int, lease_seconds: float) -> None:

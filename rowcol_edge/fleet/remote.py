@@ -19,7 +19,7 @@ from ..device.digests import sha256_bytes
 from ..device.profile import Profile
 from ..device.session import Progress
 from ..device.system import another_machine
-from ..errors import BoardError, BundleError, ConfigError, IntegrityError, RowcolError, UnreachableError
+from ..errors import BoardError, BundleError, ConfigError, IntegrityError, LoginError, RowcolError, UnreachableError
 from . import outcome
 from .addresses import parse
 from .board import PROFILE
@@ -159,15 +159,15 @@ class _Run:
             self._told = 0
         self._folder, board = str(opened["folder"]), self._transport.name
         if not opened["begun"]:
-            self._prepare(connection, str(opened["machine"]))
-            self._starts += 1
-            if self._starts > 1:
-                self._say(f"{board} lost the run: it begins again")
-            if self._starts > STARTS:
+            if self._starts == STARTS:
                 raise BoardError(
                     f"the run on {board}", expected="one that goes on when the line drops",
-                    got=f"lost {STARTS} times", hint="does the board reboot under load? look at its power supply",
+                    got=f"{STARTS} that were lost", hint="does the board reboot under load? look at its power supply",
                 )  # fmt: skip
+            if self._starts:
+                self._say(f"{board} lost the run: it begins again")
+            self._prepare(connection, str(opened["machine"]))
+            self._starts += 1
         outcome.check_step(board, self._follow(connection))
         return self._fetch(connection)
 
@@ -224,12 +224,15 @@ class _Run:
         return data
 
     def _connect_again(self, seconds: float) -> Connection:
-        """A new line, tried for so long with growing pauses; UnreachableError: the last try's."""
+        """A new line, tried for so long with growing pauses; the error of the last try.
+
+        A board that has just started refuses logins for a while.
+        """
         end, delay = time.monotonic() + seconds, 0.5
         while True:
             try:
                 return Connection(self._transport, self._python)
-            except UnreachableError:
+            except (UnreachableError, LoginError):
                 if time.monotonic() + delay > end:
                     raise
             time.sleep(delay)

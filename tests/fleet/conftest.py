@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -109,6 +110,17 @@ class Home:
     def keepers(self) -> list[int]:
         mine = set(self.running())
         return processes(lambda entry: int(entry.name) in mine and b"board.py" in (entry / "cmdline").read_bytes())
+
+    def during(self, step: str, happens: Callable[[], Any]) -> threading.Thread:
+        """Let something happen once a step of the run is under way."""
+
+        def wait() -> None:
+            until(lambda: self.steps(step), 60)
+            happens()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        return thread
 
     def is_clean(self) -> bool:
         return not self.left and not self.running()

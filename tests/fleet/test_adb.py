@@ -11,7 +11,7 @@ from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.errors import BoardError, LoginError, MissingDependencyError, RowcolError, UnreachableError
 from rowcol_edge.fleet import remote
 
-from .conftest import OPTIONS, Home, script
+from .conftest import OPTIONS, Home, kill, processes, script
 
 
 @pytest.fixture
@@ -32,6 +32,21 @@ exec env -i {variables} /bin/sh -c "$*"''',
 
 def test_a_profile_by_adb(adb: Path, home: Home, opened: Bundle) -> None:
     assert remote.profile(opened, "adb:0123456789ABCDEF", **OPTIONS).digest == opened.digest
+    assert home.is_clean()
+
+
+def test_a_cable_that_is_pulled_does_not_end_the_run(adb: Path, home: Home, opened: Bundle, said: list[str]) -> None:
+    place = f"TMPDIR={home.tmp}\0".encode()
+
+    def pull() -> None:
+        mine = processes(lambda entry: place in (entry / "environ").read_bytes())
+        kill(list(set(mine) - set(home.running())))  # all but the run, which nothing holds to the line
+
+    pulling = home.during("profile", pull)
+    assert remote.profile(opened, "adb:0123456789ABCDEF", say=said.append, **OPTIONS).digest == opened.digest
+    pulling.join()
+    assert sum("trying again" in line for line in said) == 1
+    assert not any("begins again" in line for line in said)
     assert home.is_clean()
 
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +37,6 @@ def test_a_profile_comes_back_and_nothing_stays(sshd: Sshd, home: Home, opened: 
     assert not [line for line in said if "trying again" in line]
 
 
-def during(home: Home, step: str, happens: Callable[[], Any]) -> threading.Thread:
-    """Let something happen once a step of the run is under way."""
-
-    def wait() -> None:
-        until(lambda: home.steps(step), 60)
-        happens()
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
-
-
 def test_a_dropped_line_does_not_end_the_run(sshd: Sshd, home: Home, opened: Bundle, said: list[str]) -> None:
     seen: dict[str, list[int]] = {}
 
@@ -59,7 +46,7 @@ def test_a_dropped_line_does_not_end_the_run(sshd: Sshd, home: Home, opened: Bun
         until(sshd.sessions)  # it has connected again
         seen["after"] = home.steps("profile")
 
-    dropping = during(home, "profile", drop)
+    dropping = home.during("profile", drop)
     measured = sshd.profile(opened, say=said.append)
     dropping.join()
     assert measured.digest == opened.digest
@@ -74,10 +61,28 @@ def test_a_line_that_goes_silent_is_a_dropped_one(
     sshd: Sshd, home: Home, opened: Bundle, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "ANSWER_SECONDS", 10.0)
-    stopping = during(home, "profile", lambda: [os.kill(pid, signal.SIGSTOP) for pid in sshd.sessions()])
+    stopping = home.during("profile", lambda: [os.kill(pid, signal.SIGSTOP) for pid in sshd.sessions()])
     assert sshd.profile(opened, say=said.append).digest == opened.digest
     stopping.join()
     assert any("dropped (nothing for 10 s)" in line for line in said)
+    assert home.is_clean()
+
+
+def test_a_board_that_lets_nobody_in_while_it_starts_is_waited_for(
+    sshd: Sshd, home: Home, opened: Bundle, said: list[str]
+) -> None:
+    keys = sshd.folder / "authorized_keys"
+
+    def shut_for_a_while() -> None:
+        keys.rename(sshd.folder / "away")
+        sshd.drop()
+        until(lambda: said)
+        until(lambda: b"Connection closed by authenticating user" in (sshd.folder / "sshd.log").read_bytes())
+        (sshd.folder / "away").rename(keys)
+
+    shutting = home.during("profile", shut_for_a_while)
+    assert sshd.profile(opened, say=said.append).digest == opened.digest
+    shutting.join()
     assert home.is_clean()
 
 
@@ -96,7 +101,7 @@ def test_a_reboot_begins_again_what_had_not_finished(
                 shutil.rmtree(folder)
         sshd.start()
 
-    rebooting = during(home, "profile", reboot)
+    rebooting = home.during("profile", reboot)
     measured = sshd.profile(opened, say=said.append, progress=lambda *step: steps.append(step))
     rebooting.join()
     assert measured.digest == opened.digest
@@ -137,7 +142,7 @@ def test_a_board_that_does_not_come_back_is_given_up(
     monkeypatch.setattr(remote, "RECONNECT_SECONDS", 2.0)
     monkeypatch.setattr(remote, "CLEAN_SECONDS", 1.0)
     monkeypatch.setattr(remote, "LEASE_SECONDS", 8.0)
-    stopping = during(home, "profile", sshd.stop)
+    stopping = home.during("profile", sshd.stop)
     with pytest.raises(UnreachableError, match="expected an ssh server"):
         sshd.profile(opened, say=said.append)
     stopping.join()
@@ -157,7 +162,7 @@ def test_a_line_that_keeps_dropping_is_given_up(
             sshd.drop()
             ended.wait(1.0)
 
-    dropping = during(home, "profile", keep_dropping)
+    dropping = home.during("profile", keep_dropping)
     with pytest.raises(UnreachableError, match="dropped"):
         sshd.profile(opened, say=lambda _: ended.set() if home.left == [] else None)
     ended.set()
@@ -174,8 +179,8 @@ def test_a_run_that_takes_the_board_down_is_not_begun_for_ever(
         sshd.reboot()
         sshd.start()
 
-    rebooting = during(home, "profile", reboot)
-    with pytest.raises(BoardError, match="lost 1 times"):
+    rebooting = home.during("profile", reboot)
+    with pytest.raises(BoardError, match="got 1 that were lost"):
         sshd.profile(opened)
     rebooting.join()
     assert home.is_clean()
@@ -198,7 +203,7 @@ def test_ctrl_c_cleans_the_board(sshd: Sshd, home: Home, bundle_path: Path, root
 
 
 def test_what_was_killed_on_the_board_is_an_error(sshd: Sshd, home: Home, opened: Bundle) -> None:
-    killing = during(home, "profile", lambda: kill(home.steps("profile")))
+    killing = home.during("profile", lambda: kill(home.steps("profile")))
     with pytest.raises(BoardError, match="killed by SIGKILL") as caught:
         sshd.profile(opened)
     killing.join()
@@ -208,7 +213,7 @@ def test_what_was_killed_on_the_board_is_an_error(sshd: Sshd, home: Home, opened
 
 
 def test_a_run_whose_keeper_was_killed_is_an_error(sshd: Sshd, home: Home, opened: Bundle) -> None:
-    killing = during(home, "profile", lambda: kill(home.keepers()))
+    killing = home.during("profile", lambda: kill(home.keepers()))
     with pytest.raises(BoardError, match="expected one that ends by itself"):
         sshd.profile(opened)
     killing.join()
