@@ -19,7 +19,7 @@ CHECKS: dict[str, list[str]] = {
     "import-linter": ["lint-imports", "--no-logo", "--cache-dir", ".cache/imports"],
     "vermin": [
         *("vermin", "--target=3.10-", "--no-tips", "--violations", "--eval-annotations"),
-        *("rowcol_edge/device", "rowcol_edge/errors.py", "rowcol_edge/fleet/board.py"),
+        *("rowcol_edge/device", "rowcol_edge/errors.py", "rowcol_edge/fleet/board.py", "rowcol_edge/fleet/keeper.py"),
     ],
     # in the order of tests/conftest.py, whose long modules come first
     "pytest": ["pytest", "-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder", *sys.argv[1:]],

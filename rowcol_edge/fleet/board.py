@@ -1,22 +1,13 @@
-"""What runs on the board: sent over the line as this source, never installed. Standard library of Python 3.10, Linux.
+"""What answers on the board: sent there as this source (see ``connection``), never installed.
+
+Standard library of Python 3.10, Linux; of the package only what is sent with it.
 
 It reads requests from stdin, one JSON object a line with the operation's name as ``op`` and its arguments; bytes of a
 file follow the request for ``put`` and the answer to ``fetch``. It answers each with one JSON object a line (``follow``
 with several), or with ``{"error": {what, expected, got, hint}}``, after which it ends. Every few seconds it says
 ``{"beat": true}``, so that the other side can tell slow work from a dead line.
 
-The work itself is done by a *keeper*: a process of its own session that outlives the line. All state lies in one
-temporary folder:
-
-    lock         held by the keeper as long as it lives, and by nothing after a reboot
-    lease        holds the seconds after which nobody is waiting any more; its mtime is the last contact
-    job.json     the steps that are to run: [name, arguments of the device program] each
-    NAME.done    a step that ended well and is not repeated
-    log          what the steps wrote to stderr
-    result.json  how the job ended
-
-Once nobody has been in touch for the lease, the keeper ends what runs and removes the folder: nothing stays behind even
-if the other side lost its power.
+The work itself is done by a keeper, see :mod:`.keeper`, which this starts and asks about through the run's folder.
 """
 
 from __future__ import annotations
@@ -27,7 +18,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -36,24 +26,20 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, cast
+
+from . import keeper
+from .keeper import MARK, PROFILE, PROGRAM, end, environment, read, tail, write
 
 if TYPE_CHECKING:
     from io import BufferedReader
 
-_OUT = threading.Lock()
 PREFIX = "rowcol-edge-board-"
-MARK = "ROWCOL_EDGE_BOARD"
-"""Set to the folder in the environment of the keeper and so of all it starts: what has it is ended with the folder."""
-PROGRAM = "device.pyz"
-PROFILE = "profile.json"
-SOURCE: bytes = globals().get("SOURCE", b"")
-"""This file's text, given by the line that runs it (see ``connection``): the keeper is started from it."""
 
+_OUT = threading.Lock()
 _BEAT_SECONDS = 2.0
 _PIECE_BYTES = 1 << 18
 _POLL_SECONDS = 1.0
-_TAIL_BYTES = 4000
 
 
 class RefusalError(Exception):
@@ -97,7 +83,7 @@ def open_folder(folder: str, places: list[str], need_bytes: int, lease_seconds: 
         if fresh:
             shutil.rmtree(path, ignore_errors=True)
         raise
-    answer(folder=str(path), fresh=fresh, begun=begun, machine=platform.machine(), host=platform.node())
+    answer(folder=str(path), fresh=fresh, begun=begun, machine=platform.machine())
 
 
 def _prepare(path: Path, lease_seconds: float) -> bool:
@@ -186,7 +172,7 @@ def call(folder: str, arguments: list[str], timeout_seconds: float) -> None:
     command = [sys.executable, PROGRAM, *arguments]
     try:
         done = subprocess.run(
-            command, cwd=folder, env=_environment(folder), stdin=subprocess.DEVNULL, capture_output=True,
+            command, cwd=folder, env=environment(folder), stdin=subprocess.DEVNULL, capture_output=True,
             timeout=timeout_seconds, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
@@ -203,7 +189,7 @@ def follow(folder: str, steps: list[list[Any]], at: int) -> None:
     """
     path = Path(folder)
     if not (path / "job.json").exists():
-        _write(path / "job.json", steps)
+        write(path / "job.json", steps)
     while True:
         over = (path / "result.json").exists() or not _alive(path)  # before the log, which is complete by then
         while lines := _lines(path / "log", at):
@@ -211,8 +197,8 @@ def follow(folder: str, steps: list[list[Any]], at: int) -> None:
                 at += len(line) + 1
                 answer(at=at, line=line.decode(errors="replace"))
         if over:
-            result = _read(path / "result.json")
-            answer(at=at, end=result, note="" if result else _tail(path / "keeper.log", 0))
+            result = read(path / "result.json")
+            answer(at=at, end=result, note="" if result else tail(path / "keeper.log", 0))
             return
         time.sleep(_POLL_SECONDS)
 
@@ -225,73 +211,10 @@ def fetch(folder: str) -> None:
 
 def remove(folder: str) -> None:
     """End what runs and remove the folder."""
-    _end(folder)
+    end(folder)
     if Path(folder).exists():
         shutil.rmtree(folder)
     answer()
-
-
-def keep(folder: str) -> None:
-    """The keeper: wait for the job, run its steps, and stay until the folder is removed."""
-    path = Path(folder)
-    threading.Thread(target=_watch, args=(path,), daemon=True).start()
-    while not (path / "job.json").exists():
-        time.sleep(0.1)
-    result: dict[str, Any] = {}
-    for name, arguments in _read(path / "job.json"):
-        if (path / f"{name}.done").exists():
-            continue
-        result = {"step": name, **_step(path, name, arguments)}
-        if result["code"] != 0:
-            break
-        (path / f"{name}.done").touch()
-    if (path / PROFILE).exists():
-        with (path / PROFILE).open("rb") as file:
-            os.fsync(file)  # a result that is on the disk stands for a profile that is
-    _write(path / "result.json", result)
-    while True:
-        time.sleep(60)  # the other thread ends this process
-
-
-def _step(path: Path, name: str, arguments: list[str]) -> dict[str, Any]:
-    """Run the device program: its exit code (minus the signal that ended it), and the end of what it told."""
-    with (path / "log").open("ab") as log:
-        log.write(f"{name} 0/1\n".encode())
-        log.flush()
-        begin = log.tell()
-        command = [sys.executable, str(path / PROGRAM), name, *arguments]
-        code = subprocess.run(
-            command, cwd=path, env=_environment(str(path)), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=log, check=False,
-        ).returncode  # fmt: skip
-    return {"code": code, "told": _tail(path / "log", begin)}
-
-
-def _environment(folder: str) -> dict[str, str]:
-    """All that a run writes goes into the folder."""
-    temporary = Path(folder, "tmp")
-    temporary.mkdir(exist_ok=True)
-    return {
-        "ROWCOL_ENGINE_CACHE": str(Path(folder, "engines")),  # unless the board has its own
-        **os.environ,
-        "TMPDIR": str(temporary),
-        "PYTHONIOENCODING": "utf-8",
-    }
-
-
-def _watch(path: Path) -> NoReturn:
-    """Wait until nobody has been in touch for the lease. By the monotonic clock: a board's other one may jump."""
-    try:
-        lease_seconds, contact, since = float((path / "lease").read_text()), 0, time.monotonic()
-        while time.monotonic() - since < lease_seconds:
-            time.sleep(min(5.0, lease_seconds / 4))
-            if (seen := (path / "lease").stat().st_mtime_ns) != contact:
-                contact, since = seen, time.monotonic()
-    except OSError:
-        pass  # the folder is gone
-    _end(str(path), keep=os.getpid())
-    shutil.rmtree(path, ignore_errors=True)
-    os._exit(0)
 
 
 def _keeper(path: Path) -> None:
@@ -301,11 +224,11 @@ def _keeper(path: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return
-        _end(str(path))  # what a keeper that was killed alone has left running
-        (path / "board.py").write_bytes(SOURCE)
+        end(str(path))  # what a keeper that was killed alone has left running
+        (path / "keeper.py").write_text(keeper.SOURCE, encoding="utf-8")
         with (path / "keeper.log").open("wb") as log:
             subprocess.Popen(
-                [sys.executable, "-I", str(path / "board.py"), str(path)],
+                [sys.executable, "-I", str(path / "keeper.py"), str(path)],
                 cwd=path, env={**os.environ, MARK: str(path)}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True, pass_fds=[lock.fileno()],
             )  # fmt: skip
@@ -323,36 +246,6 @@ def _alive(path: Path) -> bool:
     return False
 
 
-def _end(folder: str, keep: int = 0) -> None:
-    """End every process that was started for the folder, but ``keep``; TimeoutError: one does not go."""
-    mark = f"{MARK}={folder}".encode()
-    found: list[int] = []
-    for _ in range(100):
-        found = [pid for pid in _processes(mark) if pid != keep]
-        if not found:
-            return
-        for pid in found:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        time.sleep(0.1)
-    raise TimeoutError(0, f"process {found[0]} does not end")
-
-
-def _processes(mark: bytes) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                variables = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue  # another user's, or gone
-            if mark in variables:
-                found.append(int(entry.name))
-    return found
-
-
 def _lines(path: Path, at: int) -> list[bytes]:
     """Whole lines behind the first ``at`` bytes, without their ends."""
     try:
@@ -363,35 +256,12 @@ def _lines(path: Path, at: int) -> list[bytes]:
         return []
 
 
-def _tail(path: Path, begin: int) -> str:
-    with path.open("rb") as file:
-        file.seek(max(begin, path.stat().st_size - _TAIL_BYTES))
-        return file.read().decode(errors="replace")
-
-
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _write(path: Path, value: Any) -> None:
-    """In one step, and on the disk: a power cut leaves the whole file or none."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
 
 
 OPERATIONS: dict[str, Callable[..., None]] = {
@@ -416,10 +286,3 @@ def serve() -> None:
         got = f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror or e)
         expected, hint = "a disk that can be written and read", "df -h and dmesg on the board say more"
         answer(error={"what": "the work on the board failed", "expected": expected, "got": got, "hint": hint})
-
-
-if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        keep(sys.argv[1])
-    else:
-        serve()

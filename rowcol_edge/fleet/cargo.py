@@ -14,8 +14,8 @@ from ..device.manifest import MANIFEST_NAME
 from ..device_archive import device_archive_bytes
 from ..errors import IntegrityError
 from ..package import zip_bundle
-from .board import PROGRAM
 from .connection import Connection
+from .keeper import PROGRAM
 
 BUNDLE = "bundle.zip"
 SPARE_BYTES = 16 << 20

@@ -20,12 +20,22 @@ _HELLO = b"rowcol-edge-board "
 _NOISE_LINES = 100
 """What a login may print before the program answers."""
 _OLDEST = (3, 10)
-#: Without single quotes, dollars and exclamation marks it is the same text in every shell. The source comes by stdin.
+#: Without single quotes, dollars and exclamation marks it is the same text in every shell. The program comes by stdin.
 _START = (
     'import sys;o=sys.stdout;o.write(chr(10)+"rowcol-edge-board %d %d"%sys.version_info[:2]+chr(10));o.flush();'
-    "i=sys.stdin.buffer;s=i.read(int(i.readline() or 0));"
-    'exec(compile(s,"board","exec"),{"__name__":"__main__","SOURCE":s})'
+    'i=sys.stdin.buffer;s=i.read(int(i.readline() or 0));exec(compile(s,"board","exec"),{})'
 )
+_MODULES = ("keeper", "board")
+_LOAD = """
+import sys, types
+sys.modules["fleet"] = types.ModuleType("fleet")
+for name, text in MODULES.items():
+    module = sys.modules["fleet." + name] = types.ModuleType("fleet." + name)
+    module.__package__, module.SOURCE = "fleet", text
+    setattr(sys.modules["fleet"], name, module)
+    exec(compile(text, name, "exec"), module.__dict__)
+sys.modules["fleet.board"].serve()
+"""
 
 
 class Connection:
@@ -104,8 +114,8 @@ class Connection:
                 got=".".join(map(str, version)),
                 hint="install a newer one beside it, and say where it is: --board-python PATH",
             )
-        source = _source()
-        self._channel.send(b"%d\n%b" % (len(source), source), ANSWER_SECONDS)
+        program = _program()
+        self._channel.send(b"%d\n%b" % (len(program), program), ANSWER_SECONDS)
 
     def _request(self, op: str, arguments: dict[str, Any]) -> None:
         self._channel.send(json.dumps({"op": op, **arguments}).encode() + b"\n", ANSWER_SECONDS)
@@ -123,5 +133,8 @@ def remote_command(python: str) -> str:
 
 
 @cache
-def _source() -> bytes:
-    return Path(__file__).with_name("board.py").read_bytes()
+def _program() -> bytes:
+    """The board's side of this package as one text, which makes its modules there."""
+    folder = Path(__file__).parent
+    modules = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in _MODULES}
+    return f"MODULES = {modules!r}\n{_LOAD}".encode()

@@ -22,9 +22,9 @@ from ..device.system import another_machine
 from ..errors import BoardError, BundleError, ConfigError, IntegrityError, LoginError, RowcolError, UnreachableError
 from . import outcome
 from .addresses import parse
-from .board import PROFILE
 from .cargo import BUNDLE, Cargo, File
 from .connection import Connection, remote_command
+from .keeper import PROFILE
 from .transport import Transport, printable
 
 Say = Callable[[str], None]

@@ -22,7 +22,7 @@ from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.profile import Profile
 from rowcol_edge.errors import BoardError, RowcolError, UnreachableError
 from rowcol_edge.fleet import remote
-from rowcol_edge.fleet.board import MARK
+from rowcol_edge.fleet.keeper import MARK
 
 from ..device.conftest import bundle_parts, bundle_path  # noqa: F401 – fixtures
 
@@ -109,7 +109,7 @@ class Home:
 
     def keepers(self) -> list[int]:
         mine = set(self.running())
-        return processes(lambda entry: int(entry.name) in mine and b"board.py" in (entry / "cmdline").read_bytes())
+        return processes(lambda entry: int(entry.name) in mine and b"keeper.py" in (entry / "cmdline").read_bytes())
 
     def during(self, step: str, happens: Callable[[], Any]) -> threading.Thread:
         """Let something happen once a step of the run is under way."""
