@@ -331,6 +331,7 @@ def profile(
     blocks: Annotated[int | None, typer.Option(min=1, help="fresh processes per arm")] = None,
     seconds: Annotated[float | None, typer.Option(min=1, help="aim to be done in this time")] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="instead of the target's")] = None,
+    energy: Annotated[bool, typer.Option("--energy", help="also the energy of an inference, by rail")] = False,
     out: Annotated[Path | None, typer.Option(help="where the profile goes; BUNDLE/profiles/ by default")] = None,
     on: Annotated[
         str | None, typer.Option(metavar="BOARD", help="measure there: ssh://[user@]host[:port] or adb:SERIAL")
@@ -356,7 +357,7 @@ def profile(
         measured, path = api.profile_to(
             bundle, out, on=on, board={"known_hosts": known_hosts, "python": board_python, "folder": board_folder},
             arms=arms.split(",") if arms else None, baseline=baseline, blocks=blocks, seconds=seconds, threads=threads,
-            progress=progress,
+            energy=energy, progress=progress,
         )  # fmt: skip
     if json:
         _print_json(measured.to_dict())

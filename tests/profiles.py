@@ -11,7 +11,9 @@ import numpy as np
 
 from rowcol_edge.device import stats
 from rowcol_edge.device.manifest import ArmEntry, Manifest, RuntimeEntry, TensorSpec
+from rowcol_edge.device.power import RailRun
 from rowcol_edge.device.profile import (
+    NOT_ASKED,
     NULL,
     ArmProfile,
     Block,
@@ -22,9 +24,9 @@ from rowcol_edge.device.profile import (
     Profile,
     Protocol,
 )
-from rowcol_edge.device.system import Environment
+from rowcol_edge.device.system import Environment, readings
 from rowcol_edge.device.verdicts import judge
-from rowcol_edge.device.worker import MemoryRun, Request, TimedRun
+from rowcol_edge.device.worker import EnergyRun, MemoryRun, Request, TimedRun
 
 MS = 1_000_000
 MIB = 1 << 20
@@ -45,6 +47,11 @@ ENVIRONMENT = Environment(
     frequency_khz=1_500_000,
     temperature_c=48.5,
     throttled="",
+    firmware_temperature_c=None,
+    power_mode="",
+    clocks_held=None,
+    rails=(),
+    rails_unread="no INA3221 monitor and no RAPL counter here",
     memory_bytes=4096 * MIB,
     load_1m=0.1,
     virtual="",
@@ -76,6 +83,12 @@ class FakeExecutor:
     def memory(self, request: Request, where: str) -> MemoryRun:
         return MemoryRun(self.version, 50 * MIB, 60 * MIB, 70 * MIB, True, int(self.levels_ms[request.arm] * MS))
 
+    def energy(self, request: Request, where: str) -> EnergyRun:
+        """A rail that takes 4 W at rest and 6 W at work."""
+        self.requests.append(request)
+        inferences = round(request.run_seconds * 1000 / self.levels_ms[request.arm])
+        return EnergyRun(self.version, inferences, request.run_seconds, (RailRun("VDD_IN", "INA3221", 4.0, 6.0, 99),))
+
 
 def arm_profile(name: str, level_ms: float, *, seed: int, rounds: int = 12, samples: int = 60) -> ArmProfile:
     random = np.random.default_rng(seed)
@@ -90,7 +103,7 @@ def arm_profile(name: str, level_ms: float, *, seed: int, rounds: int = 12, samp
     reading = MemoryReading(50 * MIB, 60 * MIB, 70 * MIB, True)
     memory = None if name == NULL else Memory(50 * MIB, 60 * MIB, 70 * MIB, (reading,))
     cold = ColdStart(300.0 * MS, 20.0 * MS, 9.0 * MS)
-    return ArmProfile(name, f"arms/{name}.onnx", "ab" * 32, 1_234_567, latency, cold, memory, blocks)
+    return ArmProfile(name, f"arms/{name}.onnx", "ab" * 32, 1_234_567, latency, cold, memory, (), blocks)
 
 
 def make_profile(
@@ -116,11 +129,13 @@ def make_profile(
         "evidence_note": "measured on Some Core",
         "caps": {},
         "environment": ENVIRONMENT,
+        "after": readings(ENVIRONMENT),
         "protocol": Protocol(12, (("dense@int8", "factored@int8"),) * 12, 0.95, 4000, 1, 1.0, 0.3, 75.0, 70.0),
         "arms": arms,
         "comparisons": judged.comparisons,
         "null": judged.null,
         "null_arm": null_arm,
+        "energy_note": NOT_ASKED,
         "warnings": judged.warnings,
     }
     return Profile(**{**values, **changes})

@@ -105,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--blocks", type=_count, metavar="N", help="fresh processes an arm")
     profile.add_argument("--seconds", type=_seconds, metavar="S", help="time budget in seconds")
     profile.add_argument(
+        "--energy",
+        action="store_true",
+        default=None,
+        help="also the energy of an inference, where the board has rails to read",
+    )
+    profile.add_argument(
         "--out", metavar="FILE", help="where the JSON goes (default: BUNDLE/profiles/, for a .zip this folder)"
     )
     profile.set_defaults(command=_profile)
@@ -257,7 +263,7 @@ def _profile(options: argparse.Namespace) -> int:
     # only what was asked for, so that the profiler's defaults stay in one place
     given = {
         key: value
-        for key in ("arms", "baseline", "blocks", "seconds", "threads")
+        for key in ("arms", "baseline", "blocks", "seconds", "threads", "energy")
         if (value := getattr(options, key)) is not None
     }
     with Bundle.open(options.bundle) as bundle:

@@ -11,11 +11,23 @@ import numpy as np
 from ..errors import MeasurementError
 from . import schedule, stats, system
 from .bundle import Bundle
+from .energy import by_rail, energy_runs
 from .engines import prepare
 from .manifest import ArmEntry
 from .predictor import load_checked
 from .processes import Processes
-from .profile import NULL, ArmProfile, ColdStart, Latency, Memory, MemoryReading, Profile, Protocol
+from .profile import (
+    NOT_ASKED,
+    NULL,
+    ArmProfile,
+    ColdStart,
+    Latency,
+    Memory,
+    MemoryReading,
+    Profile,
+    Protocol,
+    RailEnergy,
+)
 from .session import Executor, Progress, Session, run_session
 from .verdicts import judge
 from .worker import TIME, MemoryRun, Request
@@ -33,6 +45,7 @@ def profile(
     seconds: float | None = None,
     threads: int | None = None,
     evidence: str | None = None,
+    energy: bool = False,
     progress: Progress | None = None,
     executor: Executor | None = None,
 ) -> Profile:
@@ -42,6 +55,7 @@ def profile(
     same precision, and dense@fp32 beside it. ``blocks``: processes an arm, rounded to a whole number of balanced
     cycles. ``seconds``: time for everything, as far as the fewest useful blocks allow. ``threads``: default what the
     target asks for, at most the usable cores. ``evidence`` can only weaken what this machine would count as.
+    ``energy``: also the energy of an inference, where a rail can be read; half a minute an arm beyond ``seconds``.
     MeasurementError: a process failed. Engines that a runtime builds on the board are built first.
     """
     chosen = _arms(bundle, arms, baseline)
@@ -64,13 +78,20 @@ def profile(
         prepare(bundle, [arm.name for arm in chosen])
         executor = Processes(caps, _TIMEOUT_SECONDS)
     session = run_session(requests, executor, rounds, budget_seconds, progress or _silent)
+    energy_note = _no_energy(host, level) if energy else NOT_ASKED
+    spent = {} if energy_note else energy_runs(requests, executor, progress or _silent)
+    after = system.readings(system.environment())
     obstacle = (
         "" if len(session.versions) == 1 else f"the runtime changed in between: {', '.join(sorted(session.versions))}"
     )
     found = judge(session.blocks, pairs, null_of, level, obstacle)
-    profiles = {arm.name: _arm_profile(bundle, arm, arm.name, session) for arm in chosen}
+    profiles = {
+        arm.name: _arm_profile(bundle, arm, arm.name, session, by_rail(spent.get(arm.name, ()))) for arm in chosen
+    }
+    if spent and not any(arm.energy for arm in profiles.values()):
+        energy_note = f"{', '.join(host.rails)} could not be read throughout"
     warnings = [
-        *_warnings(host, bundle.manifest.runtime.threads, used, profiles, bundle.manifest.target),
+        *_warnings(host, after, bundle.manifest.runtime.threads, used, profiles, bundle.manifest.target),
         *session.warnings,
         *found.warnings,
     ]
@@ -87,11 +108,13 @@ def profile(
         evidence_note=note,
         caps=caps,
         environment=host,
+        after=after,
         protocol=_protocol(session, budget_seconds),
         arms=profiles,
         comparisons=found.comparisons,
         null=found.null,
-        null_arm=_arm_profile(bundle, bundle.arm(null_of), NULL, session),
+        null_arm=_arm_profile(bundle, bundle.arm(null_of), NULL, session, ()),
+        energy_note=energy_note,
         warnings=tuple(dict.fromkeys(warnings)),
     )
 
@@ -156,7 +179,16 @@ def _request(bundle: Bundle, arm: ArmEntry, threads: int) -> Request:
     )
 
 
-def _arm_profile(bundle: Bundle, arm: ArmEntry, label: str, session: Session) -> ArmProfile:
+def _no_energy(host: system.Environment, level: str) -> str:
+    """Why the energy of an inference cannot be measured here; empty where it can."""
+    if level in (system.EMULATED, system.PREDICTED):
+        return f"{level} runs take another machine's energy"
+    return "" if host.rails else host.rails_unread
+
+
+def _arm_profile(
+    bundle: Bundle, arm: ArmEntry, label: str, session: Session, energy: tuple[RailEnergy, ...]
+) -> ArmProfile:
     blocks = session.blocks[label]
     samples = np.concatenate([np.asarray(block.samples_ns, np.float64) for block in blocks])
     sha256 = next((entry.sha256 for entry in bundle.manifest.files if entry.path == arm.artifact), "")
@@ -174,6 +206,7 @@ def _arm_profile(bundle: Bundle, arm: ArmEntry, label: str, session: Session) ->
             stats.median([block.first_ns for block in blocks]),
         ),
         memory=_memory(session.memory.get(label, [])),
+        energy=energy,
         blocks=tuple(blocks),
     )
 
@@ -210,6 +243,7 @@ def _protocol(session: Session, budget_seconds: float) -> Protocol:
 
 def _warnings(
     before: system.Environment,
+    after: system.Readings,
     manifest_threads: int,
     threads: int,
     arms: Mapping[str, ArmProfile],
@@ -217,12 +251,17 @@ def _warnings(
 ) -> list[str]:
     """What of the machine or the target's limits has to be known beside the figures."""
     warnings = system.host_warnings(before, threads)
-    after = system.environment().throttled
-    if after != before.throttled:
+    if after.throttled != before.throttled:
         warnings.append(
-            f"throttling changed while measuring ({before.throttled or 'none'} to {after or 'none'}): "
+            f"throttling changed while measuring ({before.throttled or 'none'} to {after.throttled or 'none'}): "
             "cool the board, mind its supply and power mode, then measure again"
         )
+    for what in ("power_mode", "governor"):
+        was, now = getattr(before, what), getattr(after, what)
+        if was != now:
+            warnings.append(
+                f"{what.replace('_', ' ')} changed while measuring ({was or 'none'} to {now or 'none'}): measure again"
+            )
     if threads != manifest_threads:
         warnings.append(f"measured with {threads} thread(s), the target asks for {manifest_threads}")
     memory = {name: arm.memory for name, arm in arms.items() if arm.memory is not None}

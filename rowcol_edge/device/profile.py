@@ -12,17 +12,20 @@ from ..errors import BundleError, NotComparableError
 from .fields import parse_json
 from .records import decode
 from .stats import NOT_COMPARABLE, VERDICTS, median
-from .system import EVIDENCE, Environment
+from .system import EVIDENCE, Environment, Readings
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the profile's format. History:
 
 1 – first one: every raw sample of every block, memory runs, comparisons, the null arm, environment and evidence.
 2 – the runtime's settings (``properties``), which decide for instance in which precision openvino calculates.
+3 – the machine's rails, power mode and held clocks, what it read after the measurement, energy of an inference by rail.
 """
 
 NULL = "null"
 """Name of the null arm: the same file as its baseline, in processes of its own."""
+NOT_ASKED = "not asked for"
+"""Why something was not measured that takes time of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +95,40 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
+class EnergyReading:
+    """One energy run, see :class:`.worker.EnergyRun`: mean power of one rail at rest and at work, each for
+    ``seconds``."""
+
+    inferences: int
+    seconds: float
+    idle_watts: float
+    watts: float
+    samples: int
+
+    @property
+    def joules(self) -> float:
+        """What one inference adds; below zero where noise is larger than that."""
+        return (self.watts - self.idle_watts) * self.seconds / self.inferences
+
+
+@dataclass(frozen=True, slots=True)
+class RailEnergy:
+    """Energy of one inference on one rail, idle power subtracted: the median over ``runs``, the least and the most."""
+
+    rail: str
+    source: str
+    joules: float
+    low: float
+    high: float
+    runs: tuple[EnergyReading, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ArmProfile:
-    """One arm: ``artifact_bytes`` is its file on disk, ``memory`` is None where the system does not tell."""
+    """One arm: ``artifact_bytes`` is its file on disk, ``memory`` is None where the system does not tell.
+
+    ``energy`` is by rail, the rail that stands for the most first; empty where none was measured.
+    """
 
     name: str
     artifact: str
@@ -102,6 +137,7 @@ class ArmProfile:
     latency: Latency
     cold: ColdStart
     memory: Memory | None
+    energy: tuple[RailEnergy, ...]
     blocks: tuple[Block, ...]
 
 
@@ -142,7 +178,8 @@ class Protocol:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """What one session found. ``null_arm`` is a second copy of ``null.baseline``; ``caps`` were set for the workers,
-    ``properties`` for the runtime."""
+    ``properties`` for the runtime. ``after`` is what the machine said when all was measured; ``energy_note`` says why
+    no energy was, and is empty where it was."""
 
     schema: int = SCHEMA
     bundle: str
@@ -157,11 +194,13 @@ class Profile:
     evidence_note: str
     caps: dict[str, str]
     environment: Environment
+    after: Readings
     protocol: Protocol
     arms: dict[str, ArmProfile]
     comparisons: tuple[Comparison, ...]
     null: Comparison
     null_arm: ArmProfile
+    energy_note: str
     warnings: tuple[str, ...]
 
     def comparison(self, arm: str, baseline: str) -> Comparison:
@@ -226,6 +265,7 @@ def conditions(profile: Profile) -> dict[str, str]:
         "runtime": f"{profile.runtime} {profile.runtime_version}",
         "threads": str(profile.threads),
         "settings": settings_text(profile) or "none",
+        "power mode": host.power_mode or "none",
         "caps": " ".join(f"{k}={v}" for k, v in sorted({**host.caps, **profile.caps}.items())) or "none",
         "evidence": profile.evidence,
     }

@@ -10,11 +10,12 @@ import hashlib
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from . import boards, power, sysfs
 
 TARGET = "target"
 PROXY = "proxy"
@@ -52,9 +53,6 @@ _MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}
 _OWN_GOVERNORS = ("intel_pstate", "amd-pstate-epp")
 """Drivers whose "powersave" is their normal governor and follows the load (kernel.org, admin-guide/pm/intel_pstate)."""
 _CPUFREQ = "sys/devices/system/cpu/cpu[0-9]*/cpufreq"
-_THROTTLED = "sys/devices/platform/soc*/soc*:firmware/get_throttled"
-_VCGENCMD = "usr/bin/vcgencmd"
-"""Asks a Raspberry Pi's firmware what newer systems no longer show as a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +64,9 @@ class Environment:
     ``frequency_khz`` is that of the fastest core now, ``temperature_c`` the hottest zone's.
     ``throttled`` is the firmware's word on a Raspberry Pi: bits 0–3 say what holds now, 16–19 what has happened since
     boot. Elsewhere it says which cores are held below their highest frequency, by heat or a power mode.
+    ``firmware_temperature_c`` is what a Raspberry Pi's firmware says. ``power_mode`` is a Jetson's, and ``clocks_held``
+    says whether its clocks stand still, as ``jetson_clocks`` makes them. ``rails`` are the supplies whose power can be
+    read, see :mod:`.power`; ``rails_unread`` says why others cannot.
     """
 
     machine: str
@@ -81,6 +82,11 @@ class Environment:
     frequency_khz: int | None
     temperature_c: float | None
     throttled: str
+    firmware_temperature_c: float | None
+    power_mode: str
+    clocks_held: bool | None
+    rails: tuple[str, ...]
+    rails_unread: str
     memory_bytes: int | None
     load_1m: float | None
     virtual: str
@@ -88,6 +94,19 @@ class Environment:
     caps: dict[str, str]
     python: str
     numpy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """What may change while a measurement runs, as in :class:`Environment`."""
+
+    governor: str
+    frequency_khz: int | None
+    temperature_c: float | None
+    firmware_temperature_c: float | None
+    throttled: str
+    power_mode: str
+    clocks_held: bool | None
 
 
 class Evidence(NamedTuple):
@@ -100,22 +119,28 @@ class Evidence(NamedTuple):
 def environment(root: Path = Path("/"), variables: Mapping[str, str] = os.environ, machine: str = "") -> Environment:
     """Read the machine; ``root`` and ``machine`` stand in for it in tests."""
     machine = machine or platform.machine()
-    cpuinfo = _text(root / "proc/cpuinfo")
+    cpuinfo = sysfs.text(root / "proc/cpuinfo")
     cores = sorted(root.glob(_CPUFREQ), key=lambda path: int(path.parent.name[3:]))
+    rails = power.rails(root)
     return Environment(
         machine=machine,
         system=platform.system(),
         kernel=platform.release(),
         host_id=_host_id(root),
-        board=_text(root / "proc/device-tree/model").strip("\0\n "),
+        board=sysfs.text(root / "proc/device-tree/model").strip("\0\n "),
         cpu_model=_cpu_model(cpuinfo),
         isa=_isa(cpuinfo),
         cores=os.cpu_count() or 1,
         cores_usable=_usable(),
         governor=" + ".join(dict.fromkeys(filter(None, map(_governor, cores)))),
-        frequency_khz=max(filter(None, (_number(core / "scaling_cur_freq") for core in cores)), default=None),
+        frequency_khz=max(filter(None, (sysfs.number(core / "scaling_cur_freq") for core in cores)), default=None),
         temperature_c=_temperature(root),
-        throttled=_firmware(root) or _held(cores),
+        throttled=boards.throttled(root) or _held(cores),
+        firmware_temperature_c=boards.firmware_temperature(root),
+        power_mode=boards.power_mode(root),
+        clocks_held=boards.clocks_held(root, cores),
+        rails=tuple(rail.name for rail in rails.found),
+        rails_unread=rails.unread,
         memory_bytes=_memory_bytes(root),
         load_1m=_load(root),
         virtual=_virtual(root, cpuinfo),
@@ -124,6 +149,11 @@ def environment(root: Path = Path("/"), variables: Mapping[str, str] = os.enviro
         python=platform.python_version(),
         numpy=_version("numpy"),
     )
+
+
+def readings(host: Environment) -> Readings:
+    """Of what was read, that which may be another after a measurement."""
+    return Readings(**{field.name: getattr(host, field.name) for field in fields(Readings)})
 
 
 def evidence_for(target: Mapping[str, Any], host: Environment) -> Evidence:
@@ -185,13 +215,6 @@ def _version(package: str) -> str:
         return ""
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
 def _values(cpuinfo: str, key: str) -> list[str]:
     return re.findall(rf"^{re.escape(key)}\s*:\s*(.+?)\s*$", cpuinfo, re.MULTILINE)
 
@@ -217,34 +240,16 @@ def _usable() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _number(path: Path) -> int | None:
-    text = _text(path).strip()
-    return int(text) if text.lstrip("-").isdigit() else None
-
-
 def _governor(core: Path) -> str:
-    governor, driver = _text(core / "scaling_governor").strip(), _text(core / "scaling_driver").strip()
+    governor, driver = sysfs.text(core / "scaling_governor").strip(), sysfs.text(core / "scaling_driver").strip()
     return f"{governor} ({driver})" if governor and driver in _OWN_GOVERNORS else governor
-
-
-def _firmware(root: Path) -> str:
-    """What a Raspberry Pi's firmware says of throttling, in hexadecimal; empty elsewhere."""
-    told = [_text(path).strip() for path in root.glob(_THROTTLED)]
-    if not any(told) and (root / _VCGENCMD).is_file():
-        try:
-            command = [str(root / _VCGENCMD), "get_throttled"]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=2, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-        told = re.findall(r"^throttled=0x([0-9a-f]+)$", done.stdout, re.MULTILINE)
-    return next(filter(None, told), "")
 
 
 def _held(cores: Sequence[Path]) -> str:
     """The cores that may not go as fast as they can, such as ``cpu0 + cpu1 at 1200 of 1800 MHz``."""
     held: dict[str, list[str]] = {}
     for core in cores:
-        allowed, able = _number(core / "scaling_max_freq"), _number(core / "cpuinfo_max_freq")
+        allowed, able = sysfs.number(core / "scaling_max_freq"), sysfs.number(core / "cpuinfo_max_freq")
         if allowed and able and allowed < able:
             held.setdefault(f"{allowed // 1000} of {able // 1000} MHz", []).append(core.parent.name)
     return ", ".join(f"{' + '.join(names)} at {what}" for what, names in held.items())
@@ -252,34 +257,34 @@ def _held(cores: Sequence[Path]) -> str:
 
 def _temperature(root: Path) -> float | None:
     """That of the hottest zone; a Jetson's zone of the power management chip always says 100 °C."""
-    zones = [z for z in root.glob("sys/class/thermal/thermal_zone*") if "pmic" not in _text(z / "type").lower()]
-    found = [value / 1000 for zone in zones if (value := _number(zone / "temp")) is not None]
+    zones = [z for z in root.glob("sys/class/thermal/thermal_zone*") if "pmic" not in sysfs.text(z / "type").lower()]
+    found = [value / 1000 for zone in zones if (value := sysfs.number(zone / "temp")) is not None]
     return max(found, default=None)
 
 
 def _memory_bytes(root: Path) -> int | None:
-    found = re.search(r"^MemTotal:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+    found = re.search(r"^MemTotal:\s+(\d+) kB", sysfs.text(root / "proc/meminfo"), re.MULTILINE)
     return int(found.group(1)) * 1024 if found else None
 
 
 def _load(root: Path) -> float | None:
-    parts = _text(root / "proc/loadavg").split()
+    parts = sysfs.text(root / "proc/loadavg").split()
     return float(parts[0]) if parts and re.fullmatch(r"\d+(\.\d+)?", parts[0]) else None
 
 
 def _host_id(root: Path) -> str:
     # machine-id(5) asks that it leave the machine only hashed with something of the application
-    machine_id = _text(root / "etc/machine-id").strip()
+    machine_id = sysfs.text(root / "etc/machine-id").strip()
     return hashlib.sha256(f"rowcol-edge {machine_id}".encode()).hexdigest()[:12] if machine_id else ""
 
 
 def _virtual(root: Path, cpuinfo: str) -> str:
     signs = []
     marked = (root / ".dockerenv").exists() or (root / "run/.containerenv").exists()
-    if marked or re.search(r"docker|lxc|kubepods|containerd", _text(root / "proc/1/cgroup")):
+    if marked or re.search(r"docker|lxc|kubepods|containerd", sysfs.text(root / "proc/1/cgroup")):
         signs.append("container")
     if any("hypervisor" in line.split() for line in _values(cpuinfo, "flags")):
-        vendor = _text(root / "sys/class/dmi/id/sys_vendor").strip()
+        vendor = sysfs.text(root / "sys/class/dmi/id/sys_vendor").strip()
         signs.append(f"virtual machine ({vendor})" if vendor else "virtual machine")
     return ", ".join(signs)
 
@@ -293,7 +298,7 @@ def _emulated(root: Path, cpuinfo: str, variables: Mapping[str, str], machine: s
         return f"{EMULATED_VARIABLE} is set"
     threads = sorted((root / "proc/self/task").glob("*/maps"))
     for maps in (root / "proc/self/maps", *threads[:1]):
-        if re.search(r"/qemu-(aarch64|arm|x86_64|i386|riscv64)", _text(maps)):
+        if re.search(r"/qemu-(aarch64|arm|x86_64|i386|riscv64)", sysfs.text(maps)):
             return "QEMU user-mode emulation"
     # an older QEMU hands its guest the host's own cpuinfo
     if (machine.startswith(("aarch64", "arm")) and _values(cpuinfo, "flags")) or (

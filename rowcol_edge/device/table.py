@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .profile import ArmProfile, Comparison, Profile, settings_text
-from .stats import NOT_COMPARABLE, refusal
+from .profile import NOT_ASKED, ArmProfile, Comparison, Profile, RailEnergy, settings_text
+from .stats import NOT_COMPARABLE, median, refusal
 from .system import EMULATED, PREDICTED
 
 NONE = "–"
 
 
 def profile_table(profile: Profile) -> str:
-    """Arms, paired ratios with interval and verdict, the null arm, evidence and warnings."""
+    """Arms, paired ratios with interval and verdict, the null arm, energy, evidence and warnings."""
     protocol = profile.protocol
     runtime = f"{profile.runtime} {profile.runtime_version}"
     threads = f"{profile.threads or 'default'} thread(s)"
@@ -23,10 +23,12 @@ def profile_table(profile: Profile) -> str:
         *([f"runtime settings: {settings}"] if settings else []),
         f"evidence: {profile.evidence} – {profile.evidence_note}",
         f"host: {_host(profile)}",
+        *_readings(profile),
         "",
         *_arms(profile),
         "",
         *_ratios(profile),
+        *_energies(profile),
     ]
     if refusals := _refusals(profile):
         lines += ["", *refusals]
@@ -61,6 +63,15 @@ def size(size_bytes: float | None) -> str:
 def mebibytes(size_bytes: float | None) -> str:
     """A size in memory (MiB)."""
     return NONE if size_bytes is None else f"{size_bytes / (1 << 20):.0f} MiB"
+
+
+def joules(value: float | None) -> str:
+    """An energy with three significant digits, in J, mJ or µJ; a dash for none."""
+    if value is None:
+        return NONE
+    units = ((1.0, "J"), (1e3, "mJ"), (1e6, "µJ"))
+    factor, unit = next((each for each in units if abs(value) * each[0] >= 0.9995), units[-1])
+    return f"{float(f'{value * factor:.3g}'):g} {unit}"
 
 
 def ratio_text(comparison: Comparison) -> str:
@@ -116,6 +127,48 @@ def _ratios(profile: Profile) -> list[str]:
     return columns(rows, [False, False])
 
 
+def _readings(profile: Profile) -> list[str]:
+    """What the machine said before and after, of that which it says."""
+    before, after = profile.environment, profile.after
+    pairs = [
+        ("", before.temperature_c, after.temperature_c, "{:.0f} °C"),
+        ("firmware ", before.firmware_temperature_c, after.firmware_temperature_c, "{:.0f} °C"),
+        ("fastest core ", _mhz(before.frequency_khz), _mhz(after.frequency_khz), "{:.0f} MHz"),
+        ("throttling ", before.throttled or None, after.throttled or None, "{}"),
+    ]
+    said = [
+        f"{what}{NONE if was is None else form.format(was)} → {NONE if now is None else form.format(now)}"
+        for what, was, now, form in pairs
+        if was is not None or now is not None
+    ]
+    return [f"before → after: {', '.join(said)}"] if said else []
+
+
+def _mhz(khz: int | None) -> float | None:
+    return None if khz is None else khz / 1000
+
+
+def _energies(profile: Profile) -> list[str]:
+    """Energy of an inference by arm and rail; the reason where it was asked for and not measured."""
+    if profile.energy_note:
+        return [] if profile.energy_note == NOT_ASKED else ["", f"energy: not measured ({profile.energy_note})"]
+    rows = [["energy of an inference, less idle", "median", "least, most", "idle", "at work", "inferences", "time"]]
+    rows += [_energy(name, rail) for name, arm in profile.arms.items() for rail in arm.energy]
+    return ["", *columns(rows, [False] + [True] * 6)]
+
+
+def _energy(arm: str, rail: RailEnergy) -> list[str]:
+    return [
+        f"{arm} on {rail.rail} ({rail.source})",
+        joules(rail.joules),
+        f"{joules(rail.low)}, {joules(rail.high)}",
+        f"{median([run.idle_watts for run in rail.runs]):.2f} W",
+        f"{median([run.watts for run in rail.runs]):.2f} W",
+        f"{sum(run.inferences for run in rail.runs):,}",
+        f"{sum(run.seconds for run in rail.runs):.0f} s",
+    ]
+
+
 def _refusals(profile: Profile) -> list[str]:
     if not times_count(profile):
         return []
@@ -137,6 +190,8 @@ def _host(profile: Profile) -> str:
         " ".join(isa),
         host.virtual,
         f"governor {host.governor}" if host.governor else "",
+        f"power mode {host.power_mode}" if host.power_mode else "",
+        "" if host.clocks_held is None else "clocks held" if host.clocks_held else "clocks not held (jetson_clocks)",
         "caps " + " ".join(f"{k}={v}" for k, v in sorted(caps.items())) if caps else "no caps",
         f"Python {host.python}",
     ]

@@ -8,6 +8,8 @@ What the times hold (all by ``perf_counter_ns``, all in a process that has run n
 - ``first_ns``: the first inference, which allocates what later ones reuse;
 - ``warmups_ns``: inferences until their median is stable; ``samples_ns``: the measurement.
 
+Memory and energy are asked for in processes of their own: what is read for them takes time.
+
 The feed is the first golden input at the model's batch.
 """
 
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError, IntegrityError
-from . import memory
+from . import memory, power
 from .digests import Stamp, stamp
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 TIME = "time"
 MEMORY = "memory"
+ENERGY = "energy"
 
 WINDOW_SAMPLES = 5
 WINDOW_NS = 10_000_000
@@ -45,6 +48,9 @@ MAX_WARMUPS = 2000
 MEMORY_RUNS = 10
 MEMORY_SECONDS = 1.0
 """Inferences of a memory run: so many, or as many as fit in this time."""
+
+SETTLE_SECONDS = 1.0
+"""Between the warm-up and the idle power: the runtime's threads stop spinning, the processor's clock comes down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +119,17 @@ class MemoryRun:
     inference_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class EnergyRun:
+    """One process that was at rest with the artifact open, and then ran ``inferences`` one after the other for
+    ``seconds``; the power of each rail in both times, which are equally long."""
+
+    runtime_version: str
+    inferences: int
+    seconds: float
+    rails: tuple[power.RailRun, ...]
+
+
 def main(arguments: Sequence[str]) -> int:
     """``_worker``: a request on stdin, the result on stdout. What libraries print on stdout goes to stderr."""
     if arguments:
@@ -127,7 +144,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def run(request: Request) -> TimedRun | MemoryRun:
+def run(request: Request) -> TimedRun | MemoryRun | EnergyRun:
     """Do what a request asks for, in this process."""
     clock = time.perf_counter_ns
     begin = clock()
@@ -141,11 +158,13 @@ def run(request: Request) -> TimedRun | MemoryRun:
     options = RuntimeOptions(request.threads, request.providers, request.properties)
     _check_unchanged(request)
     feed = _feed(request)
-    measure = _memory if request.mode == MEMORY else _time
 
     def load() -> Session:
         return runtime.open(Path(request.artifact), options)
 
+    if request.mode == ENERGY:
+        return _energy(request, load, feed, version)
+    measure = _memory if request.mode == MEMORY else _time
     return measure(request, load, feed, version, import_ns)
 
 
@@ -236,6 +255,34 @@ def _memory(
         times = sample(session.run, feed, int(MEMORY_SECONDS * 1e9), (1, MEMORY_RUNS), time.perf_counter_ns)
         peak = memory.peak_bytes()
     return MemoryRun(version, baseline, after_load, peak, reset, sorted(times)[len(times) // 2])
+
+
+def _energy(request: Request, load: Callable[[], Session], feed: dict[str, np.ndarray], version: str) -> EnergyRun:
+    rails = power.rails().found
+    with load() as session:
+        warm_up(lambda: session.run(feed), int(request.warmup_seconds * 1e9), time.perf_counter_ns)
+        time.sleep(SETTLE_SECONDS)
+        with power.Recorder(rails) as idle:
+            time.sleep(request.run_seconds)
+        with power.Recorder(rails) as busy:
+            inferences, seconds = stream(session.run, feed, request.run_seconds, time.perf_counter)
+    return EnergyRun(version, inferences, seconds, power.set_against(rails, idle.samples, busy.samples))
+
+
+def stream(
+    infer: Callable[[Mapping[str, np.ndarray]], object],
+    feed: Mapping[str, np.ndarray],
+    limit_seconds: float,
+    clock: Callable[[], float],
+) -> tuple[int, float]:
+    """Run one inference after the other for ``limit_seconds``, at least one: (how many, in how many seconds)."""
+    count, begin = 0, clock()
+    while True:
+        infer(feed)
+        count += 1
+        taken = clock() - begin
+        if taken >= limit_seconds:
+            return count, taken
 
 
 def _check_unchanged(request: Request) -> None:

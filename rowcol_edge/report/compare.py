@@ -16,7 +16,7 @@ from ..device.manifest import PROFILES_FOLDER, RUN, ArmEntry
 from ..device.profile import Comparison, Profile, differences, settings_text
 from ..device.stats import NOT_COMPARABLE
 from ..device.system import EVIDENCE, TARGET
-from ..device.table import NONE, mebibytes, milliseconds, ratio_text, size, times_count
+from ..device.table import NONE, joules, mebibytes, milliseconds, ratio_text, size, times_count
 from ..errors import BundleError, NotComparableError
 
 _SPLITS = ("test", "selection")
@@ -28,6 +28,7 @@ class Row:
     """One arm of one bundle. Times, memory and ratios are None without a profile; ``split`` says which quality it is.
 
     ``checked`` is the manifest's word on how the arm was checked; a measurement on the target itself stands above it.
+    ``energy_joules`` is what an inference adds on ``energy_rail``, the profile's first.
     ``against_dense`` is the ratio to the dense arm of the same precision, ``against_original`` that to dense@fp32.
     """
 
@@ -48,6 +49,8 @@ class Row:
     peak_bytes: int | None
     evidence: str
     checked: str = RUN
+    energy_joules: float | None = None
+    energy_rail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +76,21 @@ class ComparisonTable:
             "cold start",
             "peak memory",
             "evidence",
+            *(["energy, rail"] if self._has_energy else []),
             *(["checked"] if self._has_unrun else []),
         )
 
     def rows(self) -> tuple[tuple[str, ...], ...]:
-        return tuple(_cells(row) + ((row.checked,) if self._has_unrun else ()) for row in self.arms)
+        return tuple(
+            _cells(row)
+            + ((f"{joules(row.energy_joules)} {row.energy_rail}".rstrip(),) if self._has_energy else ())
+            + ((row.checked,) if self._has_unrun else ())
+            for row in self.arms
+        )
+
+    @property
+    def _has_energy(self) -> bool:
+        return any(row.energy_joules is not None for row in self.arms)
 
     @property
     def _has_unrun(self) -> bool:
@@ -181,6 +194,7 @@ def _row(bundle: Bundle, arm: ArmEntry, profile: Profile | None) -> Row:
     bounds = quality.get("ci_low_pp"), quality.get("ci_high_pp")
     measured = profile.arms.get(arm.name) if profile else None
     shown = measured if profile is not None and times_count(profile) else None
+    energy = shown.energy[0] if shown and shown.energy else None
     dense = next((a.name for a in bundle.manifest.arms if (a.variant, a.precision) == ("dense", arm.precision)), "")
     return Row(
         target=str(bundle.manifest.target.get("name", "")),
@@ -200,6 +214,8 @@ def _row(bundle: Bundle, arm: ArmEntry, profile: Profile | None) -> Row:
         peak_bytes=shown.memory.peak_bytes if shown and shown.memory else None,
         evidence=profile.evidence if profile and measured else "",
         checked=RUN if profile and measured and profile.evidence == TARGET else arm.checked,
+        energy_joules=energy.joules if energy else None,
+        energy_rail=energy.rail if energy else "",
     )
 
 

@@ -180,7 +180,8 @@ def test_profile_hands_on_what_was_asked_for(
         "--seconds",
         1.5,
         "--threads",
-        1,
+        0,
+        "--energy",
     ]
     code, out, _ = run("profile", bundle_path, *flags, "--out", out_file, "--json")
     assert code == 0
@@ -190,7 +191,8 @@ def test_profile_hands_on_what_was_asked_for(
         "baseline": "dense@fp32",
         "blocks": 3,
         "seconds": 1.5,
-        "threads": 1,
+        "threads": 0,
+        "energy": True,
         "bundle": "tiny",
     }
     assert not (bundle_path / "profiles").exists()

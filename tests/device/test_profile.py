@@ -39,7 +39,7 @@ def test_the_samples_of_a_block_stand_on_one_line() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 1}, "profile.schema: expected 2, got 1"),
+        ({"schema": 2}, "profile.schema: expected 3, got 2"),
         ({"evidence": "hearsay"}, "evidence: expected one of target, proxy, emulated, predicted, got 'hearsay'"),
         ({"threads": "2"}, "profile.threads: expected a whole number, got '2'"),
         ({"arms": {"a": {}}}, "profile.arms.a.name: expected a value"),
@@ -96,6 +96,7 @@ def test_derived_figures() -> None:
         ({"caps": {"ONEDNN_MAX_CPU_ISA": "AVX2"}}, "caps: none and ONEDNN_MAX_CPU_ISA=AVX2"),
         ({"environment": replace(ENVIRONMENT, host_id="ba9876543210")}, "host: 0123456789ab and ba9876543210"),
         ({"environment": replace(ENVIRONMENT, caps={"OMP_NUM_THREADS": "1"})}, "caps: none and OMP_NUM_THREADS=1"),
+        ({"environment": replace(ENVIRONMENT, power_mode="7W (3)")}, "power mode: none and 7W (3)"),
     ],
 )
 def test_conditions_that_keep_latencies_apart(change: dict[str, Any], difference: str) -> None:

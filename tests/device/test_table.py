@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rowcol_edge.device.profile import Comparison
-from rowcol_edge.device.table import mebibytes, milliseconds, profile_table, ratio_text, size
+from rowcol_edge.device.system import readings
+from rowcol_edge.device.table import joules, mebibytes, milliseconds, profile_table, ratio_text, size
 
-from ..profiles import make_profile
+from ..profiles import ENVIRONMENT, make_profile
 
 
 def test_the_whole_table() -> None:
@@ -15,7 +18,8 @@ def test_the_whole_table() -> None:
     assert lines[0] == "tiny for generic-x86: onnxruntime 1.20, 2 thread(s), 12 rounds in 70 s"
     assert lines[1] == "evidence: target – measured on Some Core"
     assert lines[2] == "host: Some Core, 2 of 4 cores, avx2 fma, governor performance, no caps, Python 3.11.7"
-    assert lines[4].split() == [
+    assert lines[3] == "before → after: 48 °C → 48 °C, fastest core 1500 MHz → 1500 MHz"
+    assert lines[5].split() == [
         "arm",
         "median",
         "p90",
@@ -29,7 +33,7 @@ def test_the_whole_table() -> None:
         "runtime",
         "file",
     ]
-    factored = lines[5].split()
+    factored = lines[6].split()
     assert factored[0] == "factored@int8"
     assert 1.9 < float(factored[1]) < 2.1
     assert factored[7:] == ["300", "ms", "20.0", "ms", "9.00", "ms", "70", "MiB", "20", "MiB", "1.23", "MB"]
@@ -88,3 +92,21 @@ def test_no_ratio_without_its_interval() -> None:
     assert ratio_text(c) == "0.612 [0.600, 0.620] faster"
     refused = Comparison("a", "b", None, None, None, "not comparable", "target", 5, "5 rounds, an interval needs 6")
     assert ratio_text(refused) == "not comparable (5 rounds, an interval needs 6)"
+
+
+def test_what_a_board_tells_is_stated() -> None:
+    host = replace(ENVIRONMENT, power_mode="MAXN_SUPER (2)", clocks_held=False, frequency_khz=None, temperature_c=None)
+    after = replace(readings(host), temperature_c=71.2, firmware_temperature_c=70.0, throttled="4")
+    lines = profile_table(make_profile(environment=host, after=after)).splitlines()
+    assert "power mode MAXN_SUPER (2), clocks not held (jetson_clocks)" in lines[2]
+    assert lines[3] == "before → after: – → 71 °C, firmware – → 70 °C, throttling – → 4"
+    silent = profile_table(make_profile(environment=host, after=readings(host)))
+    assert "before → after" not in silent
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (1.234, "1.23 J"), (0.01234, "12.3 mJ"), (0.00099996, "1 mJ"), (-0.0004, "-400 µJ"), (0.0, "0 µJ")],
+)
+def test_energies(value: float | None, text: str) -> None:
+    assert joules(value) == text

@@ -8,7 +8,7 @@ import pytest
 
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.manifest import GRAPH_CHECKED
-from rowcol_edge.device.profile import Profile
+from rowcol_edge.device.profile import Profile, RailEnergy
 from rowcol_edge.errors import BundleError, NotComparableError
 from rowcol_edge.report.compare import best_profile, compare
 
@@ -50,7 +50,7 @@ def test_profiles_of_another_build_and_damaged_ones_are_left_out_by_name(tmp_pat
     found, notes = best_profile(one)
     assert found is None
     assert notes[0].endswith("0.json left out, it measured another build")
-    assert "1.json left out, 1.json.schema: expected 2" in notes[1]
+    assert "1.json left out, 1.json.schema: expected 3" in notes[1]
     assert "has no profile of this build" in compare([one]).notes[-1]
 
 
@@ -134,6 +134,19 @@ def test_markdown(tmp_path: Path) -> None:
     assert {line.count("|") for line in lines[:5]} == {14}
     assert lines[5] == ""
     assert lines[6].startswith("- ")
+
+
+def test_energy_is_a_column_where_it_was_measured(tmp_path: Path) -> None:
+    profile = make_profile()
+    assert "energy, rail" not in compare([bundle(tmp_path / "a", profile)]).columns()
+    rails = tuple(RailEnergy(name, "INA3221", 0.0042, 0.004, 0.005, ()) for name in ("VDD_IN", "VDD_SOC"))
+    arms = {**profile.arms, "factored@int8": replace(profile.arms["factored@int8"], energy=rails)}
+    table = compare([bundle(tmp_path / "b", replace(profile, arms=arms))])
+    cells = {row[2]: dict(zip(table.columns(), row, strict=True))["energy, rail"] for row in table.rows()}
+    assert cells == {"factored@int8": "4.2 mJ VDD_IN", "dense@int8": "–", "dense@fp32": "–"}
+    assert table.to_dict()["arms"][0]["energy_joules"] == 0.0042
+    emulated = compare([bundle(tmp_path / "c", replace(profile, arms=arms, evidence="emulated"))])
+    assert "energy, rail" not in emulated.columns()
 
 
 def test_to_dict_holds_numbers(tmp_path: Path) -> None:
