@@ -349,7 +349,8 @@ def profile(
 ) -> None:
     """Measure every arm of a bundle, on this machine or on a board.
 
-    Paired, interleaved, in fresh processes, with a null arm.
+    Paired, interleaved, in fresh processes, with a null arm. Exit code 1, after the profile was written, where the
+    default arm takes more memory than the target grants.
     """
     from . import api
 
@@ -361,10 +362,11 @@ def profile(
         )  # fmt: skip
     if json:
         _print_json(measured.to_dict())
-        return
-    from .report import terminal
+    else:
+        from .report import terminal
 
-    terminal.profile(measured, path)
+        terminal.profile(measured, path)
+    measured.raise_if_over_budget()
 
 
 @app.command()

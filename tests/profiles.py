@@ -135,6 +135,7 @@ def make_profile(
         "comparisons": judged.comparisons,
         "null": judged.null,
         "null_arm": null_arm,
+        "memory_budget": None,
         "energy_note": NOT_ASKED,
         "warnings": judged.warnings,
     }

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 
 from rowcol_edge import cli, samples, targets
 from rowcol_edge.config import DEFAULT_BUDGET, BuildOptions
+from rowcol_edge.device.profile import Profile
+from rowcol_edge.errors import BudgetError
 
 from .nets import small_net, write_splits
 
@@ -253,6 +255,22 @@ def test_profile_is_kept_with_the_bundle_and_compared(bundle: Path, capsys: pyte
     rows = json.loads(capsys.readouterr().out)["arms"]
     assert len(rows) == 3
     assert all(row["latency_ns"] > 0 for row in rows)
+
+
+def test_too_much_memory_for_the_target_is_exit_code_1(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def over(profile: Profile) -> None:
+        raise BudgetError("memory on generic-x86")
+
+    monkeypatch.setattr(Profile, "raise_if_over_budget", over)
+    out = bundle.with_name("over.json")
+    flags = ("--arms", "factored@int8", "--blocks", "6", "--seconds", "5", "--out", str(out))
+    assert run("profile", str(bundle), *flags) == 1
+    captured = capsys.readouterr()
+    assert "memory budget 2048 MiB: factored@int8 within" in captured.out
+    assert "memory on generic-x86" in captured.err
+    assert list(Profile.load(out).arms) == ["factored@int8"]
 
 
 def test_a_bundle_without_dense_arms_is_not_comparable(

@@ -1,8 +1,8 @@
 """The command line at the board: ``python3 rowcol-edge-device.pyz verify|run|profile|doctor|engine BUNDLE``.
 
-Exit codes: 0 good; 1 an arm does not reproduce its golden outputs; 2 bad input; 3 not comparable; 130 Ctrl-C; 141 the
-reader of the output went away. Errors are one line on stderr. With ``--json`` stdout holds one JSON document and
-nothing else.
+Exit codes: 0 good; 1 an arm does not reproduce its golden outputs, or takes more memory than the target grants; 2 bad
+input; 3 not comparable; 130 Ctrl-C; 141 the reader of the output went away. Errors are one line on stderr. With
+``--json`` stdout holds one JSON document and nothing else.
 """
 
 from __future__ import annotations
@@ -275,6 +275,7 @@ def _profile(options: argparse.Namespace) -> int:
     else:
         print(profile_table(measured))
     print(f"written to {out}", file=sys.stderr)
+    measured.raise_if_over_budget()
     return 0
 
 

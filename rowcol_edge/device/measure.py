@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -18,11 +17,15 @@ from .predictor import load_checked
 from .processes import Processes
 from .profile import (
     NOT_ASKED,
+    NOT_MEASURED,
     NULL,
+    OVER,
+    WITHIN,
     ArmProfile,
     ColdStart,
     Latency,
     Memory,
+    MemoryBudget,
     MemoryReading,
     Profile,
     Protocol,
@@ -91,7 +94,7 @@ def profile(
     if spent and not any(arm.energy for arm in profiles.values()):
         energy_note = f"{', '.join(host.rails)} could not be read throughout"
     warnings = [
-        *_warnings(host, after, bundle.manifest.runtime.threads, used, profiles, bundle.manifest.target),
+        *_warnings(host, after, bundle.manifest.runtime.threads, used, profiles),
         *session.warnings,
         *found.warnings,
     ]
@@ -114,6 +117,7 @@ def profile(
         comparisons=found.comparisons,
         null=found.null,
         null_arm=_arm_profile(bundle, bundle.arm(null_of), NULL, session, ()),
+        memory_budget=_memory_budget(bundle, profiles, level),
         energy_note=energy_note,
         warnings=tuple(dict.fromkeys(warnings)),
     )
@@ -227,6 +231,21 @@ def _memory(runs: Sequence[MemoryRun]) -> Memory | None:
     )
 
 
+def _memory_budget(bundle: Bundle, arms: Mapping[str, ArmProfile], level: str) -> MemoryBudget | None:
+    limit_mb = bundle.manifest.target.get("memory_mb")
+    if not isinstance(limit_mb, int):
+        return None
+    limit_bytes = limit_mb * _MIB
+    verdicts = {}
+    for name, arm in arms.items():
+        # what an emulator takes is not the process's own
+        known = arm.memory is not None and level not in (system.EMULATED, system.PREDICTED)
+        fits = WITHIN if arm.memory and arm.memory.peak_bytes <= limit_bytes else OVER
+        verdicts[name] = fits if known else NOT_MEASURED
+    default = bundle.manifest.default_arm
+    return MemoryBudget(limit_bytes, verdicts, (default,) if default in arms else tuple(arms))
+
+
 def _protocol(session: Session, budget_seconds: float) -> Protocol:
     return Protocol(
         rounds=len(session.order),
@@ -247,9 +266,8 @@ def _warnings(
     manifest_threads: int,
     threads: int,
     arms: Mapping[str, ArmProfile],
-    target: Mapping[str, Any],
 ) -> list[str]:
-    """What of the machine or the target's limits has to be known beside the figures."""
+    """What of the machine has to be known beside the figures."""
     warnings = system.host_warnings(before, threads)
     if after.throttled != before.throttled:
         warnings.append(
@@ -269,12 +287,6 @@ def _warnings(
         warnings.append("memory was not measured: this system has no /proc/self/status")
     if any(not reading.peak_reset for found in memory.values() for reading in found.runs):
         warnings.append("the peak of memory could not be reset (/proc/self/clear_refs): it may stem from the imports")
-    limit_mb = target.get("memory_mb")
-    for name, found in memory.items():
-        if isinstance(limit_mb, int) and found.peak_bytes > limit_mb * _MIB:
-            warnings.append(
-                f"{name}: peak memory {found.peak_bytes / _MIB:.0f} MiB is over the target's {limit_mb} MiB"
-            )
     return warnings
 
 

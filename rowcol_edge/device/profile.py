@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BundleError, NotComparableError
+from ..errors import BudgetError, BundleError, NotComparableError
 from .fields import parse_json
 from .records import decode
 from .stats import NOT_COMPARABLE, VERDICTS, median
@@ -19,8 +19,11 @@ SCHEMA = 3
 
 1 – first one: every raw sample of every block, memory runs, comparisons, the null arm, environment and evidence.
 2 – the runtime's settings (``properties``), which decide for instance in which precision openvino calculates.
-3 – the machine's rails, power mode and held clocks, what it read after the measurement, energy of an inference by rail.
+3 – the machine's rails, power mode and held clocks, what it read after the measurement, energy of an inference by rail,
+    the verdict on the target's memory budget.
 """
+
+_MIB = 1 << 20
 
 NULL = "null"
 """Name of the null arm: the same file as its baseline, in processes of its own."""
@@ -92,6 +95,28 @@ class Memory:
     def own_bytes(self) -> int:
         """What the model adds to a process that has the runtime imported, at the peak."""
         return self.peak_bytes - self.baseline_bytes
+
+
+WITHIN, OVER, NOT_MEASURED = "within", "over", "not measured"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """The memory that the target grants the process, and whether the peak of each arm keeps to it: WITHIN, OVER or
+    NOT_MEASURED.
+
+    The arms that ``decide`` are the bundle's default one, or all where that was not measured: a dense arm is there to
+    be compared with, and may well be too large for the board.
+    """
+
+    limit_bytes: int
+    verdicts: dict[str, str]
+    decide: tuple[str, ...]
+
+    @property
+    def over(self) -> tuple[str, ...]:
+        """The arms that do not fit, of those that decide."""
+        return tuple(name for name in self.decide if self.verdicts[name] == OVER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +203,9 @@ class Protocol:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """What one session found. ``null_arm`` is a second copy of ``null.baseline``; ``caps`` were set for the workers,
-    ``properties`` for the runtime. ``after`` is what the machine said when all was measured; ``energy_note`` says why
-    no energy was, and is empty where it was."""
+    ``properties`` for the runtime. ``after`` is what the machine said when all was measured; ``memory_budget``
+    is None where the target states none; ``energy_note`` says why no energy was measured, and is empty where it was.
+    """
 
     schema: int = SCHEMA
     bundle: str
@@ -200,6 +226,7 @@ class Profile:
     comparisons: tuple[Comparison, ...]
     null: Comparison
     null_arm: ArmProfile
+    memory_budget: MemoryBudget | None
     energy_note: str
     warnings: tuple[str, ...]
 
@@ -216,6 +243,19 @@ class Profile:
         hint = "profile again with that baseline"
         raise NotComparableError(
             f"{arm} against {baseline}", expected=f"a measured pair ({pairs})", got="not measured", hint=hint
+        )
+
+    def raise_if_over_budget(self) -> None:
+        """BudgetError names the arms that decide and take more memory than the target grants."""
+        budget = self.memory_budget
+        if budget is None or not budget.over:
+            return
+        peaks = [(name, memory.peak_bytes) for name in budget.over if (memory := self.arms[name].memory)]
+        raise BudgetError(
+            f"memory on {self.target} ({self.evidence})",
+            expected=f"a peak of at most {budget.limit_bytes / _MIB:.0f} MiB",
+            got=", ".join(f"{name} {peak / _MIB:.0f} MiB" for name, peak in peaks),
+            hint="build with a smaller budget of parameters or bytes, or with fewer threads",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .profile import NOT_ASKED, ArmProfile, Comparison, Profile, RailEnergy, settings_text
+from .profile import NOT_ASKED, OVER, ArmProfile, Comparison, MemoryBudget, Profile, RailEnergy, settings_text
 from .stats import NOT_COMPARABLE, median, refusal
 from .system import EMULATED, PREDICTED
 
@@ -26,6 +26,7 @@ def profile_table(profile: Profile) -> str:
         *_readings(profile),
         "",
         *_arms(profile),
+        *_budget(profile),
         "",
         *_ratios(profile),
         *_energies(profile),
@@ -118,6 +119,21 @@ def _arm(arm: ArmProfile, shown: bool) -> list[str]:
         mebibytes(memory.own_bytes if memory else None),
         size(arm.artifact_bytes),
     ]
+
+
+def _budget(profile: Profile) -> list[str]:
+    """``memory budget 64 MiB: factored@int8 within, dense@fp32 OVER by 6 MiB``."""
+    budget = profile.memory_budget
+    if budget is None:
+        return []
+    said = [f"{name} {_fit(profile.arms[name], verdict, budget)}" for name, verdict in budget.verdicts.items()]
+    return [f"memory budget {mebibytes(budget.limit_bytes)}: {', '.join(said)}"]
+
+
+def _fit(arm: ArmProfile, verdict: str, budget: MemoryBudget) -> str:
+    if verdict != OVER or arm.memory is None:
+        return verdict
+    return f"OVER by {mebibytes(arm.memory.peak_bytes - budget.limit_bytes)}"
 
 
 def _ratios(profile: Profile) -> list[str]:

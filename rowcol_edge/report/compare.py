@@ -13,7 +13,7 @@ from typing import Any
 
 from ..device.bundle import Bundle
 from ..device.manifest import PROFILES_FOLDER, RUN, ArmEntry
-from ..device.profile import Comparison, Profile, differences, settings_text
+from ..device.profile import OVER, Comparison, Profile, differences, settings_text
 from ..device.stats import NOT_COMPARABLE
 from ..device.system import EVIDENCE, TARGET
 from ..device.table import NONE, joules, mebibytes, milliseconds, ratio_text, size, times_count
@@ -28,7 +28,8 @@ class Row:
     """One arm of one bundle. Times, memory and ratios are None without a profile; ``split`` says which quality it is.
 
     ``checked`` is the manifest's word on how the arm was checked; a measurement on the target itself stands above it.
-    ``energy_joules`` is what an inference adds on ``energy_rail``, the profile's first.
+    ``over_memory``: the peak is more than the target grants. ``energy_joules`` is what an inference adds on
+    ``energy_rail``, the profile's first.
     ``against_dense`` is the ratio to the dense arm of the same precision, ``against_original`` that to dense@fp32.
     """
 
@@ -49,6 +50,7 @@ class Row:
     peak_bytes: int | None
     evidence: str
     checked: str = RUN
+    over_memory: bool = False
     energy_joules: float | None = None
     energy_rail: str = ""
 
@@ -195,6 +197,7 @@ def _row(bundle: Bundle, arm: ArmEntry, profile: Profile | None) -> Row:
     measured = profile.arms.get(arm.name) if profile else None
     shown = measured if profile is not None and times_count(profile) else None
     energy = shown.energy[0] if shown and shown.energy else None
+    budget = profile.memory_budget if profile else None
     dense = next((a.name for a in bundle.manifest.arms if (a.variant, a.precision) == ("dense", arm.precision)), "")
     return Row(
         target=str(bundle.manifest.target.get("name", "")),
@@ -214,6 +217,7 @@ def _row(bundle: Bundle, arm: ArmEntry, profile: Profile | None) -> Row:
         peak_bytes=shown.memory.peak_bytes if shown and shown.memory else None,
         evidence=profile.evidence if profile and measured else "",
         checked=RUN if profile and measured and profile.evidence == TARGET else arm.checked,
+        over_memory=bool(budget and budget.verdicts.get(arm.name) == OVER),
         energy_joules=energy.joules if energy else None,
         energy_rail=energy.rail if energy else "",
     )
@@ -258,7 +262,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         ratio_text(row.against_dense) if row.against_dense else NONE,
         ratio_text(row.against_original) if row.against_original else NONE,
         milliseconds(row.cold_start_ns),
-        mebibytes(row.peak_bytes),
+        mebibytes(row.peak_bytes) + (", over the target's budget" if row.over_memory else ""),
         row.evidence or NONE,
     )
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.main import main
-from rowcol_edge.errors import MeasurementError, NotComparableError
+from rowcol_edge.errors import BudgetError, MeasurementError, NotComparableError
 from rowcol_edge.package import write_bundle
 
 Run = Callable[..., tuple[int, str, str]]
@@ -142,7 +143,14 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         for done in range(1, 21):
             progress("blocks", done, 20)
         content = {"schema": 1, "arms": {}}
-        return SimpleNamespace(to_dict=lambda: content, to_json=lambda: json.dumps(content))
+
+        def raise_if_over_budget() -> None:
+            if "--over" in bundle.manifest.build.get("command", ""):
+                raise BudgetError("memory on a board")
+
+        return SimpleNamespace(
+            to_dict=lambda: content, to_json=lambda: json.dumps(content), raise_if_over_budget=raise_if_over_budget
+        )
 
     modules = {"measure": {"profile": profile}, "table": {"profile_table": lambda _: "the table"}}
     for name, members in modules.items():
@@ -196,6 +204,19 @@ def test_profile_hands_on_what_was_asked_for(
         "bundle": "tiny",
     }
     assert not (bundle_path / "profiles").exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_too_much_memory_exits_with_1_after_the_profile_was_written(
+    run: Run, bundle_parts: dict[str, Any], tmp_path: Path, measure: dict[str, Any], flags: tuple[str, ...]
+) -> None:
+    manifest = replace(bundle_parts["manifest"], build={"command": "--over"})
+    path = write_bundle(tmp_path / "b", **{**bundle_parts, "manifest": manifest})
+    code, out, err = run("profile", path, *flags)
+    assert code == 1
+    assert err.endswith("\nerror: memory on a board\n")
+    assert len(list((path / "profiles").iterdir())) == 1
+    assert json.loads(out) == {"schema": 1, "arms": {}} if flags else out == "the table\n"
 
 
 def test_the_profile_of_a_zip_goes_to_the_current_folder(

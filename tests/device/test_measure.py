@@ -11,8 +11,9 @@ from rowcol_edge.device import measure, system
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.measure import default_pairs, profile
 from rowcol_edge.device.profile import Profile
+from rowcol_edge.device.table import profile_table
 from rowcol_edge.device.worker import MemoryRun, Request, TimedRun
-from rowcol_edge.errors import BundleError, MeasurementError
+from rowcol_edge.errors import BudgetError, BundleError, MeasurementError
 
 from ..profiles import ENVIRONMENT, MIB, FakeExecutor, make_manifest
 
@@ -148,17 +149,63 @@ def test_threads(bundle: Bundle) -> None:
     assert (found.threads, found.warnings) == (4, ("4 threads on 2 usable core(s): they wait for one another",))
 
 
-def test_limits_and_gaps_of_memory_are_told(bundle: Bundle) -> None:
-    found, _ = fake(retarget(bundle, memory_mb=64))
-    assert found.warnings[0] == "factored@fp32: peak memory 70 MiB is over the target's 64 MiB"
+class Silent(FakeExecutor):
+    """On a system that tells nothing of memory."""
 
-    class Silent(FakeExecutor):
-        def memory(self, request: Request, where: str) -> MemoryRun:
-            return MemoryRun("1.20", None, None, None, False, 2_000_000)
+    def memory(self, request: Request, where: str) -> MemoryRun:
+        return MemoryRun("1.20", None, None, None, False, 2_000_000)
 
-    found, _ = fake(retarget(bundle, memory_mb=2048), executor=Silent(LEVELS))
+
+def test_gaps_of_memory_are_told(bundle: Bundle) -> None:
+    found, _ = fake(retarget(bundle, memory_mb=64), executor=Silent(LEVELS))
     assert found.arms["dense@fp32"].memory is None
     assert found.warnings[0].startswith("memory was not measured")
+    assert found.memory_budget is not None
+    assert set(found.memory_budget.verdicts.values()) == {"not measured"}
+    found.raise_if_over_budget()
+
+
+class Greedy(FakeExecutor):
+    """The dense arm takes more than the factored one, which takes 70 MiB."""
+
+    def memory(self, request: Request, where: str) -> MemoryRun:
+        found = super().memory(request, where)
+        return replace(found, peak_bytes=96 * MIB) if request.arm.startswith("dense") else found
+
+
+@pytest.mark.parametrize(
+    ("limit_mb", "arms", "verdicts", "message"),
+    [
+        (96, None, "within within", ""),
+        (70, None, "within over", ""),  # the dense arm is there to be compared with
+        (69, None, "over over", "a peak of at most 69 MiB, got factored@fp32 70 MiB –"),
+        (70, ["dense@fp32"], "over", "a peak of at most 70 MiB, got dense@fp32 96 MiB –"),
+    ],
+)
+def test_the_targets_memory_is_a_gate_for_the_default_arm_or_else_for_all(
+    bundle: Bundle, limit_mb: int, arms: list[str] | None, verdicts: str, message: str
+) -> None:
+    found, _ = fake(retarget(bundle, memory_mb=limit_mb), executor=Greedy(LEVELS), arms=arms)
+    budget = found.memory_budget
+    assert budget is not None
+    assert (budget.limit_bytes, " ".join(budget.verdicts.values())) == (limit_mb * MIB, verdicts)
+    assert Profile.from_json(found.to_json()) == found
+    [line] = [line for line in profile_table(found).splitlines() if line.startswith("memory budget")]
+    assert line.startswith(f"memory budget {limit_mb} MiB: ")
+    assert ("dense@fp32 OVER by 26 MiB" in line) == (limit_mb == 70)
+    assert budget.over == (("dense@fp32",) if arms else ("factored@fp32",) if message else ())
+    if message:
+        with pytest.raises(BudgetError, match=rf"memory on generic-x86 \(target\): expected {message}"):
+            found.raise_if_over_budget()
+    else:
+        found.raise_if_over_budget()
+
+
+def test_without_a_limit_and_under_an_emulator_no_budget_is_broken(bundle: Bundle) -> None:
+    assert fake(bundle)[0].memory_budget is None
+    emulated, _ = fake(retarget(bundle, memory_mb=1), evidence="emulated")
+    assert emulated.memory_budget is not None
+    assert set(emulated.memory_budget.verdicts.values()) == {"not measured"}
 
 
 def test_a_runtime_that_changed_in_between_is_not_compared(bundle: Bundle) -> None:

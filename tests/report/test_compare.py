@@ -8,7 +8,7 @@ import pytest
 
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.manifest import GRAPH_CHECKED
-from rowcol_edge.device.profile import Profile, RailEnergy
+from rowcol_edge.device.profile import MemoryBudget, Profile, RailEnergy
 from rowcol_edge.errors import BundleError, NotComparableError
 from rowcol_edge.report.compare import best_profile, compare
 
@@ -147,6 +147,13 @@ def test_energy_is_a_column_where_it_was_measured(tmp_path: Path) -> None:
     assert table.to_dict()["arms"][0]["energy_joules"] == 0.0042
     emulated = compare([bundle(tmp_path / "c", replace(profile, arms=arms, evidence="emulated"))])
     assert "energy, rail" not in emulated.columns()
+
+
+def test_an_arm_over_the_targets_memory_is_marked(tmp_path: Path) -> None:
+    budget = MemoryBudget(64 << 20, {"factored@int8": "within", "dense@int8": "over"}, ("factored@int8",))
+    table = compare([bundle(tmp_path / "b", make_profile(memory_budget=budget))])
+    cells = {row[2]: dict(zip(table.columns(), row, strict=True))["peak memory"] for row in table.rows()}
+    assert (cells["factored@int8"], cells["dense@int8"]) == ("70 MiB", "70 MiB, over the target's budget")
 
 
 def test_to_dict_holds_numbers(tmp_path: Path) -> None:
