@@ -331,6 +331,9 @@ def profile(
     blocks: Annotated[int | None, typer.Option(min=1, help="fresh processes per arm")] = None,
     seconds: Annotated[float | None, typer.Option(min=1, help="aim to be done in this time")] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="instead of the target's")] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="also memory at each stage and by the runtime's settings")
+    ] = False,
     energy: Annotated[bool, typer.Option("--energy", help="also the energy of an inference, by rail")] = False,
     out: Annotated[Path | None, typer.Option(help="where the profile goes; BUNDLE/profiles/ by default")] = None,
     on: Annotated[
@@ -358,7 +361,7 @@ def profile(
         measured, path = api.profile_to(
             bundle, out, on=on, board={"known_hosts": known_hosts, "python": board_python, "folder": board_folder},
             arms=arms.split(",") if arms else None, baseline=baseline, blocks=blocks, seconds=seconds, threads=threads,
-            energy=energy, progress=progress,
+            memory=memory, energy=energy, progress=progress,
         )  # fmt: skip
     if json:
         _print_json(measured.to_dict())

@@ -105,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--blocks", type=_count, metavar="N", help="fresh processes an arm")
     profile.add_argument("--seconds", type=_seconds, metavar="S", help="time budget in seconds")
     profile.add_argument(
+        "--memory", action="store_true", default=None, help="also memory at each stage and by the runtime's settings"
+    )
+    profile.add_argument(
         "--energy",
         action="store_true",
         default=None,
@@ -263,7 +266,7 @@ def _profile(options: argparse.Namespace) -> int:
     # only what was asked for, so that the profiler's defaults stay in one place
     given = {
         key: value
-        for key in ("arms", "baseline", "blocks", "seconds", "threads", "energy")
+        for key in ("arms", "baseline", "blocks", "seconds", "threads", "memory", "energy")
         if (value := getattr(options, key)) is not None
     }
     with Bundle.open(options.bundle) as bundle:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from . import schedule, stats, system
 from .bundle import Bundle
 from .energy import by_rail, energy_runs
 from .engines import prepare
+from .footprint import footprint_runs, footprints
 from .manifest import ArmEntry
 from .predictor import load_checked
 from .processes import Processes
@@ -29,7 +31,6 @@ from .profile import (
     MemoryReading,
     Profile,
     Protocol,
-    RailEnergy,
 )
 from .session import Executor, Progress, Session, run_session
 from .verdicts import judge
@@ -48,6 +49,7 @@ def profile(
     seconds: float | None = None,
     threads: int | None = None,
     evidence: str | None = None,
+    memory: bool = False,
     energy: bool = False,
     progress: Progress | None = None,
     executor: Executor | None = None,
@@ -58,6 +60,8 @@ def profile(
     same precision, and dense@fp32 beside it. ``blocks``: processes an arm, rounded to a whole number of balanced
     cycles. ``seconds``: time for everything, as far as the fewest useful blocks allow. ``threads``: default what the
     target asks for, at most the usable cores. ``evidence`` can only weaken what this machine would count as.
+    ``memory``: also memory at each stage and by the runtime's settings, about a second for each of 30 processes an arm
+    beyond ``seconds``.
     ``energy``: also the energy of an inference, where a rail can be read; half a minute an arm beyond ``seconds``.
     MeasurementError: a process failed. Engines that a runtime builds on the board are built first.
     """
@@ -81,6 +85,8 @@ def profile(
         prepare(bundle, [arm.name for arm in chosen])
         executor = Processes(caps, _TIMEOUT_SECONDS)
     session = run_session(requests, executor, rounds, budget_seconds, progress or _silent)
+    counts = level not in (system.EMULATED, system.PREDICTED)
+    stages = footprint_runs(requests, executor, progress or _silent) if memory and counts else {}
     energy_note = _no_energy(host, level) if energy else NOT_ASKED
     spent = {} if energy_note else energy_runs(requests, executor, progress or _silent)
     after = system.readings(system.environment())
@@ -88,8 +94,14 @@ def profile(
         "" if len(session.versions) == 1 else f"the runtime changed in between: {', '.join(sorted(session.versions))}"
     )
     found = judge(session.blocks, pairs, null_of, level, obstacle)
+    runtime = bundle.manifest.runtime.name
     profiles = {
-        arm.name: _arm_profile(bundle, arm, arm.name, session, by_rail(spent.get(arm.name, ()))) for arm in chosen
+        name: replace(
+            _arm_profile(bundle, arm, name, session),
+            footprints=footprints(runtime, stages[name], level) if name in stages else (),
+            energy=by_rail(spent.get(name, ())),
+        )
+        for name, arm in ((arm.name, arm) for arm in chosen)
     }
     if spent and not any(arm.energy for arm in profiles.values()):
         energy_note = f"{', '.join(host.rails)} could not be read throughout"
@@ -116,7 +128,7 @@ def profile(
         arms=profiles,
         comparisons=found.comparisons,
         null=found.null,
-        null_arm=_arm_profile(bundle, bundle.arm(null_of), NULL, session, ()),
+        null_arm=_arm_profile(bundle, bundle.arm(null_of), NULL, session),
         memory_budget=_memory_budget(bundle, profiles, level),
         energy_note=energy_note,
         warnings=tuple(dict.fromkeys(warnings)),
@@ -190,9 +202,7 @@ def _no_energy(host: system.Environment, level: str) -> str:
     return "" if host.rails else host.rails_unread
 
 
-def _arm_profile(
-    bundle: Bundle, arm: ArmEntry, label: str, session: Session, energy: tuple[RailEnergy, ...]
-) -> ArmProfile:
+def _arm_profile(bundle: Bundle, arm: ArmEntry, label: str, session: Session) -> ArmProfile:
     blocks = session.blocks[label]
     samples = np.concatenate([np.asarray(block.samples_ns, np.float64) for block in blocks])
     sha256 = next((entry.sha256 for entry in bundle.manifest.files if entry.path == arm.artifact), "")
@@ -210,7 +220,8 @@ def _arm_profile(
             stats.median([block.first_ns for block in blocks]),
         ),
         memory=_memory(session.memory.get(label, [])),
-        energy=energy,
+        footprints=(),
+        energy=(),
         blocks=tuple(blocks),
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import MeasurementError
 from .records import decode
-from .worker import EnergyRun, MemoryRun, Request, TimedRun
+from .worker import EnergyRun, FootprintRun, MemoryRun, Request, TimedRun
 
 _STDERR_LINES = 3
 
@@ -30,6 +30,9 @@ class Processes:
 
     def memory(self, request: Request, where: str) -> MemoryRun:
         return decode(MemoryRun, self._run(request, where), f"result of {where}", MeasurementError)
+
+    def footprint(self, request: Request, where: str) -> FootprintRun:
+        return decode(FootprintRun, self._run(request, where), f"result of {where}", MeasurementError)
 
     def energy(self, request: Request, where: str) -> EnergyRun:
         return decode(EnergyRun, self._run(request, where), f"result of {where}", MeasurementError)

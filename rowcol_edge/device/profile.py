@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import BudgetError, BundleError, NotComparableError
 from .fields import parse_json
+from .memory import Usage
 from .records import decode
 from .stats import NOT_COMPARABLE, VERDICTS, median
 from .system import EVIDENCE, Environment, Readings
@@ -20,7 +21,7 @@ SCHEMA = 3
 1 – first one: every raw sample of every block, memory runs, comparisons, the null arm, environment and evidence.
 2 – the runtime's settings (``properties``), which decide for instance in which precision openvino calculates.
 3 – the machine's rails, power mode and held clocks, what it read after the measurement, energy of an inference by rail,
-    the verdict on the target's memory budget.
+    the verdict on the target's memory budget, memory at each stage and by the runtime's settings (``footprints``).
 """
 
 _MIB = 1 << 20
@@ -97,6 +98,71 @@ class Memory:
         return self.peak_bytes - self.baseline_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Latency of ``arm`` over that of ``baseline``, paired by round; ratio and bounds are None where the verdict is
+    ``not comparable``.
+
+    ``reason`` says why a verdict is not the one that the interval alone would give.
+    """
+
+    arm: str
+    baseline: str
+    ratio: float | None
+    ci_low: float | None
+    ci_high: float | None
+    verdict: str
+    evidence: str
+    rounds: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FootprintReading:
+    """One footprint run, see :class:`.worker.FootprintRun`; ``median_ns`` is that of its inferences."""
+
+    imported: Usage
+    loaded: Usage
+    first: Usage
+    steady: Usage
+    load_peak_bytes: int | None
+    run_peak_bytes: int | None
+    inferences: int
+    median_ns: float
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Memory of a process that runs an arm, at each stage: medians over ``runs``.
+
+    ``variant`` is ``default``, or the name of the ``properties`` that were set besides the target's. ``latency`` is
+    that with them over that of the default; of the default, that of further such processes over its own, the null arm.
+    """
+
+    variant: str
+    properties: dict[str, str]
+    imported: Usage
+    loaded: Usage
+    first: Usage
+    steady: Usage
+    load_peak_bytes: int | None
+    run_peak_bytes: int | None
+    latency: Comparison | None
+    runs: tuple[FootprintReading, ...]
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most at any time, RSS."""
+        peaks = self.load_peak_bytes, self.run_peak_bytes
+        return None if None in peaks else max(filter(None, peaks), default=0)
+
+    @property
+    def running_bytes(self) -> int | None:
+        """What inferences take at their peak beyond the loaded model, RSS: activations, and what a runtime keeps."""
+        peak, loaded = self.run_peak_bytes, self.loaded.resident_bytes
+        return None if peak is None or loaded is None else peak - loaded
+
+
 WITHIN, OVER, NOT_MEASURED = "within", "over", "not measured"
 
 
@@ -152,7 +218,8 @@ class RailEnergy:
 class ArmProfile:
     """One arm: ``artifact_bytes`` is its file on disk, ``memory`` is None where the system does not tell.
 
-    ``energy`` is by rail, the rail that stands for the most first; empty where none was measured.
+    ``footprints`` are the default and the variants of the runtime's settings; ``energy`` is by rail, the rail that
+    stands for the most first. Both are empty where they were not measured.
     """
 
     name: str
@@ -162,27 +229,9 @@ class ArmProfile:
     latency: Latency
     cold: ColdStart
     memory: Memory | None
+    footprints: tuple[Footprint, ...]
     energy: tuple[RailEnergy, ...]
     blocks: tuple[Block, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Latency of ``arm`` over that of ``baseline``, paired by round; ratio and bounds are None where the verdict is
-    ``not comparable``.
-
-    ``reason`` says why a verdict is not the one that the interval alone would give.
-    """
-
-    arm: str
-    baseline: str
-    ratio: float | None
-    ci_low: float | None
-    ci_high: float | None
-    verdict: str
-    evidence: str
-    rounds: int
-    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +304,7 @@ class Profile:
             f"memory on {self.target} ({self.evidence})",
             expected=f"a peak of at most {budget.limit_bytes / _MIB:.0f} MiB",
             got=", ".join(f"{name} {peak / _MIB:.0f} MiB" for name, peak in peaks),
-            hint="build with a smaller budget of parameters or bytes, or with fewer threads",
+            hint="profile --memory says what the runtime's settings save; or build with a smaller budget of parameters",
         )
 
     def to_dict(self) -> dict[str, Any]:

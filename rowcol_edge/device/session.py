@@ -14,7 +14,7 @@ from typing import Protocol
 
 from . import schedule, stats
 from .profile import NULL, Block
-from .worker import MEMORY, MEMORY_RUNS, EnergyRun, MemoryRun, Request, TimedRun
+from .worker import MEMORY, MEMORY_RUNS, EnergyRun, FootprintRun, MemoryRun, Request, TimedRun
 
 MEMORY_REPEATS = 3
 _OVERRUN = 1.1
@@ -30,6 +30,8 @@ class Executor(Protocol):
     def time(self, request: Request, where: str) -> TimedRun: ...
 
     def memory(self, request: Request, where: str) -> MemoryRun: ...
+
+    def footprint(self, request: Request, where: str) -> FootprintRun: ...
 
     def energy(self, request: Request, where: str) -> EnergyRun: ...
 

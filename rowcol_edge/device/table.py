@@ -29,6 +29,8 @@ def profile_table(profile: Profile) -> str:
         *_budget(profile),
         "",
         *_ratios(profile),
+        *_stages(profile),
+        *_variants(profile),
         *_energies(profile),
     ]
     if refusals := _refusals(profile):
@@ -162,6 +164,44 @@ def _readings(profile: Profile) -> list[str]:
 
 def _mhz(khz: int | None) -> float | None:
     return None if khz is None else khz / 1000
+
+
+def _stages(profile: Profile) -> list[str]:
+    """Memory of a process as it goes along, each arm as the target has it: three ways to count it."""
+    arms = {name: arm.footprints[0] for name, arm in profile.arms.items() if arm.footprints and times_count(profile)}
+    if not arms:
+        return []
+    head = ["memory of a process, MiB", "import", "loaded", "first", "steady", "peak loading", "peak running", "to run"]
+    rows = [head]
+    for name, found in arms.items():
+        peaks = [found.load_peak_bytes, found.run_peak_bytes, found.running_bytes]
+        for what, kind in (("RSS", "resident_bytes"), ("PSS", "proportional_bytes"), ("private", "private_bytes")):
+            stages = [getattr(stage, kind) for stage in (found.imported, found.loaded, found.first, found.steady)]
+            rows.append([f"{name}, {what}", *map(_mib, [*stages, *(peaks if what == "RSS" else [None] * 3)])])
+    return ["", *columns(rows, [False] + [True] * 7)]
+
+
+def _mib(size_bytes: int | None) -> str:
+    return NONE if size_bytes is None else f"{size_bytes / (1 << 20):.1f}"
+
+
+def _variants(profile: Profile) -> list[str]:
+    """What each setting of the runtime saves in bytes and costs in time, against the same arm as the target has it."""
+    rows = [["runtime setting against default, MiB", "peak", "steady RSS", "steady private", "latency ratio [95 %]"]]
+    for name, arm in profile.arms.items():
+        shown = arm.footprints if times_count(profile) else ()
+        for found in shown[1:]:
+            default = shown[0]
+            pairs = [
+                (found.peak_bytes, default.peak_bytes),
+                (found.steady.resident_bytes, default.steady.resident_bytes),
+                (found.steady.private_bytes, default.steady.private_bytes),
+            ]
+            changes = [NONE if a is None or b is None else f"{(a - b) / (1 << 20):+.1f}" for a, b in pairs]
+            rows.append([f"{name}, {found.variant}", *changes, ratio_text(found.latency) if found.latency else NONE])
+        if shown[1:] and shown[0].latency:
+            rows.append([f"{name}, {shown[0].variant} twice", NONE, NONE, NONE, ratio_text(shown[0].latency)])
+    return ["", *columns(rows, [False, True, True, True, False])] if rows[1:] else []
 
 
 def _energies(profile: Profile) -> list[str]:

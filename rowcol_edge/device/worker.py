@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 TIME = "time"
 MEMORY = "memory"
 ENERGY = "energy"
+FOOTPRINT = "footprint"
 
 WINDOW_SAMPLES = 5
 WINDOW_NS = 10_000_000
@@ -120,6 +121,26 @@ class MemoryRun:
 
 
 @dataclass(frozen=True, slots=True)
+class FootprintRun:
+    """Memory of one process as it goes along, and its times.
+
+    ``imported``: interpreter, numpy, runtime and feed, nothing loaded; ``loaded``: with the artifact open; ``first``:
+    after the first inference; ``steady``: after all ``inferences``. ``load_peak_bytes`` is the most while loading,
+    ``run_peak_bytes`` the most from then on; None where the system does not tell or they cannot be told apart.
+    """
+
+    runtime_version: str
+    imported: memory.Usage
+    loaded: memory.Usage
+    first: memory.Usage
+    steady: memory.Usage
+    load_peak_bytes: int | None
+    run_peak_bytes: int | None
+    inferences: int
+    samples_ns: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EnergyRun:
     """One process that was at rest with the artifact open, and then ran ``inferences`` one after the other for
     ``seconds``; the power of each rail in both times, which are equally long."""
@@ -144,7 +165,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def run(request: Request) -> TimedRun | MemoryRun | EnergyRun:
+def run(request: Request) -> TimedRun | MemoryRun | EnergyRun | FootprintRun:
     """Do what a request asks for, in this process."""
     clock = time.perf_counter_ns
     begin = clock()
@@ -164,6 +185,8 @@ def run(request: Request) -> TimedRun | MemoryRun | EnergyRun:
 
     if request.mode == ENERGY:
         return _energy(request, load, feed, version)
+    if request.mode == FOOTPRINT:
+        return _footprint(request, load, feed, version)
     measure = _memory if request.mode == MEMORY else _time
     return measure(request, load, feed, version, import_ns)
 
@@ -255,6 +278,32 @@ def _memory(
         times = sample(session.run, feed, int(MEMORY_SECONDS * 1e9), (1, MEMORY_RUNS), time.perf_counter_ns)
         peak = memory.peak_bytes()
     return MemoryRun(version, baseline, after_load, peak, reset, sorted(times)[len(times) // 2])
+
+
+def _footprint(
+    request: Request, load: Callable[[], Session], feed: dict[str, np.ndarray], version: str
+) -> FootprintRun:
+    imported = _usage()
+    reset = memory.reset_peak()
+    with load() as session:
+        load_peak = memory.peak_bytes() if reset else None
+        loaded = _usage()
+        reset = memory.reset_peak()
+        session.run(feed)
+        first = _usage()
+        warmups, _ = warm_up(lambda: session.run(feed), int(request.warmup_seconds * 1e9), time.perf_counter_ns)
+        limit_ns = max(0, int(request.run_seconds * 1e9) - sum(warmups))
+        bounds = (request.min_samples, request.max_samples)
+        samples = sample(session.run, feed, limit_ns, bounds, time.perf_counter_ns)
+        run_peak = memory.peak_bytes() if reset else None
+        steady = _usage()
+    inferences = 1 + len(warmups) + len(samples)
+    return FootprintRun(version, imported, loaded, first, steady, load_peak, run_peak, inferences, tuple(samples))
+
+
+def _usage() -> memory.Usage:
+    gc.collect()
+    return memory.usage()
 
 
 def _energy(request: Request, load: Callable[[], Session], feed: dict[str, np.ndarray], version: str) -> EnergyRun:

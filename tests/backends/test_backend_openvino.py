@@ -272,6 +272,26 @@ def test_a_precision_that_the_device_does_not_calculate_in_is_refused(
         runtime.open(path, RuntimeOptions(properties={"INFERENCE_PRECISION_HINT": "bf16"}))
 
 
+def test_weights_are_mapped_unless_a_target_says_otherwise(
+    make: Make, tokens_program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, runtime = make(tokens_program, "fp32").path, load_runtime("openvino")
+    core, mapped = ov.Core(), []
+
+    class Watched:
+        available_devices, compile_model = ("CPU",), core.compile_model
+        get_property, set_property = core.get_property, core.set_property
+
+        def read_model(self, model: Path) -> Any:
+            mapped.append(core.get_property("ENABLE_MMAP"))
+            return core.read_model(model)
+
+    monkeypatch.setattr(runtime, "_core", Watched())
+    for properties in ({}, {"ENABLE_MMAP": "NO"}, {"ENABLE_MMAP": "YES"}, {}):
+        runtime.open(path, RuntimeOptions(properties=properties)).close()
+    assert mapped == [True, False, True, True]
+
+
 def test_one_device_is_asked_for(make: Make, tokens_program: Path) -> None:
     with pytest.raises(BundleError, match="device: expected one, such as CPU, GPU or NPU, got GPU, CPU"):
         load_runtime("openvino").open(make(tokens_program, "fp32").path, RuntimeOptions(providers=("GPU", "CPU")))

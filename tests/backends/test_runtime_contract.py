@@ -22,6 +22,7 @@ from rowcol_edge.backends.base import QuantSpec
 from rowcol_edge.device.bundle import split_feeds
 from rowcol_edge.device.manifest import TensorSpec
 from rowcol_edge.device.runtimes import RUNTIMES, RuntimeOptions, Session, load_runtime
+from rowcol_edge.device.runtimes.memory import VARIANTS
 from rowcol_edge.errors import BundleError, DataError
 from rowcol_edge.targets import RuntimeSpec
 
@@ -124,6 +125,17 @@ def test_outputs_are_those_of_pytorch(name: str, session: Session, net: nn.Modul
     outputs = {key: np.concatenate([run[key] for run in runs]) for key in runs[0]}
     for got, wanted in zip(outputs.values(), expected, strict=True):
         np.testing.assert_allclose(got, wanted.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_settings_that_trade_memory_for_time_change_no_output(name: str, free: Path) -> None:
+    def outputs(properties: dict[str, str]) -> dict[str, np.ndarray]:
+        with load_runtime(name).open(free, RuntimeOptions(threads=1, properties=properties)) as opened:
+            return opened.run({"image": PICTURE, "scale": SCALE})
+
+    expected = outputs({})
+    for properties in VARIANTS.get(name, {}).values():
+        for key, array in outputs(properties).items():
+            np.testing.assert_allclose(array, expected[key], rtol=1e-6, atol=1e-7)
 
 
 def test_outputs_stay_when_the_session_runs_again(session: Session) -> None:

@@ -190,6 +190,7 @@ def test_profile_hands_on_what_was_asked_for(
         "--threads",
         0,
         "--energy",
+        "--memory",
     ]
     code, out, _ = run("profile", bundle_path, *flags, "--out", out_file, "--json")
     assert code == 0
@@ -201,6 +202,7 @@ def test_profile_hands_on_what_was_asked_for(
         "seconds": 1.5,
         "threads": 0,
         "energy": True,
+        "memory": True,
         "bundle": "tiny",
     }
     assert not (bundle_path / "profiles").exists()

@@ -64,6 +64,25 @@ def test_inputs_come_in_the_order_of_the_graph(path: Path) -> None:
         assert session.outputs == (TensorSpec("sum", (1, 3), "float32"),)
 
 
+def test_a_file_is_mapped_unless_its_bytes_are_asked_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+    interpreter = tflite_runtime.lite.Interpreter
+
+    def watched(**arguments: object) -> object:
+        asked.append(arguments)
+        return interpreter(**arguments)
+
+    monkeypatch.setattr(tflite_runtime.lite, "Interpreter", watched)
+    for properties in ({}, {"model_content": "1"}):
+        load_runtime("tflite").open(path, RuntimeOptions(properties=properties)).close()
+    assert [(one["model_path"], one["model_content"]) for one in asked] == [
+        (str(path), None),
+        (None, path.read_bytes()),
+    ]
+    with pytest.raises(BundleError, match="property speed: expected a delegate"):
+        load_runtime("tflite").open(path, RuntimeOptions(properties={"model_content": "1", "speed": "2"}))
+
+
 def test_a_free_batch_follows_the_feeds(tmp_path: Path) -> None:
     path = addition(tmp_path / "free.tflite", *(tensor(name, (1, 3), free=True) for name in ("b", "a", "sum")))
     with load_runtime("tflite").open(path, OPTIONS) as session:

@@ -174,6 +174,8 @@ def _settings(options: RuntimeOptions, chosen: Providers) -> Any:
     settings.use_deterministic_compute = options.deterministic
     for key, value in chosen.entries.items():
         settings.add_session_config_entry(key, value)
+    for name, on in chosen.switches.items():
+        setattr(settings, name, on)
     return settings
 
 

@@ -1,8 +1,9 @@
 """Execution providers of ONNX Runtime and their options, from what a target says.
 
 A target lists providers in the order they are tried, and gives one an option as the property ``PROVIDER.OPTION``, such
-as ``TensorrtExecutionProvider.trt_fp16_enable = "1"``; every other property is a session configuration entry. Options
-are those of https://onnxruntime.ai/docs/execution-providers/. Where a target says nothing else:
+as ``TensorrtExecutionProvider.trt_fp16_enable = "1"``; every other property is a session configuration entry, or one of
+the switches of :mod:`.memory`. Options are those of https://onnxruntime.ai/docs/execution-providers/. Where a target
+says nothing else:
 
 - TensorrtExecutionProvider keeps engines and timings in the folder of `engine_cache`: otherwise every process builds
   them. It names an engine after names and versions and never after weights, so each artifact gets a folder of its own;
@@ -20,6 +21,7 @@ from ...errors import BundleError, did_you_mean
 from ..digests import sha256_file
 from .base import RuntimeOptions
 from .engine_cache import EngineCache, warn_unkept
+from .memory import ARENA, OFF, ON, PATTERN
 
 CPU = "CPUExecutionProvider"
 _TENSORRT, _XNNPACK = "TensorrtExecutionProvider", "XnnpackExecutionProvider"
@@ -28,11 +30,13 @@ _SUFFIX = "ExecutionProvider"
 
 @dataclass(frozen=True)
 class Providers:
-    """``options`` by provider, in order; ``entries`` of the session's configuration; ``threads`` of the session."""
+    """``options`` by provider, in order; ``entries`` of the session's configuration; ``threads`` of the session;
+    ``switches`` of its memory."""
 
     options: dict[str, dict[str, str]]
     threads: int
     entries: dict[str, str] = field(default_factory=dict)
+    switches: dict[str, bool] = field(default_factory=dict)
 
     @property
     def accelerators(self) -> list[str]:
@@ -40,12 +44,18 @@ class Providers:
 
 
 def providers(options: RuntimeOptions, artifact: Path) -> Providers:
-    """What to ask for, to open the artifact. BundleError: an option for a provider that is not listed."""
+    """What to ask for, to open the artifact. BundleError: an option for a provider that is not listed, or a switch that
+    is neither on nor off."""
     chosen: dict[str, dict[str, str]] = {name: {} for name in options.providers or (CPU,)}
     entries: dict[str, str] = {}
+    switches: dict[str, bool] = {}
     for key, value in options.properties.items():
         name, _, option = key.partition(".")
-        if not name.endswith(_SUFFIX):
+        if key in (ARENA, PATTERN):
+            if value not in (ON, OFF):
+                raise BundleError(f"property {key}", expected=f"{ON} or {OFF}", got=repr(value))
+            switches[key] = value == ON
+        elif not name.endswith(_SUFFIX):
             entries[key] = value
         elif name in chosen and option:
             chosen[name][option] = value
@@ -63,7 +73,7 @@ def providers(options: RuntimeOptions, artifact: Path) -> Providers:
             chosen[_XNNPACK].setdefault("intra_op_num_threads", str(threads))
         entries.setdefault("session.intra_op.allow_spinning", "0")
         threads = 1
-    return Providers(chosen, threads, entries)
+    return Providers(chosen, threads, entries, switches)
 
 
 def _cached(artifact: Path) -> dict[str, str]:

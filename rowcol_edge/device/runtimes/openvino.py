@@ -15,6 +15,7 @@ from ...errors import BundleError, MissingDependencyError, RowcolError
 from ..manifest import TensorSpec
 from ..versions import is_at_least
 from .base import FeedCheck, Runtime, RuntimeOptions
+from .memory import MMAP
 
 try:
     import openvino as ov
@@ -75,8 +76,8 @@ class OpenVinoRuntime:
         try:
             if not artifact.read_bytes().lstrip().startswith(b"<?xml"):
                 raise ValueError("a file that is no XML")  # openvino would try its other readers, which print
-            model = self._core.read_model(artifact)
             settings = _settings(device, options)
+            model = self._read(artifact, settings.pop(MMAP, None))
             compiled = self._core.compile_model(model, device, settings)
             _check_precision(compiled, device, settings.get(_PRECISION))
             return OpenVinoSession(compiled, artifact, self.version())
@@ -87,6 +88,17 @@ class OpenVinoRuntime:
                 got=_short(e),
                 hint="run verify; if the digests match, this version of openvino does not support the model",
             ) from e
+
+    def _read(self, artifact: Path, mapped: str | None) -> Any:
+        """The model; ``mapped`` is for this one alone, although openvino has it as a setting of the whole process."""
+        if mapped is None:
+            return self._core.read_model(artifact)
+        before = self._core.get_property(MMAP)
+        self._core.set_property({MMAP: mapped})
+        try:
+            return self._core.read_model(artifact)
+        finally:
+            self._core.set_property({MMAP: before})
 
 
 RUNTIME: Runtime = OpenVinoRuntime()

@@ -1,7 +1,8 @@
 """TFLite: a ``.tflite`` file, opened by ai-edge-litert or, where only that loads, by tflite-runtime 2.14 or newer.
 
 Providers are delegates: ``CPU`` is the interpreter's own kernels with XNNPACK; any other is the name or path of an
-external delegate's library, such as ``libvx_delegate.so``, and the runtime's properties are its options. With a
+external delegate's library, such as ``libvx_delegate.so``, and the runtime's properties are its options, but for
+``model_content``, see :mod:`.memory`. With a
 delegate but without ``CPU`` the delegate must take part of the model, and what it leaves runs without XNNPACK.
 
 Inputs and outputs that the file holds as int8 or uint8 with a scale (precision ``int8-io``) are float32 here: a
@@ -24,6 +25,7 @@ from ..manifest import DTYPES, TensorSpec
 from ..versions import WITH_NUMPY_2, is_at_least
 from . import seal
 from .base import FeedCheck, Runtime, RuntimeOptions
+from .memory import CONTENT, ON
 
 try:
     try:
@@ -86,17 +88,20 @@ class TfliteRuntime:
                 hint="the file is damaged: copy the bundle again, then run verify",
             )
         delegates = [_delegate(name, options) for name in options.providers if name != _CPU]
-        if options.properties and not delegates:
+        of_delegates = [key for key in options.properties if key != CONTENT]
+        if of_delegates and not delegates:
             raise BundleError(
-                f"property {next(iter(options.properties))}",
+                f"property {of_delegates[0]}",
                 expected="a delegate, whose options the properties are",
                 got=f"the {_CPU} alone",
             )
         own = not delegates or _CPU in options.providers
         kernels = lite.OpResolverType
         try:
+            content = options.properties.get(CONTENT) == ON
             interpreter = lite.Interpreter(
-                model_path=str(artifact),
+                model_path=None if content else str(artifact),
+                model_content=artifact.read_bytes() if content else None,
                 num_threads=options.threads or None,
                 experimental_delegates=delegates or None,
                 experimental_op_resolver_type=kernels.AUTO if own else kernels.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
@@ -248,7 +253,7 @@ def _delegate(library: str, options: RuntimeOptions) -> Any:
         # lite's own loader leaves half an object behind when this fails
         if not hasattr(ctypes.CDLL(library), "tflite_plugin_create_delegate"):
             raise ValueError("a library that is no TFLite delegate")
-        return lite.load_delegate(library, dict(options.properties))
+        return lite.load_delegate(library, {key: value for key, value in options.properties.items() if key != CONTENT})
     except (OSError, *_ERRORS) as e:
         raise BundleError(
             f"delegate {library}",
