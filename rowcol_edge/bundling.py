@@ -155,6 +155,7 @@ def _entry(arm: Arm, job: Job, target: Target, runtime: RuntimeSpec, original: Q
         plan_digest=arm.plan.digest if arm.plan else None,
         checked=RUN if runtime.runs_at_build else GRAPH_CHECKED,
         kept_float=tuple(layer.name for layer in arm.kept_float),
+        activation_bytes=load_backend(runtime.name).activation_bytes(arm.artifact.path),
     )
 
 

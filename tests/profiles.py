@@ -103,7 +103,7 @@ def arm_profile(name: str, level_ms: float, *, seed: int, rounds: int = 12, samp
     reading = MemoryReading(50 * MIB, 60 * MIB, 70 * MIB, True)
     memory = None if name == NULL else Memory(50 * MIB, 60 * MIB, 70 * MIB, (reading,))
     cold = ColdStart(300.0 * MS, 20.0 * MS, 9.0 * MS)
-    return ArmProfile(name, f"arms/{name}.onnx", "ab" * 32, 1_234_567, latency, cold, memory, (), (), blocks)
+    return ArmProfile(name, f"arms/{name}.onnx", "ab" * 32, 1_234_567, latency, cold, memory, 3 * MIB, (), (), blocks)
 
 
 def make_profile(

@@ -220,6 +220,11 @@ class Backend(Protocol):
         """
         ...
 
+    def activation_bytes(self, artifact: Path) -> int | None:
+        """The memory of the activations of one inference by the graph, for one sample; None where the file does not
+        tell. See `liveness`."""
+        ...
+
     def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
         """Of an int8 artifact that was compiled from ``model``, worst first."""
         ...

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import calibration as calibrating
-from . import openvino_files, openvino_info, program_files, workers
+from . import openvino_files, openvino_info, openvino_liveness, program_files, workers
 from .base import (
     ERROR_SAMPLES,
     AccuracyControl,
@@ -101,6 +101,10 @@ class OpenVinoBackend:
             out, sha256, size_bytes, types, quant.precision, (out.with_suffix(".bin"),), notes,
             biases_corrected=quant.precision == "int8" and quant.correct_bias,
         )  # fmt: skip
+
+    def activation_bytes(self, artifact: Path) -> int | None:
+        """See `Backend.activation_bytes`."""
+        return openvino_liveness.activation_bytes(artifact)
 
     def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
         """See `Backend.layer_errors`; layers have the names of the IR's operators."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import MissingDependencyError
 from . import calibration as calibrating
-from . import onnx_artifacts, onnx_errors, onnx_files, onnx_ties, tensorrt_graph
+from . import onnx_artifacts, onnx_errors, onnx_files, onnx_liveness, onnx_ties, tensorrt_graph
 from .base import BIAS_SAMPLES, ERROR_SAMPLES, Artifact, Calibration, LayerError, QuantSpec, Source, check_precision
 from .float16 import half
 
@@ -79,6 +79,10 @@ class TensorRtBackend:
         tensorrt_graph.check(result)
         made = onnx_artifacts.write(result, quant.precision, out)
         return replace(made, biases_corrected=quant.correct_bias and quant.precision == "int8")
+
+    def activation_bytes(self, artifact: Path) -> int | None:
+        """See `Backend.activation_bytes`."""
+        return onnx_liveness.activation_bytes(artifact)
 
     def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
         """See `Backend.layer_errors`; layers are named after the module that holds their weight or bias."""

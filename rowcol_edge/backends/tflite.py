@@ -99,6 +99,12 @@ class TfliteBackend:
             sha256, size_bytes = publish(made, out)
         return Artifact(out, sha256, size_bytes, types, quant.precision, notes=notes)
 
+    def activation_bytes(self, artifact: Path) -> int | None:
+        """See `Backend.activation_bytes`."""
+        from . import tflite_liveness
+
+        return tflite_liveness.activation_bytes(artifact)
+
     def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
         """See `Backend.layer_errors`; a layer has the name of its output in the file."""
         from . import tflite_files

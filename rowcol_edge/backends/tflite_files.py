@@ -227,6 +227,15 @@ def single_layer(model: Any, layer: str) -> tuple[Any, str]:
     return single, text(graph.tensors[given].name)
 
 
+def size_bytes(tensor: Any) -> int | None:
+    """What a tensor takes; None where its type has no numpy counterpart."""
+    try:
+        itemsize: int = np.dtype(_TYPES[tensor.type]).itemsize
+    except TypeError:
+        return None
+    return itemsize * math.prod(int(size) for size in (() if tensor.shape is None else tensor.shape))
+
+
 def int8_layers(model: Any) -> dict[str, str]:
     """Layers whose weights are int8, by the name of their output → the operator."""
     return {weight.layer: weight.kind for weight in _weights(model) if weight.dtype == "int8"}

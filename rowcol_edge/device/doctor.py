@@ -21,7 +21,7 @@ from typing import Any
 from ..errors import BundleError
 from . import installed, system
 from .fields import Fields, parse_json
-from .manifest import MANIFEST_NAME, SCHEMA, RuntimeEntry, runtime_entry
+from .manifest import MANIFEST_NAME, RuntimeEntry, check_schema, runtime_entry
 from .versions import WITH_NUMPY_2, is_at_least, name_of, numbers, satisfies
 
 GOOD, NOTE, STOP, TOLD = "good", "note", "stop", "told"
@@ -94,9 +94,7 @@ def read_needs(path: str | Path) -> Needs:
         raise BundleError(str(path), expected="a bundle folder or .zip", got=got) from e
     values = parse_json(data, "manifest")
     fields = Fields(values, "manifest")
-    if (schema := fields.integer("schema")) != SCHEMA:
-        hint = "use the rowcol-edge-device.pyz inside the bundle"
-        raise BundleError("manifest.schema", expected=str(SCHEMA), got=str(schema), hint=hint)
+    check_schema(fields.integer("schema"))
     return Needs(fields.text("name"), runtime_entry(fields.child("runtime")), fields.table("target"), unpacked_bytes)
 
 

@@ -11,11 +11,13 @@ from typing import Any
 from ..errors import BundleError, DataError, did_you_mean
 from .fields import Fields, describe, parse_json
 
-SCHEMA = 2
-"""Version of the manifest's format. History:
+SCHEMA = 3
+READABLE = (2, 3)
+"""Version of the manifest's format, and those that are read. History:
 
 1 – first one: arms, golden inputs and outputs, sha256 and size of every file.
 2 – an arm says how it was checked and which layers kept their precision; ``frames``; further precisions.
+3 – ``activation_bytes`` of an arm (None in what was read from a 2).
 """
 
 CONTRACTS = ("classify", "segment", "anomaly_map", "detect", "embed")
@@ -63,7 +65,8 @@ class ArmEntry:
     ``‖a-b‖₂/‖b‖₂`` that another machine may show against the golden outputs. ``quality`` holds, by split
     (``selection``, ``test``), what was measured at the build. ``threshold`` is the decision threshold on the positive
     label's probability (classify, segment) or on the score (anomaly_map, detect). ``checked`` is one of ``CHECKS``.
-    ``kept_float`` names layers that stay in higher precision, because quantizing them hurt.
+    ``kept_float`` names layers that stay in higher precision, because quantizing them hurt. ``activation_bytes`` is
+    the most that activations of one inference take if the file's operators run one by one; None where it does not tell.
     """
 
     name: str
@@ -79,6 +82,7 @@ class ArmEntry:
     plan_digest: str | None = None
     checked: str = RUN
     kept_float: tuple[str, ...] = ()
+    activation_bytes: int | None = None
 
     def owns(self, path: str) -> bool:
         """Is a file of the bundle part of this arm: its artifact, or weights beside it (``x.bin``, ``x.onnx.data``)?"""
@@ -174,11 +178,9 @@ class Manifest:
         fields = Fields(values, "manifest")
         # before anything else, so that another format is refused by its version and not by some key
         schema = fields.integer("schema")
-        if schema != SCHEMA:
-            hint = "use the rowcol-edge-device.pyz inside the bundle" if schema > SCHEMA else "build the bundle again"
-            raise BundleError("manifest.schema", expected=str(SCHEMA), got=str(schema), hint=hint)
+        check_schema(schema)
         manifest = cls(
-            schema=schema,
+            schema=SCHEMA,
             name=fields.text("name"),
             target=fields.table("target"),
             runtime=runtime_entry(fields.child("runtime")),
@@ -191,7 +193,7 @@ class Manifest:
             positive=fields.optional_text("positive"),
             metric=fields.optional_text("metric"),
             default_arm=fields.text("default_arm"),
-            arms=tuple(_arm(f) for f in fields.children("arms")),
+            arms=tuple(_arm(f, schema) for f in fields.children("arms")),
             golden_inputs=_path(fields, "golden_inputs"),
             golden_outputs=_paths(fields, "golden_outputs"),
             files=tuple(_file(f) for f in fields.children("files")),
@@ -202,6 +204,14 @@ class Manifest:
         fields.done()
         _check(manifest)
         return manifest
+
+
+def check_schema(schema: int) -> None:
+    """BundleError for a manifest that this version does not read."""
+    if schema not in READABLE:
+        hint = "use the rowcol-edge-device.pyz inside the bundle" if schema > SCHEMA else "build the bundle again"
+        expected = " or ".join(map(str, READABLE))
+        raise BundleError("manifest.schema", expected=expected, got=str(schema), hint=hint)
 
 
 def safe_path(text: str) -> bool:
@@ -265,7 +275,7 @@ def runtime_entry(fields: Fields) -> RuntimeEntry:
     return entry
 
 
-def _arm(fields: Fields) -> ArmEntry:
+def _arm(fields: Fields, schema: int) -> ArmEntry:
     weight_types = fields.child("weight_types")
     arm = ArmEntry(
         name=fields.text("name"),
@@ -281,6 +291,7 @@ def _arm(fields: Fields) -> ArmEntry:
         plan_digest=fields.optional_text("plan_digest"),
         checked=fields.text("checked", CHECKS),
         kept_float=fields.texts("kept_float"),
+        activation_bytes=fields.optional_integer("activation_bytes") if schema > 2 else None,
     )
     fields.done()
     if arm.name != f"{arm.variant}@{arm.precision}":

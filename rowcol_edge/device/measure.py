@@ -220,6 +220,7 @@ def _arm_profile(bundle: Bundle, arm: ArmEntry, label: str, session: Session) ->
             stats.median([block.first_ns for block in blocks]),
         ),
         memory=_memory(session.memory.get(label, [])),
+        activation_bytes=arm.activation_bytes,
         footprints=(),
         energy=(),
         blocks=tuple(blocks),

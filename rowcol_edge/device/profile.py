@@ -219,7 +219,8 @@ class ArmProfile:
     """One arm: ``artifact_bytes`` is its file on disk, ``memory`` is None where the system does not tell.
 
     ``footprints`` are the default and the variants of the runtime's settings; ``energy`` is by rail, the rail that
-    stands for the most first. Both are empty where they were not measured.
+    stands for the most first. Both are empty where they were not measured. ``activation_bytes`` is the manifest's: what
+    activations take by the graph.
     """
 
     name: str
@@ -229,6 +230,7 @@ class ArmProfile:
     latency: Latency
     cold: ColdStart
     memory: Memory | None
+    activation_bytes: int | None
     footprints: tuple[Footprint, ...]
     energy: tuple[RailEnergy, ...]
     blocks: tuple[Block, ...]

@@ -167,18 +167,22 @@ def _mhz(khz: int | None) -> float | None:
 
 
 def _stages(profile: Profile) -> list[str]:
-    """Memory of a process as it goes along, each arm as the target has it: three ways to count it."""
+    """Memory of a process as it goes along, each arm as the target has it: three ways to count it.
+
+    ``to run`` is the peak of running beyond the loaded model; beside it what activations take by the graph.
+    """
     arms = {name: arm.footprints[0] for name, arm in profile.arms.items() if arm.footprints and times_count(profile)}
     if not arms:
         return []
-    head = ["memory of a process, MiB", "import", "loaded", "first", "steady", "peak loading", "peak running", "to run"]
-    rows = [head]
+    estimates = {name: arm.activation_bytes for name, arm in profile.arms.items()}
+    peaks_head = ["peak loading", "peak running", "to run", "by graph"]
+    rows = [["memory of a process, MiB", "import", "loaded", "first", "steady", *peaks_head]]
     for name, found in arms.items():
-        peaks = [found.load_peak_bytes, found.run_peak_bytes, found.running_bytes]
+        peaks = [found.load_peak_bytes, found.run_peak_bytes, found.running_bytes, estimates[name]]
         for what, kind in (("RSS", "resident_bytes"), ("PSS", "proportional_bytes"), ("private", "private_bytes")):
             stages = [getattr(stage, kind) for stage in (found.imported, found.loaded, found.first, found.steady)]
-            rows.append([f"{name}, {what}", *map(_mib, [*stages, *(peaks if what == "RSS" else [None] * 3)])])
-    return ["", *columns(rows, [False] + [True] * 7)]
+            rows.append([f"{name}, {what}", *map(_mib, [*stages, *(peaks if what == "RSS" else [None] * 4)])])
+    return ["", *columns(rows, [False] + [True] * 8)]
 
 
 def _mib(size_bytes: int | None) -> str:

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from rowcol_edge.backends import onnx_liveness
 from rowcol_edge.device import footprint, system, worker
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.footprint import DEFAULT, ROUNDS, footprint_runs, footprints, variants
@@ -85,12 +86,24 @@ def test_each_setting_runs_in_processes_of_its_own_beside_the_default_and_a_null
 
 
 @pytest.mark.usefixtures("quiet")
+def test_the_graphs_own_estimate_comes_from_the_manifest(bundle: Bundle) -> None:
+    arms = tuple(replace(arm, activation_bytes=5 * MIB * (i + 1)) for i, arm in enumerate(bundle.manifest.arms))
+    bundle.manifest = replace(bundle.manifest, arms=arms)
+    found, _ = ask(bundle)
+    assert {name: arm.activation_bytes for name, arm in found.arms.items()} == {
+        "factored@fp32": 5 * MIB, "dense@fp32": 10 * MIB
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("quiet")
 def test_the_table_says_what_each_stage_takes_and_what_a_setting_saves_and_costs(bundle: Bundle) -> None:
+    arms = tuple(replace(arm, activation_bytes=3 * MIB) for arm in bundle.manifest.arms)
+    bundle.manifest = replace(bundle.manifest, arms=arms)
     lines = profile_table(ask(bundle, memory=True)[0]).splitlines()
     [rss] = [line for line in lines if line.startswith("dense@fp32, RSS")]
-    assert rss.split()[2:] == ["50.0", "60.0", "64.0", "66.0", "62.0", "68.0", "8.0"]
+    assert rss.split()[2:] == ["50.0", "60.0", "64.0", "66.0", "62.0", "68.0", "8.0", "3.0"]
     [private] = [line for line in lines if line.startswith("dense@fp32, private")]
-    assert private.split()[2:] == ["12.5", "15.0", "16.0", "16.5", "–", "–", "–"]
+    assert private.split()[2:] == ["12.5", "15.0", "16.0", "16.5", "–", "–", "–", "–"]
     [arena] = [line for line in lines if line.startswith("dense@fp32, no arena")]
     assert arena.split()[3:6] == ["-8.0", "-8.0", "-2.0"]
     assert arena.endswith("slower")
@@ -188,7 +201,9 @@ def test_a_real_process_tells_weights_and_activations_apart(wide: Callable[..., 
     assert found.run_peak_bytes is not None
     assert loaded - imported > 30 * MIB
     assert found.load_peak_bytes >= loaded
-    assert found.run_peak_bytes - loaded > 30 * MIB
+    estimated = onnx_liveness.activation_bytes(Path(wide().artifact))
+    assert estimated == 2 * 16 * MIB  # the rows and their ReLU
+    assert estimated * 0.9 < found.run_peak_bytes - loaded < estimated * 1.5
     assert found.run_peak_bytes >= steady
     for stage in (found.imported, found.loaded, found.first, found.steady):
         assert stage.private_bytes is not None

@@ -30,8 +30,26 @@ def test_json_round_trip(bundle: Bundle) -> None:
 
 def test_another_schema_is_refused_by_its_version_even_if_other_keys_changed(values: Values) -> None:
     error = refused({"schema": 7, "something": "new"})
-    assert (error.what, error.expected, error.got) == ("manifest.schema", "2", "7")
+    assert (error.what, error.expected, error.got) == ("manifest.schema", "2 or 3", "7")
     assert "pyz" in error.hint
+
+
+def test_a_manifest_of_schema_2_is_read_and_knows_nothing_of_activations(bundle: Bundle, values: Values) -> None:
+    assert values["schema"] == 3
+    old = {**values, "schema": 2, "arms": [dict(arm) for arm in values["arms"]]}
+    for arm in old["arms"]:
+        del arm["activation_bytes"]
+    assert Manifest.from_dict(old) == bundle.manifest
+    assert Manifest.from_dict(old).to_dict()["arms"][0]["activation_bytes"] is None
+    assert refused({**values, "schema": 2}).what == "manifest.arms[0].activation_bytes"
+    assert refused({**values, "schema": 1}).hint == "build the bundle again"
+
+
+def test_activations_are_a_size_or_not_known(values: Values) -> None:
+    values["arms"][1]["activation_bytes"] = 4096
+    assert Manifest.from_dict(values).arms[1].activation_bytes == 4096
+    values["arms"][1]["activation_bytes"] = -1
+    assert refused(values).what == "manifest.arms[1].activation_bytes"
 
 
 @pytest.mark.parametrize(
