@@ -60,10 +60,9 @@ def profile(
     same precision, and dense@fp32 beside it. ``blocks``: processes an arm, rounded to a whole number of balanced
     cycles. ``seconds``: time for everything, as far as the fewest useful blocks allow. ``threads``: default what the
     target asks for, at most the usable cores. ``evidence`` can only weaken what this machine would count as.
-    ``memory``: also memory at each stage and by the runtime's settings, about a second for each of 30 processes an arm
-    beyond ``seconds``.
-    ``energy``: also the energy of an inference, where a rail can be read; half a minute an arm beyond ``seconds``.
-    MeasurementError: a process failed. Engines that a runtime builds on the board are built first.
+    ``memory``: also memory at each stage and by the runtime's settings, up to 30 processes an arm of about a second.
+    ``energy``: also the energy of an inference, where a rail can be read; half a minute an arm. Both are beyond
+    ``seconds``. MeasurementError: a process failed. Engines that a runtime builds on the board are built first.
     """
     chosen = _arms(bundle, arms, baseline)
     pairs = default_pairs(chosen, baseline)
@@ -85,8 +84,7 @@ def profile(
         prepare(bundle, [arm.name for arm in chosen])
         executor = Processes(caps, _TIMEOUT_SECONDS)
     session = run_session(requests, executor, rounds, budget_seconds, progress or _silent)
-    counts = level not in (system.EMULATED, system.PREDICTED)
-    stages = footprint_runs(requests, executor, progress or _silent) if memory and counts else {}
+    stages = footprint_runs(requests, executor, progress or _silent) if memory and system.counts(level) else {}
     energy_note = _no_energy(host, level) if energy else NOT_ASKED
     spent = {} if energy_note else energy_runs(requests, executor, progress or _silent)
     after = system.readings(system.environment())
@@ -197,7 +195,7 @@ def _request(bundle: Bundle, arm: ArmEntry, threads: int) -> Request:
 
 def _no_energy(host: system.Environment, level: str) -> str:
     """Why the energy of an inference cannot be measured here; empty where it can."""
-    if level in (system.EMULATED, system.PREDICTED):
+    if not system.counts(level):
         return f"{level} runs take another machine's energy"
     return "" if host.rails else host.rails_unread
 
@@ -250,8 +248,7 @@ def _memory_budget(bundle: Bundle, arms: Mapping[str, ArmProfile], level: str) -
     limit_bytes = limit_mb * _MIB
     verdicts = {}
     for name, arm in arms.items():
-        # what an emulator takes is not the process's own
-        known = arm.memory is not None and level not in (system.EMULATED, system.PREDICTED)
+        known = arm.memory is not None and system.counts(level)
         fits = WITHIN if arm.memory and arm.memory.peak_bytes <= limit_bytes else OVER
         verdicts[name] = fits if known else NOT_MEASURED
     default = bundle.manifest.default_arm
@@ -299,6 +296,13 @@ def _warnings(
         warnings.append("memory was not measured: this system has no /proc/self/status")
     if any(not reading.peak_reset for found in memory.values() for reading in found.runs):
         warnings.append("the peak of memory could not be reset (/proc/self/clear_refs): it may stem from the imports")
+    warnings += [
+        f"energy of {name} on {rail.rail} does not stand out from the power at rest (least {rail.low:.2g} J): "
+        "end other work, then measure again"
+        for name, arm in arms.items()
+        for rail in arm.energy[:1]
+        if rail.low <= 0
+    ]
     return warnings
 
 

@@ -189,6 +189,11 @@ def weaker(level: str, than: str) -> bool:
     return EVIDENCE.index(level) > EVIDENCE.index(than)
 
 
+def counts(level: str) -> bool:
+    """Do times, memory and energy of this evidence say anything of the target? An emulator's are its own."""
+    return level not in (EMULATED, PREDICTED)
+
+
 def host_warnings(host: Environment, threads: int) -> list[str]:
     """What on this machine disturbs a measurement, each with what to do about it."""
     warnings = []

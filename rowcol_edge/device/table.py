@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .profile import NOT_ASKED, OVER, ArmProfile, Comparison, MemoryBudget, Profile, RailEnergy, settings_text
 from .stats import NOT_COMPARABLE, median, refusal
-from .system import EMULATED, PREDICTED
+from .system import counts
 
 NONE = "–"
 
@@ -88,7 +88,7 @@ def ratio_text(comparison: Comparison) -> str:
 
 def times_count(profile: Profile) -> bool:
     """May times and memory of this profile be printed as the target's? An emulator's are its own."""
-    return profile.evidence not in (EMULATED, PREDICTED)
+    return counts(profile.evidence)
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> list[str]:
@@ -186,7 +186,8 @@ def _stages(profile: Profile) -> list[str]:
 
 
 def _mib(size_bytes: int | None) -> str:
-    return NONE if size_bytes is None else f"{size_bytes / (1 << 20):.1f}"
+    mib = None if size_bytes is None else size_bytes / (1 << 20)
+    return NONE if mib is None else f"{mib:.1f}" if mib >= 9.995 else f"{mib:.2f}"
 
 
 def _variants(profile: Profile) -> list[str]:

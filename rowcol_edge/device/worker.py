@@ -286,8 +286,8 @@ def _footprint(
     imported = _usage()
     reset = memory.reset_peak()
     with load() as session:
-        load_peak = memory.peak_bytes() if reset else None
         loaded = _usage()
+        load_peak = memory.peak_bytes() if reset else None
         reset = memory.reset_peak()
         session.run(feed)
         first = _usage()
@@ -295,8 +295,8 @@ def _footprint(
         limit_ns = max(0, int(request.run_seconds * 1e9) - sum(warmups))
         bounds = (request.min_samples, request.max_samples)
         samples = sample(session.run, feed, limit_ns, bounds, time.perf_counter_ns)
-        run_peak = memory.peak_bytes() if reset else None
         steady = _usage()
+        run_peak = memory.peak_bytes() if reset else None
     inferences = 1 + len(warmups) + len(samples)
     return FootprintRun(version, imported, loaded, first, steady, load_peak, run_peak, inferences, tuple(samples))
 

@@ -97,6 +97,21 @@ def test_why_there_is_no_energy(
     assert said == (note != NOT_ASKED)
 
 
+def test_energy_that_drowns_in_what_else_the_board_does_is_told(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def energy(self: FakeExecutor, request: Request, where: str) -> EnergyRun:
+        added = -0.002 if where == "arm dense@fp32, energy run 2" else 0.004
+        return run(added, "VDD_IN", "VDD_SOC")
+
+    monkeypatch.setattr(FakeExecutor, "energy", energy)
+    found = measured(bundle, monkeypatch, WITH_RAILS, energy=True)
+    [warning] = found.warnings
+    assert warning.startswith(
+        "energy of dense@fp32 on VDD_IN does not stand out from the power at rest (least -0.002 J)"
+    )
+
+
 def test_rails_that_fall_silent_are_told(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeExecutor, "energy", lambda self, request, where: EnergyRun("1.20", 9, 5.0, ()))
     found = measured(bundle, monkeypatch, WITH_RAILS, energy=True)

@@ -101,7 +101,7 @@ def test_the_table_says_what_each_stage_takes_and_what_a_setting_saves_and_costs
     bundle.manifest = replace(bundle.manifest, arms=arms)
     lines = profile_table(ask(bundle, memory=True)[0]).splitlines()
     [rss] = [line for line in lines if line.startswith("dense@fp32, RSS")]
-    assert rss.split()[2:] == ["50.0", "60.0", "64.0", "66.0", "62.0", "68.0", "8.0", "3.0"]
+    assert rss.split()[2:] == ["50.0", "60.0", "64.0", "66.0", "62.0", "68.0", "8.00", "3.00"]
     [private] = [line for line in lines if line.startswith("dense@fp32, private")]
     assert private.split()[2:] == ["12.5", "15.0", "16.0", "16.5", "–", "–", "–", "–"]
     [arena] = [line for line in lines if line.startswith("dense@fp32, no arena")]
@@ -200,11 +200,12 @@ def test_a_real_process_tells_weights_and_activations_apart(wide: Callable[..., 
     assert found.load_peak_bytes is not None
     assert found.run_peak_bytes is not None
     assert loaded - imported > 30 * MIB
-    assert found.load_peak_bytes >= loaded
+    # the kernel keeps the count behind a peak for each core, and adds it up late
+    assert found.load_peak_bytes > loaded - MIB
     estimated = onnx_liveness.activation_bytes(Path(wide().artifact))
     assert estimated == 2 * 16 * MIB  # the rows and their ReLU
     assert estimated * 0.9 < found.run_peak_bytes - loaded < estimated * 1.5
-    assert found.run_peak_bytes >= steady
+    assert found.run_peak_bytes > steady - MIB
     for stage in (found.imported, found.loaded, found.first, found.steady):
         assert stage.private_bytes is not None
         assert stage.proportional_bytes is not None
