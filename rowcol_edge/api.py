@@ -170,7 +170,8 @@ def profile(
         on: a board, ``ssh://[user@]host[:port]`` or ``adb:SERIAL``; this machine if not given.
         board: how it is reached: ``known_hosts``, ``python`` and ``folder``, see `rowcol_edge.fleet.remote.profile`.
         progress: called with a label, the steps done and the steps in all.
-        options: ``arms``, ``baseline``, ``blocks``, ``seconds``, ``threads``, see `rowcol_edge.device.measure.profile`.
+        options: ``arms``, ``baseline``, ``blocks``, ``seconds``, ``threads``, ``memory`` and ``energy``, see
+            `rowcol_edge.device.measure.profile`.
     """
     from .device.bundle import Bundle
 

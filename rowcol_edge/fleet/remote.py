@@ -40,6 +40,7 @@ LEASE_SECONDS = 900.0
 CLEAN_SECONDS = 30.0
 
 _OPTIONS = ("arms", "baseline", "blocks", "seconds", "threads")
+_SWITCHES = ("memory", "energy")
 _DOCTOR_SECONDS = 180.0
 _LONGEST_DELAY_SECONDS = 15.0
 _PROFILE_LIMIT_BYTES = 256 << 20
@@ -94,11 +95,12 @@ def profile(
 
 def arguments(options: dict[str, Any]) -> list[str]:
     """Options of the profiler as the device program takes them. ConfigError: one that only this side has."""
-    if unknown := sorted(set(options) - set(_OPTIONS)):
-        raise ConfigError("options of a profile on a board", expected=", ".join(_OPTIONS), got=", ".join(unknown))
-    given = {key: value for key, value in options.items() if value is not None}
+    known = (*_OPTIONS, *_SWITCHES)
+    if unknown := sorted(set(options) - set(known)):
+        raise ConfigError("options of a profile on a board", expected=", ".join(known), got=", ".join(unknown))
+    given = {key: value for key, value in options.items() if value is not None and key in _OPTIONS}
     texts = {key: ",".join(value) if key == "arms" else str(value) for key, value in given.items()}
-    return [f"--{key}={text}" for key, text in texts.items()]
+    return [f"--{key}={text}" for key, text in texts.items()] + [f"--{key}" for key in _SWITCHES if options.get(key)]
 
 
 class _Run:

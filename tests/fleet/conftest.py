@@ -272,8 +272,9 @@ def sshd(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     keys = folder / "agent"
     holder = subprocess.Popen(["ssh-agent", "-D", "-a", str(keys)], stdout=subprocess.DEVNULL)
     try:
-        until(keys.exists)
         monkeypatch.setenv("SSH_AUTH_SOCK", str(keys))
+        # the socket is there before somebody listens to it; by 2 it says that nobody does
+        until(lambda: subprocess.run(["ssh-add", "-l"], capture_output=True, check=False).returncode != 2)
         subprocess.run(["ssh-add", "-q", str(folder / "user_key")], check=True)
         made.start()
         yield made

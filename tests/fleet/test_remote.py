@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rowcol_edge.device.bundle import Bundle
-from rowcol_edge.errors import BoardError, UnreachableError
+from rowcol_edge.errors import BoardError, BudgetError, UnreachableError
 from rowcol_edge.fleet import connection, remote
+from rowcol_edge.package import write_bundle
 
 from .conftest import Home, Sshd, kill, until
 
@@ -35,6 +37,21 @@ def test_a_profile_comes_back_and_nothing_stays(sshd: Sshd, home: Home, opened: 
     assert {"memory", "latency"} <= {label for label, _, _ in steps}
     assert home.is_clean()
     assert not [line for line in said if "trying again" in line]
+
+
+def test_a_profile_of_arms_that_are_too_large_comes_back_and_says_so(
+    sshd: Sshd, home: Home, bundle_parts: dict[str, Any], tmp_path: Path
+) -> None:
+    manifest = bundle_parts["manifest"]
+    parts = bundle_parts | {"manifest": replace(manifest, target={**manifest.target, "memory_mb": 1})}
+    with Bundle.open(write_bundle(tmp_path / "large" / "bundle", **parts)) as opened:
+        measured = sshd.profile(opened, arms=("dense@fp32",), memory=True)
+    assert measured.memory_budget is not None
+    assert measured.memory_budget.over == ("dense@fp32",)
+    assert measured.arms["dense@fp32"].footprints
+    with pytest.raises(BudgetError, match="at most 1 MiB"):
+        measured.raise_if_over_budget()
+    assert home.is_clean()
 
 
 def test_a_dropped_line_does_not_end_the_run(sshd: Sshd, home: Home, opened: Bundle, said: list[str]) -> None:
