@@ -52,7 +52,7 @@ def forms(found: dict[str, Any]) -> str:
             cells = []
             for place in settings:
                 if "error" in timed[place]:
-                    cells.append("crashed")
+                    cells.append("not measured")
                     continue
                 ratio, file = timed[place]["ratios"].get(row["forms"]), row["files"][place[0]]
                 time = interval(ratio) if ratio else f"{timed[place]['median_ns'][row['forms']] / 1e6:.2f} ms"
