@@ -42,11 +42,9 @@ def torchvision_vit() -> nn.Module:
 
 
 def timm_vit() -> nn.Module:
-    timm = pytest.importorskip("timm", reason="no extra brings timm")
-    model: nn.Module = timm.models.VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4, num_classes=5
-    )
-    return model
+    from timm.models import VisionTransformer
+
+    return VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4, num_classes=5)
 
 
 def bert() -> nn.Module:
