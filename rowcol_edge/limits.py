@@ -41,7 +41,7 @@ def check(study: Study, budgets: Budgets) -> None:
             raise ModelError(
                 f"the model, for budget {budget.text}",
                 expected="layers that can be factored",
-                got=f"none, of {dense:,} {kind}",
+                got=f"none: all of its {dense:,} {kind} stay",
                 hint=remainder.told(study),
             )
 
