@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .models import LoadedModel
     from .pipeline import Built, Factored
     from .report.compare import ComparisonTable
+    from .report.gate import GateReport
 
 _DEMO_PROFILE_SECONDS = 25.0
 
@@ -204,6 +205,27 @@ def compare(bundles: Sequence[Bundle | str | Path]) -> ComparisonTable:
     from .report.compare import compare as make
 
     return make([b if isinstance(b, Bundle) else Bundle.open(b) for b in bundles])
+
+
+def gate(
+    profile: str | Path,
+    *,
+    arm: str | None = None,
+    baseline: str | None = None,
+    bundle: str | Path | None = None,
+    **limits: Any,
+) -> GateReport:
+    """Hold an arm of a profile to limits; see `rowcol_edge.report.gate.gate`.
+
+    Args:
+        limits: ``max_latency_ratio``, ``max_drop`` (``"0.5pp"``), ``max_bytes`` (``"4MB"``) and ``max_memory``
+            (``"64MiB"``), at least one of them.
+    """
+    from .report.gate import Limits
+    from .report.gate import gate as judge
+
+    where = None if bundle is None else Path(bundle)
+    return judge(Path(profile), Limits.parse(**limits), arm=arm, baseline=baseline, bundle=where)
 
 
 def verify(bundle: Bundle | str | Path, *, progress: Progress = silent) -> VerifyReport:

@@ -36,6 +36,7 @@ _EXTRAS = dict.fromkeys(("torch", "onnx", "onnxscript", "safetensors", "tomli_w"
 
 Model = Annotated[str, typer.Argument(help="sample:NAME, package.module:factory, path/file.py:factory or file.pt2")]
 BundlePath = Annotated[Path, typer.Argument(help="a bundle folder or .zip")]
+ProfilePath = Annotated[Path, typer.Argument(metavar="PROFILE", help="a profile, as in BUNDLE/profiles/")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout and nothing else")]
 StandIn = Annotated[
     bool, typer.Option("--stand-in", help="also where this is another kind of machine than the bundle is for")
@@ -393,6 +394,43 @@ def compare(
         from .report import terminal
 
         terminal.comparison(table)
+
+
+@app.command()
+def gate(
+    profile: ProfilePath,
+    max_latency_ratio: Annotated[
+        float | None, typer.Option(metavar="R", help="over the baseline's latency: the upper end of the 95 % interval")
+    ] = None,
+    max_drop: Annotated[
+        str | None, typer.Option(metavar="PP", help="percentage points lost to the original on the test split: 0.5pp")
+    ] = None,
+    max_bytes: Annotated[str | None, typer.Option(metavar="N[MB]", help="the arm's file: 4MB")] = None,
+    max_memory: Annotated[str | None, typer.Option(metavar="N[MB]", help="the peak of its process: 64MiB")] = None,
+    arm: Annotated[str | None, typer.Option(help="the arm to judge; the bundle's default one otherwise")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="the arm of the ratio (default: dense of the same precision, or dense@fp32)")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="states the drop (default: the bundle in whose profiles/ the profile lies)")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Hold a profile to limits, for a pipeline.
+
+    One line a gate. Exit code 1 where one is missed, 3 where one cannot be judged.
+    """
+    from . import api
+
+    found = api.gate(
+        profile, arm=arm, baseline=baseline, bundle=bundle, max_latency_ratio=max_latency_ratio, max_drop=max_drop,
+        max_bytes=max_bytes, max_memory=max_memory,
+    )  # fmt: skip
+    if json:
+        _print_json(found.to_dict())
+    else:
+        typer.echo(found.text())
+    found.raise_if_failed()
 
 
 @app.command()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rowcol_edge.device import stats
-from rowcol_edge.device.manifest import ArmEntry, Manifest, RuntimeEntry, TensorSpec
+from rowcol_edge.device.manifest import ArmEntry, FileEntry, Manifest, RuntimeEntry, TensorSpec
 from rowcol_edge.device.power import RailRun
 from rowcol_edge.device.profile import (
     NOT_ASKED,
@@ -180,3 +181,17 @@ class FakeBundle:
         (root / "profiles").mkdir(parents=True, exist_ok=True)
         for i, profile in enumerate(profiles):
             (root / "profiles" / f"{i}.json").write_text(profile.to_json(), encoding="utf-8")
+
+
+def make_bundle(root: Path, manifest: Manifest, files: Mapping[str, bytes] | None = None) -> None:
+    """A bundle that opens: the files of the manifest hold their own names; `files` are further ones."""
+    names = [*(arm.artifact for arm in manifest.arms), manifest.golden_inputs, *manifest.golden_outputs.values()]
+    contents = {**{name: name.encode() for name in names}, **(files or {})}
+    for name, content in contents.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    entries = tuple(
+        FileEntry(name, hashlib.sha256(content).hexdigest(), len(content)) for name, content in contents.items()
+    )
+    (root / "profiles").mkdir()
+    (root / "manifest.json").write_text(replace(manifest, files=entries).to_json(), encoding="utf-8")

@@ -13,10 +13,10 @@ from rowcol_edge import cli, errors
 
 PUBLIC = {
     "Bundle", "Predictor", "RowcolError",
-    "build", "compare", "data", "doctor", "factor", "inspect", "profile", "verify",
+    "build", "compare", "data", "doctor", "factor", "gate", "inspect", "profile", "verify",
 }  # fmt: skip
 COMMANDS = {
-    "build", "compare", "data", "demo", "doctor", "factor", "inspect", "profile", "run", "targets", "verify",
+    "build", "compare", "data", "demo", "doctor", "factor", "gate", "inspect", "profile", "run", "targets", "verify",
 }  # fmt: skip
 
 
