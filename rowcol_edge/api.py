@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .models import LoadedModel
     from .pipeline import Built, Factored
     from .report.compare import ComparisonTable
+    from .report.figures import Figures
     from .report.gate import GateReport
 
 _DEMO_PROFILE_SECONDS = 25.0
@@ -226,6 +227,25 @@ def gate(
 
     where = None if bundle is None else Path(bundle)
     return judge(Path(profile), Limits.parse(**limits), arm=arm, baseline=baseline, bundle=where)
+
+
+def write_report(
+    profiles: Sequence[str | Path], *, bundles: Sequence[str | Path] = (), out: str | Path = "report.html"
+) -> Figures:
+    """Show profiles as one HTML page that loads nothing, and return what it shows.
+
+    Args:
+        profiles: their files.
+        bundles: those that were measured, for quality and plan; a profile in a bundle's ``profiles/`` needs none.
+        out: the page; a file that is there is replaced in one step.
+    """
+    from .report import figures, page
+    from .report.files import write_whole
+
+    page.check()
+    found = figures.load([Path(path) for path in profiles], [Path(path) for path in bundles])
+    write_whole(Path(out), page.page(found))
+    return found
 
 
 def verify(bundle: Bundle | str | Path, *, progress: Progress = silent) -> VerifyReport:

@@ -434,6 +434,24 @@ def gate(
 
 
 @app.command()
+def report(
+    profiles: Annotated[list[Path], typer.Argument(metavar="PROFILE...", help="profiles, as in BUNDLE/profiles/")],
+    bundle: Annotated[
+        list[Path] | None,
+        typer.Option(help="states quality and plan; say it again for more (default: where a profile lies)"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
+) -> None:
+    """Show profiles as one HTML page that loads nothing.
+
+    Verdict in words, arms, latency distribution, memory, trade-offs, plan, environment.
+    """
+    from . import api
+
+    api.write_report(profiles, bundles=bundle or (), out=out)
+
+
+@app.command()
 def verify(bundle: BundlePath, stand_in: StandIn = False, json: Json = False) -> None:
     """Check digests and run the golden inputs through every arm."""
     from . import api

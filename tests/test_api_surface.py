@@ -13,10 +13,11 @@ from rowcol_edge import cli, errors
 
 PUBLIC = {
     "Bundle", "Predictor", "RowcolError",
-    "build", "compare", "data", "doctor", "factor", "gate", "inspect", "profile", "verify",
+    "build", "compare", "data", "doctor", "factor", "gate", "inspect", "profile", "verify", "write_report",
 }  # fmt: skip
 COMMANDS = {
-    "build", "compare", "data", "demo", "doctor", "factor", "gate", "inspect", "profile", "run", "targets", "verify",
+    "build", "compare", "data", "demo", "doctor", "factor", "gate", "inspect", "profile", "report", "run",
+    "targets", "verify",
 }  # fmt: skip
 
 

@@ -211,8 +211,8 @@ def _row(bundle: Bundle, arm: ArmEntry, profile: Profile | None) -> Row:
         drop_pp=quality.get("drop_pp"),
         drop_ci_pp=bounds if None not in bounds else None,
         latency_ns=shown.latency.median_ns if shown else None,
-        against_dense=_find(profile, arm.name, dense),
-        against_original=_find(profile, arm.name, _ORIGINAL),
+        against_dense=paired(profile, arm.name, dense),
+        against_original=paired(profile, arm.name, _ORIGINAL),
         cold_start_ns=shown.cold.total_ns if shown else None,
         peak_bytes=shown.memory.peak_bytes if shown and shown.memory else None,
         evidence=profile.evidence if profile and measured else "",
@@ -223,7 +223,7 @@ def _row(bundle: Bundle, arm: ArmEntry, profile: Profile | None) -> Row:
     )
 
 
-def _find(profile: Profile | None, arm: str, baseline: str) -> Comparison | None:
+def paired(profile: Profile | None, arm: str, baseline: str) -> Comparison | None:
     """The comparison of two arms; one that says why not where there is a profile without it."""
     if profile is None or arm == baseline:
         return None

@@ -7,12 +7,12 @@ the column space. The energy axis counts nines (0, 90, 99, 99.9, 99.99 %): what 
 from __future__ import annotations
 
 import math
-import os
 from html import escape
 from pathlib import Path
 
 from ..errors import ConfigError
 from ..inspection import Curve, Inspection, LayerUse
+from .files import write_whole
 
 _SUFFIXES = (".html", ".htm")
 _WIDTH, _HEIGHT = 260, 196
@@ -47,12 +47,7 @@ def check(path: Path) -> None:
 
 def write(found: Inspection, path: Path) -> None:
     """Write the picture; a file that is there is replaced in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page(found), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, page(found))
 
 
 def page(found: Inspection) -> str:

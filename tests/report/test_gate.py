@@ -49,8 +49,10 @@ def test_gates_that_hold(gate: Callable[..., tuple[int, list[str]]]) -> None:
     code, lines = gate(profile, "--max-latency-ratio", "0.51", "--max-bytes", "1234567", "--max-memory", "70MiB")
     assert code == 0
     assert lines == [
-        "held: latency of factored@int8 over dense@int8 (target): "
-        + "expected an interval that ends at 0.51 or below, got 0.500 [0.490, 0.510]",
+        (
+            "held: latency of factored@int8 over dense@int8 (target): "
+            "expected an interval that ends at 0.51 or below, got 0.500 [0.490, 0.510]"
+        ),
         "held: file of factored@int8: expected at most 1.23 MB, got 1.23 MB",
         "held: peak memory of factored@int8 (target): expected at most 70 MiB, got 70 MiB",
     ]
