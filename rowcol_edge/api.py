@@ -230,21 +230,30 @@ def gate(
 
 
 def write_report(
-    profiles: Sequence[str | Path], *, bundles: Sequence[str | Path] = (), out: str | Path = "report.html"
+    profiles: Sequence[str | Path],
+    *,
+    bundles: Sequence[str | Path] = (),
+    out: str | Path = "report.html",
+    json: str | Path | None = None,
+    csv: str | Path | None = None,
 ) -> Figures:
     """Show profiles as one HTML page that loads nothing, and return what it shows.
 
     Args:
         profiles: their files.
         bundles: those that were measured, for quality and plan; a profile in a bundle's ``profiles/`` needs none.
-        out: the page; a file that is there is replaced in one step.
+        out: the page; a file that is there is replaced in one step, as ``json`` and ``csv`` are.
+        json: the same figures, see `rowcol_edge.report.figures`.
+        csv: one row an arm and profile.
     """
-    from .report import figures, page
+    from .report import page, reading
     from .report.files import write_whole
 
     page.check()
-    found = figures.load([Path(path) for path in profiles], [Path(path) for path in bundles])
-    write_whole(Path(out), page.page(found))
+    found = reading.load([Path(path) for path in profiles], [Path(path) for path in bundles])
+    for path, text in ((out, page.page(found)), (json, found.json()), (csv, found.csv())):
+        if path is not None:
+            write_whole(Path(path), text)
     return found
 
 

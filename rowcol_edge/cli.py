@@ -440,7 +440,9 @@ def report(
         list[Path] | None,
         typer.Option(help="states quality and plan; say it again for more (default: where a profile lies)"),
     ] = None,
-    out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="the page")] = Path("report.html"),
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="the same figures as JSON")] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="one row an arm and profile")] = None,
 ) -> None:
     """Show profiles as one HTML page that loads nothing.
 
@@ -448,7 +450,7 @@ def report(
     """
     from . import api
 
-    api.write_report(profiles, bundles=bundle or (), out=out)
+    api.write_report(profiles, bundles=bundle or (), out=out, json=json, csv=csv)
 
 
 @app.command()

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import json
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..bundling import PLAN_NAME
-from ..device.bundle import Bundle
-from ..device.manifest import ArmEntry
-from ..device.profile import ArmProfile, Comparison, Profile
-from ..device.stats import MIN_SAMPLES, percentile
-from ..device.system import counts
-from ..errors import BundleError
-from .compare import paired
-from .facts import environment_facts, protocol_facts
-from .gate import bundle_beside, check_same_build, default_arm
+from ..device.profile import Comparison
 
 SCHEMA = 1
 """Version of the JSON that `Figures.to_dict` gives. History: 1 – first one."""
@@ -29,7 +17,6 @@ SHARES = (0, 1, 2, 5, 10, 20, 25, 30, 40, 50, 60, 70, 75, 80, 90, 95, 98, 99, 10
 """Percentiles of the latency curve."""
 TABLED = (10, 25, 50, 75, 90, 99)
 """Those that are also given as figures, where there are samples enough."""
-_ORIGINAL = "dense@fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +115,9 @@ class Figures:
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
 
+    def json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
     def csv(self) -> str:
         """One row an arm and profile; an empty cell is not known."""
         table = io.StringIO()
@@ -147,135 +137,6 @@ class Figures:
 _AGAINST = ("against_dense", "against_original")
 _RATIO = ("ratio", "ci_low", "ci_high", "verdict")
 _NESTED = (*_AGAINST, "curve", "percentiles", "stages")
-
-
-def load(profiles: Sequence[Path], bundles: Sequence[Path] = ()) -> Figures:
-    """Read profiles, each with the bundle of ``bundles`` that it measured, or the one in whose ``profiles/`` it lies.
-
-    BundleError: no profile, or a file that is none or damaged. NotComparableError: no profile measured one of
-    ``bundles``.
-    """
-    if not profiles:
-        raise BundleError("report", expected="at least one profile", got="none")
-    read = [(path, Profile.load(path)) for path in profiles]
-    for given in bundles:
-        with Bundle.open(given, check=False) as bundle:
-            if all(profile.digest != bundle.digest for _, profile in read):
-                check_same_build(read[0][1], bundle)
-    return Figures(tuple(_profile(path, profile, bundles) for path, profile in read))
-
-
-def _profile(path: Path, profile: Profile, bundles: Sequence[Path]) -> ProfileFigures:
-    beside = bundle_beside(path)
-    for place in [*bundles, *([beside] if beside else [])]:
-        with Bundle.open(place, check=False) as bundle:
-            if bundle.digest == profile.digest:
-                bundle.check()
-                return _figures(path, profile, bundle)
-            if place not in bundles:
-                check_same_build(profile, bundle)
-    return _figures(path, profile, None)
-
-
-def _figures(path: Path, profile: Profile, bundle: Bundle | None) -> ProfileFigures:
-    entries = {arm.name: arm for arm in bundle.manifest.arms} if bundle else {}
-    default = default_arm(profile)
-    if bundle and bundle.manifest.default_arm in profile.arms:
-        default = bundle.manifest.default_arm
-    arms = tuple(_arm(profile, arm, entries.get(arm.name), arm.name == default) for arm in profile.arms.values())
-    shown = next(arm for arm in arms if arm.default)
-    budget = profile.memory_budget
-    return ProfileFigures(
-        file=path.name,
-        bundle=profile.bundle,
-        digest=profile.digest,
-        target=profile.target,
-        runtime=f"{profile.runtime} {profile.runtime_version}",
-        created=profile.created,
-        evidence=profile.evidence,
-        evidence_note=profile.evidence_note,
-        default_arm=default,
-        comparisons=tuple(dict.fromkeys(c for c in (shown.against_dense, shown.against_original) if c)),
-        null=profile.null,
-        memory_limit_bytes=budget.limit_bytes if budget else None,
-        arms=arms,
-        layers=_layers(bundle) if bundle else (),
-        environment=environment_facts(profile),
-        protocol=protocol_facts(profile),
-        warnings=profile.warnings,
-    )
-
-
-def _arm(profile: Profile, arm: ArmProfile, entry: ArmEntry | None, default: bool) -> ArmFigures:
-    real = counts(profile.evidence)
-    latency, memory = arm.latency, arm.memory if real else None
-    samples = np.concatenate([np.asarray(block.samples_ns, np.float64) for block in arm.blocks]) if arm.blocks else ()
-    quality = entry.quality if entry else {}
-    split = next((name for name in ("test", "selection") if name in quality), "")
-    stated = quality.get(split, {})
-    energy = arm.energy[0] if real and arm.energy else None
-    dense = f"dense@{arm.name.partition('@')[2]}"
-    return ArmFigures(
-        arm=arm.name,
-        default=default,
-        size_bytes=arm.artifact_bytes,
-        median_ns=latency.median_ns if real else None,
-        p90_ns=latency.p90_ns if real else None,
-        p99_ns=latency.p99_ns if real else None,
-        samples=latency.n,
-        cold_start_ns=arm.cold.total_ns if real else None,
-        peak_bytes=memory.peak_bytes if memory else None,
-        own_bytes=memory.own_bytes if memory else None,
-        activation_bytes=arm.activation_bytes,
-        memory_verdict=profile.memory_budget.verdicts.get(arm.name, "") if profile.memory_budget else "",
-        metric=stated.get("metric", ""),
-        split=split,
-        quality=stated.get("value"),
-        drop_pp=stated.get("drop_pp"),
-        drop_low_pp=stated.get("ci_low_pp"),
-        drop_high_pp=stated.get("ci_high_pp"),
-        energy_joules=energy.joules if energy else None,
-        energy_rail=energy.rail if energy else "",
-        against_dense=paired(profile, arm.name, dense) if dense in profile.arms else None,
-        against_original=paired(profile, arm.name, _ORIGINAL) if _ORIGINAL in profile.arms else None,
-        curve=tuple((share, float(np.percentile(samples, share))) for share in SHARES) if real and len(samples) else (),
-        percentiles=tuple(_percentile(samples, share) for share in TABLED) if real and len(samples) else (),
-        stages=_stages(arm) if real else (),
-    )
-
-
-def _percentile(samples: Any, share: int) -> float | None:
-    return percentile(samples, share) if share in MIN_SAMPLES else float(np.percentile(samples, share))
-
-
-def _stages(arm: ArmProfile) -> tuple[Stage, ...]:
-    """Of the footprint where one was taken; else what the memory runs told, RSS alone."""
-    if arm.footprints:
-        found = arm.footprints[0]  # the runtime as the target has it
-        stages = [(name, getattr(found, name)) for name in ("imported", "loaded", "first", "steady")]
-        return (
-            *(Stage(name, use.resident_bytes, use.proportional_bytes, use.private_bytes) for name, use in stages),
-            Stage("peak", found.peak_bytes),
-        )
-    if arm.memory is None:
-        return ()
-    memory = arm.memory
-    pairs = ("imported", memory.baseline_bytes), ("loaded", memory.after_load_bytes), ("peak", memory.peak_bytes)
-    return tuple(Stage(name, value) for name, value in pairs)
-
-
-def _layers(bundle: Bundle) -> tuple[LayerFigures, ...]:
-    if all(entry.path != PLAN_NAME for entry in bundle.manifest.files):
-        return ()
-    from ..factoring.plan import FactorPlan
-
-    return tuple(
-        LayerFigures(
-            layer.name, f"{layer.form} ({layer.split})" if layer.form == "project" else layer.form, layer.rank,
-            layer.parameters_before, layer.parameters_after, layer.macs_before, layer.macs_after, layer.reason,
-        )
-        for layer in FactorPlan.read(bundle.root / PLAN_NAME).layers
-    )  # fmt: skip
 
 
 def _cell(value: Any) -> Any:

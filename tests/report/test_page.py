@@ -17,7 +17,7 @@ from rowcol_edge.device.memory import Usage
 from rowcol_edge.device.profile import Comparison, Footprint, MemoryBudget, Profile, RailEnergy
 from rowcol_edge.errors import BundleError, MissingDependencyError, NotComparableError
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan
-from rowcol_edge.report import charts, figures
+from rowcol_edge.report import charts, figures, reading
 from rowcol_edge.report.page import claim, headline, page
 
 from ..profiles import MIB, MS, make_bundle, make_manifest, make_profile
@@ -170,7 +170,7 @@ def test_a_lone_surrogate_does_not_stop_the_page(tmp_path: Path) -> None:
 
 def test_the_verdict_in_words(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(rich_profile().to_json(), encoding="utf-8")
-    found = figures.load([tmp_path / "p.json"]).profiles[0]
+    found = reading.load([tmp_path / "p.json"]).profiles[0]
     first, second, *others = headline(found)
     assert re.fullmatch(
         r"factored@int8 is faster than dense@int8: it takes 50\.\d % of its time "
@@ -193,7 +193,10 @@ def test_the_verdict_in_words(tmp_path: Path) -> None:
         ),
         (
             Comparison("a", "b", 0.99, 0.9, 1.1, "no significant difference", "target", 12, "x"),
-            "No significant difference in latency between a and b: 99.0 % of its time (95 % interval 90.0 to 110.0 %; x).",
+            (
+                "No significant difference in latency between a and b: 99.0 % of its time "
+                "(95 % interval 90.0 to 110.0 %; x)."
+            ),
         ),
         (
             Comparison("a", "b", None, None, None, "not comparable", "target", 3, "3 rounds"),
@@ -216,7 +219,7 @@ def test_emulated_times_are_left_out(tmp_path: Path) -> None:
 
 def test_a_percentile_of_too_few_samples_is_a_dash(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(make_profile(samples=4).to_json(), encoding="utf-8")
-    arm = figures.load([tmp_path / "p.json"]).profiles[0].arms[0]
+    arm = reading.load([tmp_path / "p.json"]).profiles[0].arms[0]
     assert arm.percentiles[figures.TABLED.index(99)] is None
     assert arm.percentiles[figures.TABLED.index(90)] is None
     assert arm.percentiles[figures.TABLED.index(50)] == pytest.approx(arm.median_ns, abs=1)
@@ -225,7 +228,7 @@ def test_a_percentile_of_too_few_samples_is_a_dash(tmp_path: Path) -> None:
 def test_the_curve_is_that_of_the_raw_samples(tmp_path: Path) -> None:
     profile = make_profile()
     (tmp_path / "p.json").write_text(profile.to_json(), encoding="utf-8")
-    found = figures.load([tmp_path / "p.json"]).profiles[0].arms[0]
+    found = reading.load([tmp_path / "p.json"]).profiles[0].arms[0]
     samples = sorted(ns for block in profile.arms["factored@int8"].blocks for ns in block.samples_ns)
     assert found.curve[0] == (0, samples[0])
     assert found.curve[-1] == (100, samples[-1])
@@ -254,7 +257,7 @@ def test_the_pareto_front_leaves_out_what_is_beaten(tmp_path: Path) -> None:
     sizes = {"factored@int8": 5, "dense@int8": 1, "dense@fp32": 9}
     arms = {name: replace(arm, artifact_bytes=sizes[name] * MS) for name, arm in profile.arms.items()}
     (tmp_path / "p.json").write_text(replace(profile, arms=arms).to_json(), encoding="utf-8")
-    chart = charts.size(figures.load([tmp_path / "p.json"]).profiles[0])
+    chart = charts.size(reading.load([tmp_path / "p.json"]).profiles[0])
     assert chart is not None
     assert chart.description.endswith("No arm beats factored@int8, dense@int8.")
     marks = {series.name: f"{series.mark.x},{series.mark.y}" for series in chart.series}
@@ -328,11 +331,11 @@ def test_a_bundle_that_was_not_measured_is_refused(tmp_path: Path) -> None:
     make_bundle(tmp_path / "other", make_manifest())
     (tmp_path / "p.json").write_text(make_profile().to_json(), encoding="utf-8")
     with pytest.raises(NotComparableError, match="expected the same build"):
-        figures.load([tmp_path / "p.json"], [tmp_path / "other"])
+        reading.load([tmp_path / "p.json"], [tmp_path / "other"])
     with pytest.raises(BundleError, match="at least one profile"):
-        figures.load([])
+        reading.load([])
 
 
 def test_the_same_profiles_give_the_same_page(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(make_profile().to_json(), encoding="utf-8")
-    assert page(figures.load([tmp_path / "p.json"])) == page(figures.load([tmp_path / "p.json"]))
+    assert page(reading.load([tmp_path / "p.json"])) == page(reading.load([tmp_path / "p.json"]))

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import rowcol_edge
+from rowcol_edge.report import reading
+from rowcol_edge.report.figures import Figures
+
+from ..profiles import make_profile
+from .test_page import rich_profile, written
+
+
+def load(tmp_path: Path, *profiles: Any) -> Figures:
+    paths = [tmp_path / f"{i}.json" for i in range(len(profiles))]
+    for path, profile in zip(paths, profiles, strict=True):
+        path.write_text(profile.to_json(), encoding="utf-8")
+    return reading.load(paths)
+
+
+def test_the_readme_lists_every_key(tmp_path: Path, root: Path) -> None:
+    written(tmp_path, rich_profile())
+    document = reading.load([tmp_path / "bundle/profiles/0.json"]).to_dict()
+    profile = document["profiles"][0]
+    arm, layer = profile["arms"][0], profile["layers"][0]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (document|`\w+\[\]`.*?) \| (.*) \|$", readme, re.MULTILINE)
+    listed = {where: re.findall(r"`(\w+)`", keys) for where, keys in rows}
+    found = [document, profile, profile["comparisons"][0], arm, arm["stages"][0], layer]
+    assert [sorted(keys) for keys in listed.values()] == [sorted(values) for values in found]
+    assert document["schema"] == 1
+    assert profile["comparisons"][0].keys() == profile["null"].keys() == arm["against_original"].keys()
+
+
+def test_json_holds_the_figures_of_the_page(tmp_path: Path) -> None:
+    profile = make_profile()
+    (tmp_path / "p.json").write_text(profile.to_json(), encoding="utf-8")
+    rowcol_edge.write_report([tmp_path / "p.json"], out=tmp_path / "r.html", json=tmp_path / "r.json")
+    found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["profiles"][0]
+    arm = found["arms"][1]
+    assert arm["median_ns"] == profile.arms["dense@int8"].latency.median_ns
+    assert arm["percentiles"][5] is not None
+    assert found["comparisons"][0]["ratio"] == profile.comparisons[0].ratio
+    assert (arm["against_dense"], arm["quality"], found["layers"]) == (None, None, [])
+
+
+def test_csv_has_a_row_an_arm_and_profile(tmp_path: Path) -> None:
+    other = make_profile(target="raspberry-pi-5", evidence="emulated")
+    rows = list(csv.DictReader(io.StringIO(load(tmp_path, make_profile(), other).csv())))
+    assert [(row["target"], row["arm"]) for row in rows] == [
+        (target, arm)
+        for target in ("generic-x86", "raspberry-pi-5")
+        for arm in ("factored@int8", "dense@int8", "dense@fp32")
+    ]
+    first, second = rows[0], rows[3]
+    assert first["against_dense_verdict"] == "faster"
+    assert float(first["against_dense_ci_low"]) < float(first["against_dense_ratio"]) < 0.51
+    assert (first["size_bytes"], first["peak_bytes"], first["quality"]) == ("1234567", "73400320", "")
+    assert (second["median_ns"], second["peak_bytes"], second["against_dense_ratio"]) == ("", "", "")
+
+
+def test_no_cell_is_a_formula(tmp_path: Path) -> None:
+    profile = make_profile(target="=HYPERLINK(1)", bundle="+1")
+    arms = {"@a": replace(profile.arms["factored@int8"], name="@a"), **profile.arms}
+    row = next(csv.DictReader(io.StringIO(load(tmp_path, replace(profile, arms=arms)).csv())))
+    assert (row["target"], row["bundle"], row["arm"]) == ("'=HYPERLINK(1)", "'+1", "'@a")
+
+
+def test_a_footprint_gives_the_stages(tmp_path: Path) -> None:
+    stages = load(tmp_path, rich_profile()).profiles[0].arms[0].stages
+    assert [stage.name for stage in stages] == ["imported", "loaded", "first", "steady", "peak"]
+    assert [stage.resident_bytes and stage.resident_bytes >> 20 for stage in stages] == [50, 50, 50, 66, 90]
+    assert [stage.private_bytes and stage.private_bytes >> 20 for stage in stages] == [30, 30, 30, 30, None]
+    plain = load(tmp_path, make_profile()).profiles[0].arms[0].stages
+    assert [stage.name for stage in plain] == ["imported", "loaded", "peak"]
