@@ -74,6 +74,7 @@ SYSTEM_NEEDS = {
         lambda: bool(shutil.which("ssh") and shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")),
         "on Debian and Ubuntu apt-get install openssh-client openssh-server",
     ),
+    "chromium": SystemNeed(lambda: shutil.which("chromium") is not None, "on Debian apt-get install chromium"),
     "dataset-fashion-mnist": SystemNeed(
         Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz").is_file,
         "apt-get install dataset-fashion-mnist",

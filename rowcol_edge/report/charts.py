@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .figures import ArmFigures, ProfileFigures
 
-WIDTH, HEIGHT = 380, 250
+WIDTH, HEIGHT = 380, 256
 LEFT, RIGHT, TOP, BOTTOM = 52, 368, 28, 206
 _LOG_FROM = 4.0
 _TICKS = 5
