@@ -17,8 +17,6 @@ _LOG_FROM = 4.0
 _TICKS = 5
 _MIB = 1 << 20
 
-STAGE_NAMES = {"imported": "runtime", "loaded": "loaded", "first": "first", "steady": "steady", "peak": "peak"}
-
 
 @dataclass(frozen=True, slots=True)
 class Tick:
@@ -139,7 +137,7 @@ def memory(profile: ProfileFigures) -> Chart | None:
     arms = [(number, arm) for number, arm in enumerate(profile.arms, 1) if _resident(arm)]
     if not arms:
         return None
-    names = list(dict.fromkeys(name for _, arm in arms for name, _ in _resident(arm)))
+    names = profile.stage_names
     width = (RIGHT - LEFT - 40) / max(1, len(names) - 1)
     at = {name: round(LEFT + 20 + width * i, 1) for i, name in enumerate(names)}
     y = Axis.fit([value for _, arm in arms for _, value in _resident(arm)], BOTTOM, TOP, zero=True)
@@ -147,7 +145,7 @@ def memory(profile: ProfileFigures) -> Chart | None:
     for number, arm in arms:
         points = [(at[name], y.at(value)) for name, value in _resident(arm)]
         series.append(Series(number, arm.arm, Mark(*points[number % len(points)]), _polyline(points)))
-    x_ticks = tuple(Tick(place, STAGE_NAMES[name]) for name, place in at.items())
+    x_ticks = tuple(Tick(place, name) for name, place in at.items())
     said = f"Resident memory of a process in MiB at {len(names)} stages of its life, for {len(arms)} arms."
     return Chart("memory", "Memory at each stage", said, "stage", "resident, MiB", x_ticks, y.ticks(), tuple(series))
 

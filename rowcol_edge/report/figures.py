@@ -18,6 +18,9 @@ SHARES = (0, 1, 2, 5, 10, 20, 25, 30, 40, 50, 60, 70, 75, 80, 90, 95, 98, 99, 10
 TABLED = (10, 25, 50, 75, 90, 99)
 """Those that are also given as figures, where there are samples enough."""
 
+STAGES = ("imported", "loaded", "first", "steady", "peak")
+"""Points of a process' life at which its memory is told, in their order."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -64,6 +67,10 @@ class ArmFigures:
     percentiles: tuple[float | None, ...]
     stages: tuple[Stage, ...]
 
+    def stage(self, name: str) -> Stage:
+        """The memory at that stage; one of which nothing is known where it was not measured."""
+        return next((stage for stage in self.stages if stage.name == name), Stage(name, None))
+
 
 @dataclass(frozen=True, slots=True)
 class LayerFigures:
@@ -105,12 +112,19 @@ class ProfileFigures:
     def default(self) -> ArmFigures:
         return next(arm for arm in self.arms if arm.default)
 
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """Of all arms: one may have been measured at more stages than another."""
+        found = {stage.name for arm in self.arms for stage in arm.stages}
+        return tuple(name for name in STAGES if name in found)
+
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """All that a report shows."""
+    """All that a report shows. ``notes`` say which profiles' latencies must not stand side by side, and why."""
 
     profiles: tuple[ProfileFigures, ...]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}

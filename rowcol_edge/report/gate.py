@@ -16,7 +16,7 @@ from ..device.bundle import Bundle
 from ..device.manifest import MANIFEST_NAME, PROFILES_FOLDER
 from ..device.profile import ArmProfile, Profile
 from ..device.stats import NOT_COMPARABLE
-from ..device.table import mebibytes, size, times_count
+from ..device.table import times_count
 from ..errors import BudgetError, BundleError, ConfigError, NotComparableError, did_you_mean
 
 HELD, MISSED = "held", "missed"
@@ -132,9 +132,8 @@ def gate(
     if limits.drop_pp is not None:
         gates.append(_drop(profile, path, bundle, measured.name, limits.drop_pp))
     if limits.size_bytes is not None:
-        got = measured.artifact_bytes
-        expected = f"at most {size(limits.size_bytes)}"
-        gates.append(Gate(f"file of {measured.name}", "bytes", limits.size_bytes, got, expected, size(got)))
+        got, limit = measured.artifact_bytes, limits.size_bytes
+        gates.append(Gate(f"file of {measured.name}", "bytes", limit, got, f"at most {_bytes(limit)}", _bytes(got)))
     if limits.memory_bytes is not None:
         gates.append(_memory(profile, measured, limits.memory_bytes))
     return GateReport(profile.bundle, profile.target, measured.name, baseline, profile.evidence, tuple(gates))
@@ -149,9 +148,14 @@ def find_arm(profile: Profile, name: str) -> ArmProfile:
 
 
 def default_arm(profile: Profile) -> str:
-    """The arm that decides about memory, where one does; else the first, for arms stand as in their bundle."""
+    """The arm that decides about memory, where one does; else the first, for arms stand as in their bundle.
+
+    BundleError for a profile without arms.
+    """
+    if not profile.arms:
+        raise BundleError(f"profile of {profile.bundle}", expected="at least one arm", got="none")
     decide = profile.memory_budget.decide if profile.memory_budget else ()
-    return decide[0] if len(decide) == 1 else next(iter(profile.arms))
+    return decide[0] if len(decide) == 1 and decide[0] in profile.arms else next(iter(profile.arms))
 
 
 def default_baseline(profile: Profile, arm: str) -> str:
@@ -200,7 +204,7 @@ def _latency(profile: Profile, arm: str, baseline: str, limit: float) -> Gate:
         return Gate(what, "ratio", limit, None, expected, f"{e.got} – {e.hint}" if e.hint else e.got)
     if found.ratio is None or found.ci_low is None or found.ci_high is None:
         return Gate(what, "ratio", limit, None, expected, "no interval")
-    text = f"{found.ratio:.3f} [{found.ci_low:.3f}, {found.ci_high:.3f}]"
+    text = f"{found.ratio:.4f} [{found.ci_low:.4f}, {found.ci_high:.4f}]"
     if found.reason and limit < 1:
         # a disturbed session shows gains that are not there; that it is not slower may still be read off it
         return Gate(what, "ratio", limit, None, expected, f"{text}, {found.reason}")
@@ -217,14 +221,23 @@ def _drop(profile: Profile, path: Path, bundle: Path | None, arm: str, limit: fl
     drop, low, high = (test.get(key) for key in ("drop_pp", "ci_low_pp", "ci_high_pp"))
     if drop is None:
         return Gate(what, "pp", limit, None, expected, "none stated in the manifest – build with --test")
-    interval = "" if low is None or high is None else f" [{low:+.2f}, {high:+.2f}]"
-    return Gate(what, "pp", limit, drop, expected, f"{drop:+.2f} pp{interval} of {test['metric']}, n = {test['n']}")
+    interval = "" if low is None or high is None else f" [{low:+.3f}, {high:+.3f}]"
+    return Gate(what, "pp", limit, drop, expected, f"{drop:+.3f} pp{interval} of {test['metric']}, n = {test['n']}")
 
 
 def _memory(profile: Profile, arm: ArmProfile, limit: float) -> Gate:
-    what, expected = f"peak memory of {arm.name} ({profile.evidence})", f"at most {mebibytes(limit)}"
+    what, expected = f"peak memory of {arm.name} ({profile.evidence})", f"at most {_mebibytes(limit)}"
     if not times_count(profile):
         return Gate(what, "bytes", limit, None, expected, f"{profile.evidence} memory, which is not the target's")
     if arm.memory is None:
         return Gate(what, "bytes", limit, None, expected, "no measurement")
-    return Gate(what, "bytes", limit, arm.memory.peak_bytes, expected, mebibytes(arm.memory.peak_bytes))
+    return Gate(what, "bytes", limit, arm.memory.peak_bytes, expected, _mebibytes(arm.memory.peak_bytes))
+
+
+# finer than tables have it: what misses a limit by little has to look different from it
+def _bytes(count: float) -> str:
+    return f"{count:,.0f} bytes"
+
+
+def _mebibytes(count: float) -> str:
+    return f"{count / (1 << 20):,.2f} MiB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import numpy as np
 from ..bundling import PLAN_NAME
 from ..device.bundle import Bundle
 from ..device.manifest import ArmEntry
-from ..device.profile import ArmProfile, Profile
+from ..device.profile import ArmProfile, Profile, differences
 from ..device.stats import MIN_SAMPLES, percentile
 from ..device.system import counts
 from ..errors import BundleError
 from .compare import paired
 from .facts import environment_facts, protocol_facts
-from .figures import SHARES, TABLED, ArmFigures, Figures, LayerFigures, ProfileFigures, Stage
+from .figures import SHARES, STAGES, TABLED, ArmFigures, Figures, LayerFigures, ProfileFigures, Stage
 from .gate import bundle_beside, check_same_build, default_arm
 
 _ORIGINAL = "dense@fp32"
@@ -36,7 +37,13 @@ def load(profiles: Sequence[Path], bundles: Sequence[Path] = ()) -> Figures:
         with Bundle.open(given, check=False) as bundle:
             if all(profile.digest != bundle.digest for _, profile in read):
                 check_same_build(read[0][1], bundle)
-    return Figures(tuple(_profile(path, profile, bundles) for path, profile in read))
+    notes = tuple(
+        f"do not set latencies of {one.name} beside those of {other.name} ({'; '.join(differing)}): "
+        "read the ratios of each"
+        for (one, a), (other, b) in combinations(read, 2)
+        if (differing := differences(a, b))
+    )
+    return Figures(tuple(_profile(path, profile, bundles) for path, profile in read), notes)
 
 
 def _profile(path: Path, profile: Profile, bundles: Sequence[Path]) -> ProfileFigures:
@@ -56,7 +63,7 @@ def _figures(path: Path, profile: Profile, bundle: Bundle | None) -> ProfileFigu
     default = default_arm(profile)
     if bundle and bundle.manifest.default_arm in profile.arms:
         default = bundle.manifest.default_arm
-    arms = tuple(_arm(profile, arm, entries.get(arm.name), arm.name == default) for arm in profile.arms.values())
+    arms = tuple(_arm(profile, name, entries.get(name), name == default) for name in profile.arms)
     shown = next(arm for arm in arms if arm.default)
     budget = profile.memory_budget
     return ProfileFigures(
@@ -80,17 +87,17 @@ def _figures(path: Path, profile: Profile, bundle: Bundle | None) -> ProfileFigu
     )
 
 
-def _arm(profile: Profile, arm: ArmProfile, entry: ArmEntry | None, default: bool) -> ArmFigures:
-    real = counts(profile.evidence)
+def _arm(profile: Profile, name: str, entry: ArmEntry | None, default: bool) -> ArmFigures:
+    arm, real = profile.arms[name], counts(profile.evidence)
     latency, memory = arm.latency, arm.memory if real else None
     samples = np.concatenate([np.asarray(block.samples_ns, np.float64) for block in arm.blocks]) if arm.blocks else ()
     quality = entry.quality if entry else {}
     split = next((name for name in ("test", "selection") if name in quality), "")
     stated = quality.get(split, {})
     energy = arm.energy[0] if real and arm.energy else None
-    dense = f"dense@{arm.name.partition('@')[2]}"
+    dense = f"dense@{name.partition('@')[2]}"
     return ArmFigures(
-        arm=arm.name,
+        arm=name,
         default=default,
         size_bytes=arm.artifact_bytes,
         median_ns=latency.median_ns if real else None,
@@ -101,7 +108,7 @@ def _arm(profile: Profile, arm: ArmProfile, entry: ArmEntry | None, default: boo
         peak_bytes=memory.peak_bytes if memory else None,
         own_bytes=memory.own_bytes if memory else None,
         activation_bytes=arm.activation_bytes,
-        memory_verdict=profile.memory_budget.verdicts.get(arm.name, "") if profile.memory_budget else "",
+        memory_verdict=profile.memory_budget.verdicts.get(name, "") if profile.memory_budget else "",
         metric=stated.get("metric", ""),
         split=split,
         quality=stated.get("value"),
@@ -110,8 +117,8 @@ def _arm(profile: Profile, arm: ArmProfile, entry: ArmEntry | None, default: boo
         drop_high_pp=stated.get("ci_high_pp"),
         energy_joules=energy.joules if energy else None,
         energy_rail=energy.rail if energy else "",
-        against_dense=paired(profile, arm.name, dense) if dense in profile.arms else None,
-        against_original=paired(profile, arm.name, _ORIGINAL) if _ORIGINAL in profile.arms else None,
+        against_dense=paired(profile, name, dense) if dense in profile.arms else None,
+        against_original=paired(profile, name, _ORIGINAL) if _ORIGINAL in profile.arms else None,
         curve=tuple((share, float(np.percentile(samples, share))) for share in SHARES) if real and len(samples) else (),
         percentiles=tuple(_percentile(samples, share) for share in TABLED) if real and len(samples) else (),
         stages=_stages(arm) if real else (),
@@ -126,7 +133,7 @@ def _stages(arm: ArmProfile) -> tuple[Stage, ...]:
     """Of the footprint where one was taken; else what the memory runs told, RSS alone."""
     if arm.footprints:
         found = arm.footprints[0]  # the runtime as the target has it
-        stages = [(name, getattr(found, name)) for name in ("imported", "loaded", "first", "steady")]
+        stages = [(name, getattr(found, name)) for name in STAGES[:-1]]
         return (
             *(Stage(name, use.resident_bytes, use.proportional_bytes, use.private_bytes) for name, use in stages),
             Stage("peak", found.peak_bytes),

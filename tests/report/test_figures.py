@@ -8,9 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import rowcol_edge
+from rowcol_edge.errors import BundleError
 from rowcol_edge.report import reading
 from rowcol_edge.report.figures import Figures
+from rowcol_edge.report.page import page
 
 from ..profiles import make_profile
 from .test_page import rich_profile, written
@@ -78,3 +82,18 @@ def test_a_footprint_gives_the_stages(tmp_path: Path) -> None:
     assert [stage.private_bytes and stage.private_bytes >> 20 for stage in stages] == [30, 30, 30, 30, None]
     plain = load(tmp_path, make_profile()).profiles[0].arms[0].stages
     assert [stage.name for stage in plain] == ["imported", "loaded", "peak"]
+
+
+def test_arms_measured_at_different_stages_keep_to_their_columns(tmp_path: Path) -> None:
+    profile = rich_profile()
+    arms = {**profile.arms, "dense@int8": make_profile().arms["dense@int8"]}
+    found = load(tmp_path, replace(profile, arms=arms)).profiles[0]
+    assert found.stage_names == ("imported", "loaded", "first", "steady", "peak")
+    row = re.search(r"dense@int8</th><td>resident</td>(.*?)</tr>", page(Figures((found,))))
+    assert row
+    assert re.findall(r"<td>(.*?)</td>", row[1]) == ["50 MiB", "60 MiB", "–", "–", "70 MiB"]
+
+
+def test_a_profile_without_arms_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="expected at least one arm, got none"):
+        load(tmp_path, replace(make_profile(), arms={}))

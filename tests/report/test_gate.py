@@ -51,10 +51,10 @@ def test_gates_that_hold(gate: Callable[..., tuple[int, list[str]]]) -> None:
     assert lines == [
         (
             "held: latency of factored@int8 over dense@int8 (target): "
-            "expected an interval that ends at 0.51 or below, got 0.500 [0.490, 0.510]"
+            "expected an interval that ends at 0.51 or below, got 0.5000 [0.4900, 0.5100]"
         ),
-        "held: file of factored@int8: expected at most 1.23 MB, got 1.23 MB",
-        "held: peak memory of factored@int8 (target): expected at most 70 MiB, got 70 MiB",
+        "held: file of factored@int8: expected at most 1,234,567 bytes, got 1,234,567 bytes",
+        "held: peak memory of factored@int8 (target): expected at most 70.00 MiB, got 70.00 MiB",
     ]
 
 
@@ -121,7 +121,7 @@ def test_the_drop_is_that_of_the_bundle_beside(
     path = profiled(tmp_path / "b", make_manifest())
     got, lines = command(capsys, str(path), "--max-drop", limit)
     assert got == code
-    assert lines[0].endswith("got +0.25 pp [-0.10, +0.60] of accuracy, n = 40")
+    assert lines[0].endswith("got +0.250 pp [-0.100, +0.600] of accuracy, n = 40")
 
 
 def test_the_drop_of_a_bundle_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,7 +97,17 @@ def test_the_page_has_every_section_and_the_numbers(tmp_path: Path) -> None:
         "Environment and protocol",
     ]
     cells = Counter(text for tag, text in document.texts if tag in ("td", "th"))
-    for text in ("1.23 MB", "2.00 ms", "8.00 ms", "0.9000", "+0.25 pp [-0.10, +0.60]", "4.2 mJ", "90 MiB", "too thin"):
+    for text in (
+        "1.23 MB",
+        "2.00 ms",
+        "8.00 ms",
+        "0.9000",
+        "+0.25 pp [-0.10, +0.60]",
+        "4.2 mJ",
+        "90 MiB",
+        "3.15 MB",
+        "too thin",
+    ):
         assert cells[text], text
     assert ("li", "the fan stood still") in document.texts
     assert ("dd", "x86_64 Some Core") in document.texts
@@ -339,3 +349,11 @@ def test_a_bundle_that_was_not_measured_is_refused(tmp_path: Path) -> None:
 def test_the_same_profiles_give_the_same_page(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(make_profile().to_json(), encoding="utf-8")
     assert page(reading.load([tmp_path / "p.json"])) == page(reading.load([tmp_path / "p.json"]))
+
+
+def test_profiles_that_do_not_go_side_by_side_say_so(tmp_path: Path) -> None:
+    assert "do not set latencies" not in written(tmp_path, make_profile(), make_profile())
+    other = tmp_path / "other"
+    other.mkdir()
+    note = "do not set latencies of 0.json beside those of 1.json (threads: 2 and 4): read the ratios of each"
+    assert ("li", note) in Document(written(other, make_profile(), make_profile(threads=4))).texts
