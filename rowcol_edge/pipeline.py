@@ -188,7 +188,7 @@ def factor(
     chooser = _Chooser(job, known, progress)
     choice = chooser.choice(job.targets[0].rank_multiple, "fp32" if limit is None else precision)
     plan = choice.plans[-1]
-    _check_costs(job, known, plan)
+    search.check_costs(known, plan, job.budgets, _remedy(job))
     size = None if limit is None else _predicted(job, known, plan, limit)
     recoverer = Recoverer(job, known, chooser.judge_trial, progress)
     recovery = recoverer.of(plan)
@@ -452,7 +452,7 @@ class _Line:
         index, plan = -index, choice.plans[-index]
         if limit is None:
             arm, plan = self._fitted(arm, plan, target, runtime)
-        _check_costs(self.job, self.study, plan)
+        search.check_costs(self.study, plan, self.job.budgets, _remedy(self.job))
         _check_size(self.job, arm, target)
         return arm, replace(choice, plans=(*choice.plans[:index], plan))
 
@@ -555,14 +555,6 @@ def _check_size(job: Job, arm: Arm, target: Target) -> None:
             got=f"{arm.artifact.size_bytes:,} bytes ({arm.artifact.size_bytes / budget.limit:.2f} times the limit)",
             hint=_remedy(job, target, arm.precision),
         )
-
-
-def _check_costs(job: Job, known: Study, plan: FactorPlan) -> None:
-    """Raises BudgetError where the plan exceeds a parameter or MAC limit."""
-    try:
-        search.check_costs(known, plan, job.budgets)
-    except BudgetError as e:  # not every plan comes from a search for a drop
-        raise BudgetError(e.what, expected=e.expected, got=e.got, hint=_remedy(job)) from e
 
 
 def _remedy(job: Job, target: Target | None = None, precision: str | None = None) -> str:

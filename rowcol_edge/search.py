@@ -144,13 +144,14 @@ def smaller(study: Study, plan: FactorPlan, excess_bytes: float, precision: str,
     return replace(limits.cheapest(study, found, plan.rank_multiple, plan.model), refit=plan.refit)
 
 
-def check_costs(study: Study, plan: FactorPlan, budgets: Budgets) -> None:
-    """Raises BudgetError where the plan exceeds a parameter or MAC limit."""
+def check_costs(study: Study, plan: FactorPlan, budgets: Budgets, hint: str) -> None:
+    """Raises BudgetError, with this hint, where the plan exceeds a parameter or MAC limit."""
     for budget, limit, got in _exceeded(study, plan, budgets):
         raise BudgetError(
             f"budget {budget.text}",
             expected=f"at most {limit:,.0f} {budget.kind}",
             got=f"{got:,} ({got / limit:.2f} times the limit)",
+            hint=hint,
         )
 
 
