@@ -6,12 +6,13 @@ convolution). Column space: directions of its output that carry energy (spectrum
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from .datasets import Split
 from .factoring import ranks
@@ -77,6 +78,16 @@ class ChannelUse:
 
 
 @dataclass(frozen=True, slots=True)
+class MatrixElsewhere:
+    """A matrix or kernel that no layer of the list holds, such as embeddings or one that is used as ``W`` and ``Wᵀ``:
+    its name, its module's class, its parameters. It stays as it is."""
+
+    name: str
+    kind: str
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection:
     """A model's layers and what they use; ``closed``: modules whose layers cannot be seen, with the reason."""
 
@@ -89,6 +100,7 @@ class Inspection:
     layers: tuple[LayerUse, ...]
     channels: tuple[ChannelUse, ...] = ()
     closed: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: tuple[MatrixElsewhere, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -111,6 +123,16 @@ def inspect(model: LoadedModel, calibration: Split, progress: Progress = silent)
         layers=layers,
         channels=tuple(ChannelUse(c.name, c.size, c.groups, c.layers, c.fixed) for c in known.channels),
         closed=dict(known.closed),
+        elsewhere=_elsewhere(known.folded, known.infos),
+    )
+
+
+def _elsewhere(model: nn.Module, layers: Iterable[str]) -> tuple[MatrixElsewhere, ...]:
+    held = {id(parameter) for name in layers for parameter in model.get_submodule(name).parameters()}
+    return tuple(
+        MatrixElsewhere(name, type(model.get_submodule(name.rpartition(".")[0])).__name__, parameter.numel())
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and id(parameter) not in held
     )
 
 

@@ -30,6 +30,7 @@ from rowcol_edge.errors import (
 )
 from rowcol_edge.factoring.plan import FactorPlan
 from rowcol_edge.pipeline import Built
+from rowcol_edge.report import terminal
 
 from .nets import Dense, frames, small_net, write_splits
 
@@ -297,6 +298,32 @@ def test_a_factored_pt2_is_recognised_and_left_as_it_is(
     notes = [note for note in built[0].manifest.build["notes"] if note.startswith("already factored, left as they are")]
     assert len(notes) == 1
     assert notes[0].count(",") == 2 * len(first.plan.projected)
+
+
+class _Elsewhere(torch.nn.Module):
+    """A matrix used as it is and transposed, a recurrent layer and one that can be factored; (N, 5, 12) → (N, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = torch.nn.Parameter(torch.eye(12, 16))
+        self.memory, self.head = torch.nn.GRU(12, 8, batch_first=True), torch.nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(x @ self.both) @ self.both.T
+        logits: torch.Tensor = self.head(self.memory(x)[0][:, -1])
+        return logits
+
+
+def test_inspect_names_the_matrices_that_no_layer_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(32, 5, 12)).astype(np.float32))
+    found = rowcol_edge.inspect(_Elsewhere(), calib=str(tmp_path / "x.npz"))
+    assert [layer.name for layer in found.layers] == ["head"]
+    assert [(each.name, each.kind, each.parameters) for each in found.elsewhere] == [
+        ("both", "_Elsewhere", 192), ("memory.weight_ih_l0", "GRU", 288), ("memory.weight_hh_l0", "GRU", 192),
+    ]  # fmt: skip
+    terminal.inspection(found)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "left alone: memory.weight_ih_l0, memory.weight_hh_l0: 480 parameters of a GRU" in said
 
 
 def test_cost_budgets_choose_without_labels(net: torch.nn.Module, splits: dict[str, str]) -> None:

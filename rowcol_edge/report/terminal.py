@@ -112,6 +112,14 @@ def inspection(found: Inspection) -> None:
             console.print(f"left alone: {layer.name}: {layer.note}")
     for name, reason in found.closed.items():
         console.print(f"left as one: {name or 'the model'}: {reason}")
+    for kind in dict.fromkeys(each.kind for each in found.elsewhere):
+        these = [each for each in found.elsewhere if each.kind == kind]
+        names = ", ".join(each.name for each in these[:_LISTED])
+        more = f" and {len(these) - _LISTED} more" if len(these) > _LISTED else ""
+        parameters = sum(each.parameters for each in these)
+        console.print(
+            f"left alone: {names}{more}: {parameters:,} parameters of a {kind}, which is no layer that can be factored"
+        )
     for layer in found.layers:
         if layer.measured_thinly:
             console.print(f"too few data: {layer.name}: {layer.rows} rows cannot fill its spaces; do not trust its use")
