@@ -228,39 +228,59 @@ def backends() -> str:
 
 
 def factoring() -> str:
-    """Ours beside other ways to factor, at shares of the parameters; where ours is not the nearest to the original."""
+    """Ours beside other ways to factor; where ours is not the nearest to the original, or not the best."""
     found = _result("factoring.json")
-    rows, behind, cells = [], [], 0
+    some, every, behind, worse, cells = [], [], [], [], 0
     for model in found["models"].values():
         shown = model["shown"]
         dense = f"{model['title']} ({shown}; dense {model['dense'][shown] * 100:.1f} %)"
         ways = list(dict.fromkeys(row["way"] for row in model["rows"]))
         for axis, share in dict.fromkeys((row["axis"], row["share"]) for row in model["rows"]):
             at = {row["way"]: row for row in model["rows"] if (row["axis"], row["share"]) == (axis, share)}
+            what = f"{share:.0%} of the {'MACs' if axis == 'macs' else axis}"
+            every.append([model["title"], what, *(_factored(at[way], shown, whole=True) for way in ways)])
             if axis == "parameters" and share in _SHARES:
-                rows.append([dense, f"{share:.0%}", *(_factored(at[way], shown) for way in ways)])
+                some.append([dense, f"{share:.0%}", *(_factored(at[way], shown) for way in ways)])
                 dense = ""
-            made = {way: row["kl"] for way, row in at.items() if "kl" in row}
+            made = {way: row for way, row in at.items() if "kl" in row}
             cells += "ours" in made
-            nearest = min(made, key=lambda way: (made[way], way != "ours"), default="ours")
+            nearest = min(made, key=lambda way: (made[way]["kl"], way != "ours"), default="ours")
             if nearest != "ours":
-                ours = f"{made['ours']:.4f}" if "ours" in made else "not reached"
-                what = f"{model['title']} at {share:.0%} of the {'MACs' if axis == 'macs' else axis}"
-                behind.append(f"{what}: {nearest} {made[nearest]:.4f}, ours {ours}")
-    heads = ["model", "share", *ways]
+                ours = f"{made['ours']['kl']:.3g}" if "ours" in made else "not reached"
+                behind.append(f"{model['title']} at {what}: {nearest} {made[nearest]['kl']:.3g}, ours {ours}")
+            best = max(made, key=lambda way: (made[way][shown], way == "ours"), default="ours")
+            if best != "ours" and "ours" in made:
+                points = (made[best][shown] - made["ours"][shown]) * 100
+                worse.append((points, f"{model['title']} at {what}, {best}"))
     machines = sorted({model["machine"]["cpu_model"] for model in found["models"].values()})
-    lead = f"Of {cells} comparisons (six shares of the parameters and of the MACs of each model) "
+    lead = f"Of {cells} comparisons (six shares of the parameters and of the MACs of each test) "
     lead += f"ours has the least divergence in {cells - len(behind)}"
-    lead += f"; not in: {'; '.join(behind)}." if behind else "."
+    lead += f"; not in: {'; '.join(behind)}. " if behind else ". "
+    lead += f"The best quality it has, alone or with others, in {cells - len(worse)}"
+    if worse:
+        most, where = max(worse)
+        points = sorted(each for each, _ in worse)[len(worse) // 2]
+        lead += f"; elsewhere it is behind by {points:.1f} pp (median), at most by {most:.1f} pp ({where})"
     foot = (
         "Each cell: the quality on the test split and, behind it, the Kullback–Leibler divergence from the dense "
-        f"model's answers in nats. {lead} {', '.join(machines)}. Command: `python tools/benchmark_factoring.py`."
+        f"model's answers in nats. {lead}. {', '.join(machines)}. Command: `python tools/benchmark_factoring.py`."
     )
-    return "\n\n".join([table(heads, rows), foot])
+    details = "\n\n".join(
+        [
+            "<details><summary>Every share, of parameters and of MACs</summary>",
+            table(["test", "share", *ways], every),
+            "Quality, divergence in nats, and how many first classes are the dense model's.",
+            "</details>",
+        ]
+    )
+    return "\n\n".join([table(["model", "share", *ways], some), foot, details])
 
 
-def _factored(row: dict[str, Any], shown: str) -> str:
-    return f"{row[shown] * 100:.1f} %, {row['kl']:.2g}" if "kl" in row else "not reached"
+def _factored(row: dict[str, Any], shown: str, *, whole: bool = False) -> str:
+    if "kl" not in row:
+        return "not reached"
+    text = f"{row[shown] * 100:.1f} %, {row['kl']:.2g}"
+    return f"{text}, {row['agreement'] * 100:.1f} %" if whole else text
 
 
 _SHARES = (0.5, 0.3, 0.15)
