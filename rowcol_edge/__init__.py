@@ -14,13 +14,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import build, compare, data, doctor, factor, gate, inspect, profile, verify, write_report
+    from .api import (
+        build,
+        compare,
+        compare_profiles,
+        data,
+        doctor,
+        factor,
+        gate,
+        inspect,
+        profile,
+        verify,
+        write_report,
+    )
     from .device.bundle import Bundle
     from .device.predictor import Predictor
     from .errors import RowcolError
 
 __all__ = [
-    "build", "compare", "data", "doctor", "factor", "gate", "inspect", "profile", "verify", "write_report",
+    "build", "compare", "compare_profiles", "data", "doctor", "factor", "gate", "inspect", "profile", "verify",
+    "write_report",
     "Bundle", "Predictor", "RowcolError",
 ]  # fmt: skip
 

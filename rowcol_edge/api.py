@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .inspection import Inspection
     from .models import LoadedModel
     from .pipeline import Built, Factored
+    from .report.change import Change
     from .report.compare import ComparisonTable
     from .report.figures import Figures
     from .report.gate import GateReport
@@ -206,6 +207,23 @@ def compare(bundles: Sequence[Bundle | str | Path]) -> ComparisonTable:
     from .report.compare import compare as make
 
     return make([b if isinstance(b, Bundle) else Bundle.open(b) for b in bundles])
+
+
+def compare_profiles(
+    old: str | Path, new: str | Path, *, bundles: Sequence[str | Path] = (), allow: Sequence[str] = ()
+) -> Change:
+    """Before and after: the change of each arm from one profile to another, two sessions under the same conditions.
+
+    Args:
+        bundles: those that were measured, for quality; a profile in the ``profiles/`` of its bundle needs none.
+        allow: conditions that differ on purpose, see `rowcol_edge.report.sessions.ALLOWED`.
+
+    Raises:
+        NotComparableError: names every condition that differs.
+    """
+    from .report import sessions
+
+    return sessions.compare(Path(old), Path(new), bundles=[Path(path) for path in bundles], allow=allow)
 
 
 def gate(

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import json as json_module
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from .device.manifest import PRECISIONS
 from .device.runtimes import RUNTIMES
-from .errors import InputError, MissingDependencyError, RowcolError
+from .errors import ConfigError, InputError, MissingDependencyError, RowcolError
 
 if TYPE_CHECKING:
     from .job import Progress
+    from .report.change import Change
+    from .report.compare import ComparisonTable
     from .targets import Target
+
+T = TypeVar("T", "ComparisonTable", "Change")
 
 app = typer.Typer(
     name="rowcol-edge",
@@ -375,25 +379,48 @@ def profile(
 
 @app.command()
 def compare(
-    bundles: Annotated[list[Path], typer.Argument(help="bundle folders, profiled or not")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="BUNDLE...|OLD NEW", help="bundles, profiled or not; or two profiles (.json)"),
+    ],
+    bundle: Annotated[
+        list[Path] | None,
+        typer.Option(help="with profiles: states their quality; again for more (default: where a profile lies)"),
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CONDITION", help="with profiles: it differs on purpose (threads, governor…); again for more"
+        ),
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="print the table as markdown")] = False,
     json: Json = False,
 ) -> None:
-    """Compare dense and factored arms per target.
+    """Compare dense and factored arms per target; or two profiles, before and after.
 
-    Size, quality, latency and memory, with intervals and evidence.
+    Bundles: size, quality, latency and memory, with intervals and evidence. Two profiles of one target, for instance
+    of another build or another version of the runtime: what changed, arm by arm; exit code 3, with all that differs,
+    where they were not measured under the same conditions.
     """
     from . import api
+    from .report import sessions, terminal
 
-    table = api.compare(bundles)
+    if sessions.are_profiles(paths):
+        change = api.compare_profiles(*paths, bundles=bundle or (), allow=allow or ())
+        _print_table(change, terminal.change, markdown, json)
+        return
+    if bundle or allow:
+        raise ConfigError("--bundle, --allow", expected="two profiles to use them for", got="bundles")
+    _print_table(api.compare(paths), terminal.comparison, markdown, json)
+
+
+def _print_table(table: T, show: Callable[[T], None], markdown: bool, json: bool) -> None:
     if json:
         _print_json(table.to_dict())
     elif markdown:
         typer.echo(table.markdown())
     else:
-        from .report import terminal
-
-        terminal.comparison(table)
+        show(table)
 
 
 @app.command()

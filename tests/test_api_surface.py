@@ -13,7 +13,8 @@ from rowcol_edge import cli, errors
 
 PUBLIC = {
     "Bundle", "Predictor", "RowcolError",
-    "build", "compare", "data", "doctor", "factor", "gate", "inspect", "profile", "verify", "write_report",
+    "build", "compare", "compare_profiles", "data", "doctor", "factor", "gate", "inspect", "profile", "verify",
+    "write_report",
 }  # fmt: skip
 COMMANDS = {
     "build", "compare", "data", "demo", "doctor", "factor", "gate", "inspect", "profile", "report", "run",

@@ -357,6 +357,8 @@ def conditions(profile: Profile) -> dict[str, str]:
         "threads": str(profile.threads),
         "settings": settings_text(profile) or "none",
         "power mode": host.power_mode or "none",
+        "clocks held": "not told" if host.clocks_held is None else "yes" if host.clocks_held else "no",
+        "governor": host.governor or "none",
         "caps": " ".join(f"{k}={v}" for k, v in sorted({**host.caps, **profile.caps}.items())) or "none",
         "evidence": profile.evidence,
     }

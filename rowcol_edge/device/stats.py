@@ -114,6 +114,24 @@ def ratio_interval(arm_ns: Sequence[float], baseline_ns: Sequence[float]) -> Int
     return Interval(math.exp(median(logs.tolist())), math.exp(float(low)), math.exp(float(high)), rounds)
 
 
+def unpaired_interval(arm_ns: Sequence[float], baseline_ns: Sequence[float]) -> Interval:
+    """From block medians of two sessions, which are not paired: a bootstrap over each of them; deterministic.
+
+    The tails are those for the smaller sample, whose degrees of freedom are a lower bound of Welch's. MeasurementError:
+    fewer than ``MIN_ROUNDS`` blocks in one of them.
+    """
+    fewest = min(len(arm_ns), len(baseline_ns))
+    if fewest < MIN_ROUNDS:
+        raise MeasurementError("unpaired ratio", expected=f"at least {MIN_ROUNDS} blocks each", got=str(fewest))
+    random = np.random.default_rng(SEED)
+    samples = [np.log(np.asarray(values, np.float64)) for values in (arm_ns, baseline_ns)]
+    resampled = [np.median(logs[random.integers(0, len(logs), (RESAMPLES, len(logs)))], axis=1) for logs in samples]
+    tail = tail_probability(fewest)
+    low, high = np.quantile(resampled[0] - resampled[1], [tail, 1.0 - tail])
+    ratio = float(np.median(samples[0]) - np.median(samples[1]))
+    return Interval(math.exp(ratio), math.exp(float(low)), math.exp(float(high)), fewest)
+
+
 def tail_probability(rounds: int) -> float:
     """Share of resamples to leave out at each end: Φ(-√(n/(n-1))·t), t Student's 97.5 % quantile for n-1 degrees."""
     t = _student(rounds - 1)

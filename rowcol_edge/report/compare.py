@@ -1,7 +1,7 @@
 """Dense against factored over bundles: size and quality from the manifests, time and memory from their profiles.
 
-Only arms measured in one session are set against each other, by that session's paired interval. Two sessions are never
-divided by each other: what changed on the machine in between is in neither of them.
+Only arms measured in one session are set against each other here, by that session's paired interval. Two sessions of
+one target, as before and after an upgrade, are another question with a weaker answer: `rowcol_edge.report.sessions`.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..pipeline import Built, Factored
     from ..samples import Sample
     from ..targets import Target
+    from .change import Change
     from .compare import ComparisonTable
 
 _LISTED = 4
@@ -355,6 +356,20 @@ def comparison(table: ComparisonTable, *, notes: bool = True) -> None:
             sheet.add_row(headings[i], *(cells[i] for cells in arms))
         console.print(sheet)
     for note in table.notes if notes else ():
+        console.print(f"note: {note}")
+
+
+def change(found: Change) -> None:
+    """Before and after, the arms side by side."""
+    first, *arms = found.columns()
+    sheet = _table(
+        f"{found.new.bundle}: {found.old.file} → {found.new.file}", [(first, "l"), *((a, "r") for a in arms)]
+    )
+    for row in found.rows():
+        sheet.add_row(*row)
+    console = _console()
+    console.print(sheet)
+    for note in found.notes:
         console.print(f"note: {note}")
 
 

@@ -97,6 +97,8 @@ def test_derived_figures() -> None:
         ({"environment": replace(ENVIRONMENT, host_id="ba9876543210")}, "host: 0123456789ab and ba9876543210"),
         ({"environment": replace(ENVIRONMENT, caps={"OMP_NUM_THREADS": "1"})}, "caps: none and OMP_NUM_THREADS=1"),
         ({"environment": replace(ENVIRONMENT, power_mode="7W (3)")}, "power mode: none and 7W (3)"),
+        ({"environment": replace(ENVIRONMENT, clocks_held=True)}, "clocks held: not told and yes"),
+        ({"environment": replace(ENVIRONMENT, governor="powersave")}, "governor: performance and powersave"),
     ],
 )
 def test_conditions_that_keep_latencies_apart(change: dict[str, Any], difference: str) -> None:

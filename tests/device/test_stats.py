@@ -107,3 +107,19 @@ def test_median_of_nothing() -> None:
 def test_spread_sees_two_speeds() -> None:
     assert stats.spread([100.0] * 12) == 0.0
     assert stats.spread([100.0] * 8 + [120.0] * 4) == pytest.approx(0.2)
+
+
+def test_the_interval_of_two_independent_samples_covers() -> None:
+    """Nominal 95 %; a nudge below that for 300 trials (binomial, three standard deviations)."""
+    random = np.random.default_rng(3)
+    held = 0
+    for _ in range(300):
+        new, old = 5e6 * random.lognormal(0, 0.02, 12), 10e6 * random.lognormal(0, 0.05, 8)
+        found = stats.unpaired_interval(new.tolist(), old.tolist())
+        held += found.low < 0.5 < found.high
+    assert held / 300 > 0.95 - 3 * (0.95 * 0.05 / 300) ** 0.5
+
+
+def test_two_samples_of_which_one_is_too_small() -> None:
+    with pytest.raises(MeasurementError, match="at least 6 blocks each, got 5"):
+        stats.unpaired_interval([1.0] * 12, [1.0] * 5)
