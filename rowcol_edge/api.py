@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from . import config
 from .config import Options
+from .device.progress import silent
 from .errors import ConfigError, DataError, ModelError
-from .job import Progress, silent
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .device.profile import Profile
     from .device.verify import VerifyReport
     from .inspection import Inspection
+    from .job import Progress
     from .models import LoadedModel
     from .pipeline import Built, Factored
     from .report.change import Change

@@ -21,18 +21,18 @@ from .arms import Arm, runtime_options
 from .backends import load_backend
 from .coverage import DataReport
 from .device.installed import PACKAGES
-from .device.manifest import GRAPH_CHECKED, RUN, ArmEntry, Manifest, TensorSpec
+from .device.manifest import GRAPH_CHECKED, PLAN_NAME, RUN, ArmEntry, Manifest, TensorSpec
+from .device.progress import silent
 from .device.runtimes import load_runtime
 from .device.verify import golden_outputs
 from .evaluation import Judged
 from .factoring.layers import ALREADY_FACTORED
 from .factoring.plan import FactorPlan
-from .job import Job, Progress, silent, tool_versions
+from .job import Job, Progress, tool_versions
 from .search import Choice
 from .targets import RuntimeSpec, Target, install_lines, runtime_entry
 
 _GOLDEN_SAMPLES = 4
-PLAN_NAME = "plan.toml"
 LICENCE_NAME = "LICENSE-weights.md"
 #: what another machine may show against the golden outputs: other kernels round differently, int8 ones also clip
 _TOLERANCE = {

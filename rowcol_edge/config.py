@@ -9,8 +9,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypedDict
 
-import tomli_w
-
 from .budgets import Budgets
 from .device import manifest
 from .device.manifest import CONTRACTS
@@ -181,6 +179,8 @@ def write(options: BuildOptions, path: Path) -> None:
     """Write the `rowcol.toml` that repeats this build, in one step; a file that a person wrote is left alone."""
     if path.exists() and not (path.is_file() and path.read_bytes().startswith(_HEADER.encode())):
         return
+    import tomli_w  # a command that only shows results does not need it
+
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(_HEADER + tomli_w.dumps(options.to_dict()), encoding="utf-8")
     temporary.replace(path)

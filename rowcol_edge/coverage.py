@@ -21,12 +21,13 @@ from torch import nn
 
 from . import calling, duplicates
 from .config import ALL
+from .device.progress import silent
 from .duplicates import Pair, Thresholds
 from .evaluation import HELD
 from .factoring import fold, graph
 from .factoring.graph import LayerGraph
 from .features import Floats, Observed, Observer
-from .job import Job, Progress, silent
+from .job import Job, Progress
 from .sketches import Likeness, stack
 
 _WORST = 20  # pairs that are listed one by one

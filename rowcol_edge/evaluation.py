@@ -17,9 +17,10 @@ from .backends.base import Artifact, Calibration
 from .datasets import Feeds, Split
 from .device.bundle import split_feeds
 from .device.decode import decode
+from .device.progress import silent
 from .device.runtimes import RuntimeOptions, Session, load_runtime
 from .errors import BundleError, ConfigError, DataError
-from .job import Job, Progress, silent
+from .job import Job, Progress
 from .quality import Metric, Predictions, paired_drop
 
 HELD = 32

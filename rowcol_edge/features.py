@@ -22,10 +22,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from .calling import bind, evaluating, feed
 from .datasets import Feeds, Labels, Split
+from .device.progress import silent
 from .errors import DataError, ModelError
 from .export.capture import name_outputs
 from .factoring.graph import LayerGraph
-from .job import Progress, silent
+from .job import Progress
 from .models import OneByOne
 from .sketches import Sketches, sketch, stack
 

@@ -15,11 +15,12 @@ import numpy.typing as npt
 from torch import nn
 
 from .datasets import Split
+from .device.progress import silent
 from .factoring import ranks
 from .factoring.costs import LayerInfo
 from .factoring.spaces import LayerSpaces, utilised_rank
 from .factoring.study import study
-from .job import Progress, silent
+from .job import Progress
 from .models import LoadedModel
 from .search import BREAK_EVEN, DEFAULT_ENERGY
 

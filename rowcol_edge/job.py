@@ -20,6 +20,7 @@ from .cache import Cache
 from .config import DEFAULT_BUDGET, BuildOptions
 from .datasets import Split
 from .device.preprocess import Frames, Preprocess
+from .device.progress import silent
 from .device.system import environment
 from .errors import ConfigError, DataError, TargetError
 from .export.onnx import OPSETS
@@ -39,10 +40,6 @@ TOOLS = (
 
 _NPU = "NPU"
 """OpenVINO's device that takes no dynamic shapes (its documentation, "Supported Devices", feature support)."""
-
-
-def silent(label: str, done: int, total: int) -> None:
-    """The progress of someone who does not watch."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from .config import BuildOptions
 from .coverage import DataReport
 from .device.bundle import Bundle
 from .device.manifest import MANIFEST_NAME, Manifest
+from .device.progress import silent
 from .errors import BudgetError, BundleError, ConfigError, ModelError, StageError
 from .evaluation import Judged
 from .export.onnx import check_size, program
@@ -38,7 +39,7 @@ from .factoring.graph import trace
 from .factoring.plan import FactorPlan
 from .factoring.study import Study, study
 from .gauges import Gauged, Settler
-from .job import Job, Progress, check_out, prepare, silent
+from .job import Job, Progress, check_out, prepare
 from .models import LoadedModel
 from .precision import Selection
 from .recovery import Recoverer, Recovery

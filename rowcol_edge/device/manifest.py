@@ -34,6 +34,8 @@ DTYPES = (
 )  # fmt: skip
 MANIFEST_NAME = "manifest.json"
 PROFILES_FOLDER = "profiles"
+PLAN_NAME = "plan.toml"
+"""The factor plan, in bundles that have factored arms."""
 
 _QUALITY_NUMBERS = ("drop_pp", "ci_low_pp", "ci_high_pp")
 _QUALITY_COUNTS = ("flips", "flips_bad")

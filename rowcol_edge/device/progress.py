@@ -7,6 +7,10 @@ import time
 from collections.abc import Callable
 
 
+def silent(what: str, done: int, total: int) -> None:
+    """The progress of someone who does not watch."""
+
+
 def on_stderr(interactive: bool) -> Callable[[str, int, int], None]:
     """Takes a label, the steps done and the steps in all: a line rewritten at a terminal, every tenth step in a log."""
     begun: dict[str, tuple[int, float]] = {}

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from rowcol_edge.errors import PlanError
 from rowcol_edge.factoring.costs import Form, Split
 
@@ -139,6 +137,8 @@ class FactorPlan:
 
     def to_toml(self) -> str:
         """The plan as TOML with a header for people."""
+        import tomli_w  # plans are also read where only the extra `report` is installed
+
         content: dict[str, Any] = {"schema": SCHEMA, "model": self.model, "made_by": self.made_by}
         content["rank_multiple"] = self.rank_multiple
         content["refit"] = self.refit

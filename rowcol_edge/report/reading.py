@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..bundling import PLAN_NAME
 from ..device.bundle import Bundle
-from ..device.manifest import ArmEntry
+from ..device.manifest import PLAN_NAME, ArmEntry
 from ..device.profile import ArmProfile, Profile, differences
 from ..device.stats import MIN_SAMPLES, percentile
 from ..device.system import counts
