@@ -91,7 +91,7 @@ def _block(index: int, run: FootprintRun) -> Block:
 def _reading(run: FootprintRun) -> FootprintReading:
     peaks = run.load_peak_bytes, run.run_peak_bytes
     stages = run.imported, run.loaded, run.first, run.steady
-    return FootprintReading(*stages, *peaks, run.inferences, stats.median(run.samples_ns))
+    return FootprintReading(*stages, *peaks, run.inferences, stats.median(run.samples_ns), run.curve)
 
 
 def _middle(usages: Sequence[Usage]) -> Usage:

@@ -11,6 +11,7 @@ those that no other process has (``Private_Clean`` and ``Private_Dirty``), which
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,27 @@ class Usage:
     resident_bytes: int | None
     proportional_bytes: int | None
     private_bytes: int | None
+
+
+STAGES = ("imported", "loaded", "first", "steady")
+"""Of a process that runs a model: the runtime is imported, the artifact open, one inference done, all of them done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """RSS of a process over time, in ns since it was started; only changes are kept, each with the last reading before
+    it.
+
+    ``marks_ns`` are the times of STAGES.
+    """
+
+    times_ns: tuple[int, ...]
+    resident_bytes: tuple[int, ...]
+    marks_ns: tuple[int, ...]
+
+    def at(self, time_ns: int) -> int:
+        """The reading before that time; the first one where there is none."""
+        return self.resident_bytes[max(0, bisect_right(self.times_ns, time_ns) - 1)]
 
 
 def usage(process: Path = _PROCESS) -> Usage:

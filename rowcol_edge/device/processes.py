@@ -6,12 +6,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import MeasurementError
+from .memory import Curve
 from .records import decode
+from .watching import MemoryWatch
 from .worker import EnergyRun, FootprintRun, MemoryRun, Request, TimedRun
 
 _STDERR_LINES = 3
@@ -32,37 +37,40 @@ class Processes:
         return decode(MemoryRun, self._run(request, where), f"result of {where}", MeasurementError)
 
     def footprint(self, request: Request, where: str) -> FootprintRun:
-        return decode(FootprintRun, self._run(request, where), f"result of {where}", MeasurementError)
+        """With the memory of the process over time, where the system tells of it."""
+        begin = time.monotonic_ns()
+        watch = MemoryWatch()
+        run = decode(FootprintRun, self._run(request, where, watch.of), f"result of {where}", MeasurementError)
+        times, marks = (tuple(at - begin for at in found) for found in (watch.times_ns, run.marks_ns))
+        return replace(run, curve=Curve(times, tuple(watch.resident_bytes), marks) if times else None)
 
     def energy(self, request: Request, where: str) -> EnergyRun:
         return decode(EnergyRun, self._run(request, where), f"result of {where}", MeasurementError)
 
-    def _run(self, request: Request, where: str) -> Any:
+    def _run(
+        self, request: Request, where: str, watch: Callable[[int], AbstractContextManager[object]] = nullcontext
+    ) -> Any:
         # a bound on hanging, not on being slow: a slow model asks for its own time
         timeout = self._timeout_seconds + 10 * request.run_seconds
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            self._command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, encoding="utf-8", errors="replace",
+            env=self._environment,
+        ) as process:  # fmt: skip
+            try:
+                with watch(process.pid):
+                    stdout, stderr = process.communicate(request.to_json(), timeout)
+            except subprocess.TimeoutExpired as e:
+                hint = "is the machine busy, or is the model waiting for something?"
+                raise MeasurementError(where, expected=f"a result within {timeout:.0f} s", got="none", hint=hint) from e
+            finally:
+                process.kill()  # which does nothing to one that has ended
+        if process.returncode != 0:
+            raise MeasurementError(where, expected="a process that ends well", got=_ending(process.returncode, stderr))
         try:
-            done = subprocess.run(
-                self._command,
-                input=request.to_json(),
-                capture_output=True,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                env=self._environment,
-                timeout=timeout,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as e:
-            hint = "is the machine busy, or is the model waiting for something?"
-            raise MeasurementError(where, expected=f"a result within {timeout:.0f} s", got="none", hint=hint) from e
-        if done.returncode != 0:
-            raise MeasurementError(
-                where, expected="a process that ends well", got=_ending(done.returncode, done.stderr)
-            )
-        try:
-            return json.loads(done.stdout)
+            return json.loads(stdout)
         except ValueError as e:
-            raise MeasurementError(where, expected="one JSON result", got=repr(done.stdout[-200:])) from e
+            raise MeasurementError(where, expected="one JSON result", got=repr(stdout[-200:])) from e
 
 
 def worker_command() -> tuple[list[str], str]:

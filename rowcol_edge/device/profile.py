@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import BudgetError, BundleError, NotComparableError
 from .fields import parse_json
-from .memory import Usage
+from .memory import STAGES, Curve, Usage
 from .records import decode
 from .stats import NOT_COMPARABLE, VERDICTS, median
 from .system import EVIDENCE, Environment, Readings
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the profile's format. History:
 
 1 – first one: every raw sample of every block, memory runs, comparisons, the null arm, environment and evidence.
 2 – the runtime's settings (``properties``), which decide for instance in which precision openvino calculates.
 3 – the machine's rails, power mode and held clocks, what it read after the measurement, energy of an inference by rail,
     the verdict on the target's memory budget, memory at each stage and by the runtime's settings (``footprints``).
+4 – memory of the footprint's processes over time (``curve``). Version 3 is read: its curves are None.
 """
+READABLE = (3, SCHEMA)
 
 _MIB = 1 << 20
 
@@ -119,7 +121,10 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class FootprintReading:
-    """One footprint run, see :class:`.worker.FootprintRun`; ``median_ns`` is that of its inferences."""
+    """One footprint run, see :class:`.worker.FootprintRun`; ``median_ns`` is that of its inferences.
+
+    ``curve`` is None where the system does not tell, and in older profiles.
+    """
 
     imported: Usage
     loaded: Usage
@@ -129,6 +134,7 @@ class FootprintReading:
     run_peak_bytes: int | None
     inferences: int
     median_ns: float
+    curve: Curve | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,10 +339,15 @@ class Profile:
         """Strict: BundleError names the first key that is unknown, missing or of the wrong kind."""
         # before anything else, so that another format is refused by its version and not by some key
         schema = values.get("schema") if isinstance(values, Mapping) else None
-        if schema != SCHEMA:
+        if schema not in READABLE:
             hint = "measure again with this version"
-            raise BundleError(f"{where}.schema", expected=str(SCHEMA), got=repr(schema), hint=hint)
-        profile = decode(cls, values, where)
+            expected = " or ".join(map(str, READABLE))
+            raise BundleError(f"{where}.schema", expected=expected, got=repr(schema), hint=hint)
+        profile = replace(decode(cls, values, where), schema=SCHEMA)
+        for arm in profile.arms.values():
+            for curve in (reading.curve for found in arm.footprints for reading in found.runs):
+                if curve is not None:
+                    _check_curve(curve, f"{where}.arms.{arm.name}")
         for level in (profile.evidence, profile.null.evidence, *(c.evidence for c in profile.comparisons)):
             if level not in EVIDENCE:
                 raise BundleError(f"{where}: evidence", expected=f"one of {', '.join(EVIDENCE)}", got=repr(level))
@@ -344,6 +355,14 @@ class Profile:
             if verdict not in VERDICTS:
                 raise BundleError(f"{where}: verdict", expected=f"one of {', '.join(VERDICTS)}", got=repr(verdict))
         return profile
+
+
+def _check_curve(curve: Curve, where: str) -> None:
+    lengths = len(curve.times_ns), len(curve.resident_bytes), len(curve.marks_ns)
+    rising = all(a <= b for a, b in zip(curve.times_ns, curve.times_ns[1:], strict=False))
+    if not curve.times_ns or lengths[0] != lengths[1] or lengths[2] != len(STAGES) or not rising:
+        expected = f"readings in the order of their times, and {len(STAGES)} marks"
+        raise BundleError(f"{where}: memory curve", expected=expected, got=f"{lengths} times, readings and marks")
 
 
 def conditions(profile: Profile) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
 from math import isfinite
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ T = TypeVar("T")
 def decode(kind: type[T], value: object, where: str, error: type[RowcolError] = BundleError) -> T:
     """``value`` (what :func:`json.loads` gave) as a ``kind``; ``where`` is its path in the document, for the error.
 
+    A field that has a default may be missing: one that a format got later has.
     Knows dataclasses, ``str``, ``bool``, ``int``, ``float``, ``X | None``, ``tuple[X, ...]`` and ``dict[str, X]``.
     """
     found: T = _decode(kind, value, where, error)
@@ -47,14 +48,15 @@ def _decode(kind: Any, value: Any, where: str, error: type[RowcolError]) -> Any:
 def _record(kind: Any, value: Any, where: str, error: type[RowcolError]) -> Any:
     if not isinstance(value, Mapping):
         raise error(where, expected="an object", got=_kind(value))
-    hints = _hints(kind)
-    for key in hints:
+    hints, needed = _hints(kind)
+    for key in needed:
         if key not in value:
             raise error(f"{where}.{key}", expected="a value", got="no such key")
     for key in value:
         if key not in hints:
             raise error(f"{where}.{key}", expected="no such key", got="an unknown key")
-    return kind(**{key: _decode(hint, value[key], f"{where}.{key}", error) for key, hint in hints.items()})
+    given = {key: hint for key, hint in hints.items() if key in value}
+    return kind(**{key: _decode(hint, value[key], f"{where}.{key}", error) for key, hint in given.items()})
 
 
 def _plain(kind: Any, value: Any, where: str, error: type[RowcolError]) -> Any:
@@ -67,9 +69,11 @@ def _plain(kind: Any, value: Any, where: str, error: type[RowcolError]) -> Any:
 
 
 @lru_cache(maxsize=32)
-def _hints(kind: Any) -> dict[str, Any]:
+def _hints(kind: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The type of each field, and the fields that have no default."""
     hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in fields(kind)}
+    needed = tuple(f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING)
+    return {field.name: hints[field.name] for field in fields(kind)}, needed
 
 
 def _kind(value: object) -> str:

@@ -127,6 +127,8 @@ class FootprintRun:
     ``imported``: interpreter, numpy, runtime and feed, nothing loaded; ``loaded``: with the artifact open; ``first``:
     after the first inference; ``steady``: after all ``inferences``. ``load_peak_bytes`` is the most while loading,
     ``run_peak_bytes`` the most from then on; None where the system does not tell or they cannot be told apart.
+    ``marks_ns`` are the times of the four stages by ``time.monotonic_ns``, which all processes of a system share;
+    ``curve`` is what the process that started this one read of it meanwhile.
     """
 
     runtime_version: str
@@ -138,6 +140,8 @@ class FootprintRun:
     run_peak_bytes: int | None
     inferences: int
     samples_ns: tuple[int, ...]
+    marks_ns: tuple[int, ...]
+    curve: memory.Curve | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,22 +287,29 @@ def _memory(
 def _footprint(
     request: Request, load: Callable[[], Session], feed: dict[str, np.ndarray], version: str
 ) -> FootprintRun:
+    marks = [time.monotonic_ns()]
     imported = _usage()
     reset = memory.reset_peak()
     with load() as session:
+        marks.append(time.monotonic_ns())
         loaded = _usage()
         load_peak = memory.peak_bytes() if reset else None
         reset = memory.reset_peak()
         session.run(feed)
+        marks.append(time.monotonic_ns())
         first = _usage()
         warmups, _ = warm_up(lambda: session.run(feed), int(request.warmup_seconds * 1e9), time.perf_counter_ns)
         limit_ns = max(0, int(request.run_seconds * 1e9) - sum(warmups))
         bounds = (request.min_samples, request.max_samples)
         samples = sample(session.run, feed, limit_ns, bounds, time.perf_counter_ns)
+        marks.append(time.monotonic_ns())
         steady = _usage()
         run_peak = memory.peak_bytes() if reset else None
     inferences = 1 + len(warmups) + len(samples)
-    return FootprintRun(version, imported, loaded, first, steady, load_peak, run_peak, inferences, tuple(samples))
+    peaks = load_peak, run_peak
+    return FootprintRun(
+        version, imported, loaded, first, steady, *peaks, inferences, tuple(samples), tuple(marks)
+    )  # fmt: skip
 
 
 def _usage() -> memory.Usage:

@@ -32,12 +32,13 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """``number`` is the arm's, from 1; ``line`` is a polyline's points, empty for a mark alone."""
+    """``number`` is the arm's, from 1; ``line`` is a polyline's points, empty for a mark alone; ``dots`` lie on it."""
 
     number: int
     name: str
     mark: Mark
     line: str = ""
+    dots: tuple[Mark, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,8 @@ class Axis:
 
 def charts(profile: ProfileFigures) -> tuple[Chart, ...]:
     """Those for which the profile has numbers."""
-    return tuple(chart for chart in (latency(profile), memory(profile), size(profile), drop(profile)) if chart)
+    drawn = latency(profile), memory(profile), memory_over_time(profile), size(profile), drop(profile)
+    return tuple(chart for chart in drawn if chart)
 
 
 def latency(profile: ProfileFigures) -> Chart | None:
@@ -148,6 +150,30 @@ def memory(profile: ProfileFigures) -> Chart | None:
     x_ticks = tuple(Tick(place, name) for name, place in at.items())
     said = f"Resident memory of a process in MiB at {len(names)} stages of its life, for {len(arms)} arms."
     return Chart("memory", "Memory at each stage", said, "stage", "resident, MiB", x_ticks, y.ticks(), tuple(series))
+
+
+def memory_over_time(profile: ProfileFigures) -> Chart | None:
+    """RSS of a process from its start to its end."""
+    arms = [(number, arm) for number, arm in enumerate(profile.arms, 1) if arm.memory_curve]
+    if not arms:
+        return None
+    x = Axis.fit([ns * 1e-6 for _, arm in arms for ns, _ in arm.memory_curve], LEFT, RIGHT, zero=True)
+    y = Axis.fit([value / _MIB for _, arm in arms for _, value in arm.memory_curve], BOTTOM, TOP, zero=True)
+    series = []
+    for number, arm in arms:
+        points = [(x.at(ns * 1e-6), y.at(value / _MIB)) for ns, value in arm.memory_curve]
+        dots = tuple(Mark(x.at(each.time_ns * 1e-6), y.at(each.resident_bytes / _MIB)) for each in arm.memory_marks)
+        # markers at different heights of the way up, so that arms which load alike do not hide each other
+        most = max(value for _, value in arm.memory_curve)
+        share = 0.35 + 0.1 * (number % 6)
+        first = next(i for i, (_, value) in enumerate(arm.memory_curve) if value >= share * most)
+        series.append(Series(number, arm.arm, Mark(*points[first]), _polyline(points), dots))
+    said = (
+        "Resident memory of one process of each arm, from its start to its end; dots are the runtime imported, the "
+        "model loaded, the first inference, the last one, and the peak."
+    )
+    labels = "since the start, ms", "resident, MiB"
+    return Chart("memory-time", "Memory over time", said, *labels, x.ticks(), y.ticks(), tuple(series))
 
 
 def size(profile: ProfileFigures) -> Chart | None:

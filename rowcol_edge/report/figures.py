@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ..device import memory
 from ..device.profile import Comparison
 
 SCHEMA = 1
@@ -18,7 +19,8 @@ SHARES = (0, 1, 2, 5, 10, 20, 25, 30, 40, 50, 60, 70, 75, 80, 90, 95, 98, 99, 10
 TABLED = (10, 25, 50, 75, 90, 99)
 """Those that are also given as figures, where there are samples enough."""
 
-STAGES = ("imported", "loaded", "first", "steady", "peak")
+PEAK = "peak"
+STAGES = (*memory.STAGES, PEAK)
 """Points of a process' life at which its memory is told, in their order."""
 
 
@@ -33,12 +35,23 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryMark:
+    """RSS of a process at a time, in ns since it was started."""
+
+    name: str
+    time_ns: int
+    resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ArmFigures:
     """One arm of one profile. Times, memory and energy are None where they are not the target's (an emulator's).
 
     ``against_dense`` is the paired ratio to the dense arm of the same precision, ``against_original`` to dense@fp32.
     ``quality``, ``drop_pp`` and its interval are the manifest's, on ``split``; None without a bundle.
-    ``curve`` holds (percent, ns) of all raw samples, ``percentiles`` those of TABLED.
+    ``curve`` holds (percent, ns) of all raw samples, ``percentiles`` those of TABLED. ``memory_curve`` holds (ns,
+    bytes) of one process, of those of the footprint the one of middle length, and ``memory_marks`` its stages and its
+    peak; empty without a footprint.
     """
 
     arm: str
@@ -66,6 +79,8 @@ class ArmFigures:
     curve: tuple[tuple[int, float], ...]
     percentiles: tuple[float | None, ...]
     stages: tuple[Stage, ...]
+    memory_curve: tuple[tuple[int, int], ...] = ()
+    memory_marks: tuple[MemoryMark, ...] = ()
 
     def stage(self, name: str) -> Stage:
         """The memory at that stage; one of which nothing is known where it was not measured."""
@@ -150,7 +165,7 @@ class Figures:
 
 _AGAINST = ("against_dense", "against_original")
 _RATIO = ("ratio", "ci_low", "ci_high", "verdict")
-_NESTED = (*_AGAINST, "curve", "percentiles", "stages")
+_NESTED = (*_AGAINST, "curve", "percentiles", "stages", "memory_curve", "memory_marks")
 
 
 def _cell(value: Any) -> Any:

@@ -11,7 +11,7 @@ from ..device.system import PROXY, TARGET
 from ..device.table import NONE, joules, mebibytes, milliseconds, ratio_text, size
 from ..errors import MissingDependencyError
 from . import charts
-from .figures import TABLED, ArmFigures, Figures, ProfileFigures
+from .figures import STAGES, TABLED, ArmFigures, Figures, ProfileFigures
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -28,7 +28,7 @@ def check() -> None:
 def page(figures: Figures) -> str:
     """The HTML document; the same figures give the same text."""
     template = _environment().get_template("report.html")
-    return template.render(figures=figures, charts=charts, tabled=TABLED)
+    return template.render(figures=figures, charts=charts, tabled=TABLED, stages=STAGES)
 
 
 def headline(profile: ProfileFigures) -> list[str]:

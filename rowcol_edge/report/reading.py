@@ -11,13 +11,15 @@ import numpy as np
 
 from ..device.bundle import Bundle
 from ..device.manifest import PLAN_NAME, ArmEntry
+from ..device.memory import STAGES as MARKS
+from ..device.memory import Curve
 from ..device.profile import ArmProfile, Profile, differences
 from ..device.stats import MIN_SAMPLES, percentile
 from ..device.system import counts
 from ..errors import BundleError
 from .compare import paired
 from .facts import environment_facts, protocol_facts
-from .figures import SHARES, STAGES, TABLED, ArmFigures, Figures, LayerFigures, ProfileFigures, Stage
+from .figures import PEAK, SHARES, STAGES, TABLED, ArmFigures, Figures, LayerFigures, MemoryMark, ProfileFigures, Stage
 from .gate import bundle_beside, check_same_build, default_arm
 
 _ORIGINAL = "dense@fp32"
@@ -94,6 +96,7 @@ def _arm(profile: Profile, name: str, entry: ArmEntry | None, default: bool) -> 
     split = next((name for name in ("test", "selection") if name in quality), "")
     stated = quality.get(split, {})
     energy = arm.energy[0] if real and arm.energy else None
+    over = _over_time(arm) if real else None
     dense = f"dense@{name.partition('@')[2]}"
     return ArmFigures(
         arm=name,
@@ -121,6 +124,8 @@ def _arm(profile: Profile, name: str, entry: ArmEntry | None, default: bool) -> 
         curve=tuple((share, float(np.percentile(samples, share))) for share in SHARES) if real and len(samples) else (),
         percentiles=tuple(_percentile(samples, share) for share in TABLED) if real and len(samples) else (),
         stages=_stages(arm) if real else (),
+        memory_curve=tuple(zip(over.times_ns, over.resident_bytes, strict=True)) if over else (),
+        memory_marks=_marks(over) if over else (),
     )
 
 
@@ -135,13 +140,28 @@ def _stages(arm: ArmProfile) -> tuple[Stage, ...]:
         stages = [(name, getattr(found, name)) for name in STAGES[:-1]]
         return (
             *(Stage(name, use.resident_bytes, use.proportional_bytes, use.private_bytes) for name, use in stages),
-            Stage("peak", found.peak_bytes),
+            Stage(PEAK, found.peak_bytes),
         )
     if arm.memory is None:
         return ()
     memory = arm.memory
     pairs = ("imported", memory.baseline_bytes), ("loaded", memory.after_load_bytes), ("peak", memory.peak_bytes)
     return tuple(Stage(name, value) for name, value in pairs)
+
+
+def _over_time(arm: ArmProfile) -> Curve | None:
+    """Of one process with the runtime as the target has it: the one of middle length."""
+    runs = arm.footprints[0].runs if arm.footprints else ()
+    curves = sorted((run.curve for run in runs if run.curve), key=lambda curve: curve.times_ns[-1])
+    return curves[len(curves) // 2] if curves else None
+
+
+def _marks(curve: Curve) -> tuple[MemoryMark, ...]:
+    most = max(curve.resident_bytes)
+    return (
+        *(MemoryMark(name, at, curve.at(at)) for name, at in zip(MARKS, curve.marks_ns, strict=True)),
+        MemoryMark(PEAK, curve.times_ns[curve.resident_bytes.index(most)], most),
+    )
 
 
 def _layers(bundle: Bundle) -> tuple[LayerFigures, ...]:

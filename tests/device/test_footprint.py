@@ -39,7 +39,8 @@ def run(slow: float = 1.0, more: float = 0.0, **changes: Any) -> FootprintRun:
     """A run of so many times 4 ms an inference, with so many MiB more once something is loaded."""
     stages = [usage(50), usage(60 + more), usage(64 + more), usage(66 + more)]
     times = tuple(int(4 * MS * slow * (1 + i / 100)) for i in range(5))
-    found = FootprintRun("1.20", *stages, int((62 + more) * MIB), int((68 + more) * MIB), 20, times)
+    peaks = int((62 + more) * MIB), int((68 + more) * MIB)
+    found = FootprintRun("1.20", *stages, *peaks, 20, times, (300 * MS, 320 * MS, 330 * MS, 900 * MS))
     return replace(found, **changes)
 
 
@@ -212,6 +213,16 @@ def test_a_real_process_tells_weights_and_activations_apart(wide: Callable[..., 
         assert stage.resident_bytes is not None
         assert stage.private_bytes <= stage.proportional_bytes <= stage.resident_bytes
     assert found.inferences > len(found.samples_ns) >= 2
+    curve = found.curve
+    assert curve is not None
+    assert 0 < curve.times_ns[0] < curve.marks_ns[0] < curve.marks_ns[1] < curve.marks_ns[2] < curve.marks_ns[3]
+    assert curve.resident_bytes[0] < imported
+    at_stages = [curve.at(mark) for mark in curve.marks_ns]
+    for seen, told in zip(at_stages[:2], (imported, loaded), strict=True):
+        # up to a period behind, and the kernel's count may lag by some pages a core
+        assert told - 24 * MIB < seen < told + 4 * MIB
+    assert max(curve.resident_bytes) > loaded + 12 * MIB
+    assert len(curve.times_ns) == len(curve.resident_bytes) < 2000
 
 
 def test_without_the_arena_a_process_keeps_less_of_an_inference(wide: Callable[..., Request]) -> None:

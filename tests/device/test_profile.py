@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from rowcol_edge.device.profile import Profile, conditions, differences
+from rowcol_edge.device.memory import Curve, Usage
+from rowcol_edge.device.profile import Footprint, FootprintReading, Profile, conditions, differences
 from rowcol_edge.errors import BundleError, NotComparableError
 
 from ..profiles import ENVIRONMENT, make_profile
@@ -39,7 +40,7 @@ def test_the_samples_of_a_block_stand_on_one_line() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "profile.schema: expected 3, got 2"),
+        ({"schema": 2}, "profile.schema: expected 3 or 4, got 2"),
         ({"evidence": "hearsay"}, "evidence: expected one of target, proxy, emulated, predicted, got 'hearsay'"),
         ({"threads": "2"}, "profile.threads: expected a whole number, got '2'"),
         ({"arms": {"a": {}}}, "profile.arms.a.name: expected a value"),
@@ -55,6 +56,42 @@ def test_an_unknown_verdict_is_an_error() -> None:
     profile = make_profile()
     with pytest.raises(BundleError, match="verdict: expected one of faster, slower"):
         Profile.from_dict({**profile.to_dict(), "null": {**profile.to_dict()["null"], "verdict": "great"}})
+
+
+def test_a_profile_of_the_version_before_is_read(tmp_path: Path) -> None:
+    """Its footprints have no curves."""
+    usage = Usage(3 << 20, None, None)
+    reading = FootprintReading(*[usage] * 4, 5 << 20, 6 << 20, 20, 2e6)
+    footprint = Footprint("default", {}, *[usage] * 4, 5 << 20, 6 << 20, None, (reading,))
+    profile = make_profile()
+    arms = {name: replace(arm, footprints=(footprint,)) for name, arm in profile.arms.items()}
+    values = replace(profile, arms=arms).to_dict()
+    for arm in values["arms"].values():
+        for run in arm["footprints"][0]["runs"]:
+            del run["curve"]
+    read = Profile.from_dict({**values, "schema": 3})
+    assert read == replace(profile, arms=arms)
+    assert read.schema == 4
+    assert Profile.from_json(read.to_json()) == read
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        Curve((), (), (1, 2, 3, 4)),
+        Curve((1, 2), (5,), (1, 2, 3, 4)),
+        Curve((2, 1), (5, 5), (1, 2, 3, 4)),
+        Curve((1, 2), (5, 5), (1, 2, 3)),
+    ],
+)
+def test_a_memory_curve_that_is_none_is_refused(curve: Curve) -> None:
+    usage = Usage(3 << 20, None, None)
+    reading = FootprintReading(*[usage] * 4, 5 << 20, 6 << 20, 20, 2e6, curve)
+    footprint = Footprint("default", {}, *[usage] * 4, 5 << 20, 6 << 20, None, (reading,))
+    profile = make_profile()
+    arms = {**profile.arms, "dense@int8": replace(profile.arms["dense@int8"], footprints=(footprint,))}
+    with pytest.raises(BundleError, match=r"profile.arms.dense@int8: memory curve"):
+        Profile.from_dict(replace(profile, arms=arms).to_dict())
 
 
 def test_a_missing_file_and_broken_json(tmp_path: Path) -> None:

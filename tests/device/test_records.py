@@ -37,6 +37,19 @@ VALUES: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Later:
+    name: str
+    added: int | None = None
+
+
+def test_a_field_that_came_later_may_be_missing() -> None:
+    assert decode(Later, {"name": "a"}, "doc") == Later("a")
+    assert decode(Later, {"name": "a", "added": 3}, "doc") == Later("a", 3)
+    with pytest.raises(BundleError, match=r"doc.name: expected a value"):
+        decode(Later, {"added": 3}, "doc")
+
+
 def test_round_trip() -> None:
     made = decode(Outer, VALUES, "doc")
     assert made == Outer("a", True, 1.0, None, (("x", "y"), ()), {"t": Inner(1, (1, 2))}, None)

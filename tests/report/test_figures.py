@@ -16,7 +16,7 @@ from rowcol_edge.report import reading
 from rowcol_edge.report.figures import Figures
 from rowcol_edge.report.page import page
 
-from ..profiles import make_profile
+from ..profiles import MS, make_profile
 from .test_page import rich_profile, written
 
 
@@ -35,7 +35,7 @@ def test_the_readme_lists_every_key(tmp_path: Path, root: Path) -> None:
     readme = (root / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (document|`\w+\[\]`.*?) \| (.*) \|$", readme, re.MULTILINE)
     listed = {where: re.findall(r"`(\w+)`", keys) for where, keys in rows}
-    found = [document, profile, profile["comparisons"][0], arm, arm["stages"][0], layer]
+    found = [document, profile, profile["comparisons"][0], arm, arm["stages"][0], arm["memory_marks"][0], layer]
     assert [sorted(keys) for keys in listed.values()] == [sorted(values) for values in found]
     assert document["schema"] == 1
     assert profile["comparisons"][0].keys() == profile["null"].keys() == arm["against_original"].keys()
@@ -82,6 +82,37 @@ def test_a_footprint_gives_the_stages(tmp_path: Path) -> None:
     assert [stage.private_bytes and stage.private_bytes >> 20 for stage in stages] == [30, 30, 30, 30, None]
     plain = load(tmp_path, make_profile()).profiles[0].arms[0].stages
     assert [stage.name for stage in plain] == ["imported", "loaded", "peak"]
+
+
+def test_memory_over_time_is_that_of_one_process(tmp_path: Path) -> None:
+    found = load(tmp_path, rich_profile())
+    arm = found.profiles[0].arms[0]
+    assert [(ns // MS, size >> 20) for ns, size in arm.memory_curve] == [
+        (30, 9), (300, 50), (360, 80), (400, 66), (900, 66)
+    ]  # fmt: skip
+    assert [(mark.name, mark.time_ns // MS, mark.resident_bytes >> 20) for mark in arm.memory_marks] == [
+        ("imported", 300, 50), ("loaded", 350, 50), ("first", 370, 80), ("steady", 880, 66), ("peak", 360, 80)
+    ]  # fmt: skip
+    text = page(found)
+    assert "80 MiB<br>at 360 ms" in text
+    assert text.count('<circle class="dot') == 5 * 3
+    plain = load(tmp_path, make_profile(), replace(rich_profile(), evidence="emulated"))
+    assert {arm.memory_curve for profile in plain.profiles for arm in profile.arms} == {()}
+    assert "Memory over time" not in page(plain)
+
+
+def test_of_several_processes_the_one_of_middle_length_is_shown(tmp_path: Path) -> None:
+    profile = rich_profile()
+    arm = profile.arms["factored@int8"]
+    [footprint] = arm.footprints
+    curve = footprint.runs[0].curve
+    assert curve is not None
+    runs = tuple(
+        replace(footprint.runs[0], curve=replace(curve, times_ns=(*curve.times_ns[:-1], end * MS)))
+        for end in (2000, 950, 1000)
+    )
+    arms = {**profile.arms, "factored@int8": replace(arm, footprints=(replace(footprint, runs=runs),))}
+    assert load(tmp_path, replace(profile, arms=arms)).profiles[0].arms[0].memory_curve[-1][0] == 1000 * MS
 
 
 def test_arms_measured_at_different_stages_keep_to_their_columns(tmp_path: Path) -> None:

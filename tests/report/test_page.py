@@ -13,8 +13,8 @@ import pytest
 import rowcol_edge
 from rowcol_edge import cli
 from rowcol_edge.device.bundle import Bundle
-from rowcol_edge.device.memory import Usage
-from rowcol_edge.device.profile import Comparison, Footprint, MemoryBudget, Profile, RailEnergy
+from rowcol_edge.device.memory import Curve, Usage
+from rowcol_edge.device.profile import Comparison, Footprint, FootprintReading, MemoryBudget, Profile, RailEnergy
 from rowcol_edge.errors import BundleError, MissingDependencyError, NotComparableError
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan
 from rowcol_edge.report import charts, figures, reading
@@ -75,9 +75,14 @@ def rich_profile() -> Profile:
     """With footprints, energy, a memory budget and a warning."""
     profile = make_profile()
     use = Usage(50 * MIB, 40 * MIB, 30 * MIB)
-    footprint = Footprint(
-        "default", {}, use, use, use, replace(use, resident_bytes=66 * MIB), 80 * MIB, 90 * MIB, None, ()
-    )
+    steady = replace(use, resident_bytes=66 * MIB)
+    stages, peaks = (use, use, use, steady), (80 * MIB, 90 * MIB)
+    curve = Curve(
+        (30 * MS, 300 * MS, 360 * MS, 400 * MS, 900 * MS), (9 * MIB, 50 * MIB, 80 * MIB, 66 * MIB, 66 * MIB),
+        (300 * MS, 350 * MS, 370 * MS, 880 * MS),
+    )  # fmt: skip
+    runs = tuple(FootprintReading(*stages, *peaks, 20, 2.0 * MS, found) for found in (curve, None))
+    footprint = Footprint("default", {}, *stages, *peaks, None, runs)
     energy = RailEnergy("VDD_IN", "INA3221", 0.0042, 0.004, 0.005, ())
     arms = {name: replace(arm, footprints=(footprint,), energy=(energy,)) for name, arm in profile.arms.items()}
     budget = MemoryBudget(64 * MIB, dict.fromkeys(arms, "over"), ("factored@int8",))
@@ -125,7 +130,11 @@ def test_the_page_is_made_for_keyboards_and_screen_readers(tmp_path: Path) -> No
     ids = [attributes["id"] for _, attributes in document.tags if attributes.get("id")]
     assert len(ids) == len(set(ids))
     pictures = [attributes for tag, attributes in document.tags if tag == "svg"]
-    assert len(pictures) == 8
+    assert len(pictures) == 9  # the second profile has no footprint, so no memory over time
+    labels = [region["aria-label"] for region in regions]
+    assert len(labels) == len(set(labels))
+    titles = [text for tag, text in document.texts if tag == "title" and " of tiny" in text]
+    assert len(titles) == len(set(titles)) == len(pictures)
     for picture in pictures:
         assert picture["role"] == "img"
         assert set(str(picture["aria-labelledby"]).split()) <= set(ids)
