@@ -74,7 +74,8 @@ class Change:
     def rows(self) -> tuple[tuple[str, ...], ...]:
         """A row a figure, old → new, its arms side by side; without figures that no arm has."""
         table: list[tuple[str, ...]] = [
-            ("latency", *(_step(milliseconds, arm.old.median_ns, arm.new.median_ns) for arm in self.arms)),
+            # without its change in per cent: that is the ratio below, with its interval
+            ("latency", *(f"{milliseconds(a.old.median_ns)} → {milliseconds(a.new.median_ns)}" for a in self.arms)),
             ("new over old, unpaired [95 %]", *(ratio_text(arm.latency) for arm in self.arms)),
             ("ratio to dense, old", *(_ratio(arm.old) for arm in self.arms)),
             ("ratio to dense, new", *(_ratio(arm.new) for arm in self.arms)),

@@ -95,7 +95,8 @@ def compare(old: Path, new: Path, *, bundles: Sequence[Path] = (), allow: Collec
         )
         for name in shared
     )
-    notes = (*_notes(old.name, before, new.name, after, changed, noise), *_about_checks(arms, checks))
+    names = old.name, new.name
+    notes = (*_notes(names, before, after, changed), *_about_noise(noise, arms, checks), *_left_out(before, after))
     return Change(_session(old, before), _session(new, after), changed, math.expm1(noise), arms, notes)
 
 
@@ -200,11 +201,9 @@ def _session(path: Path, profile: Profile) -> Session:
     )  # fmt: skip
 
 
-def _notes(
-    old_name: str, old: Profile, new_name: str, new: Profile, changed: Sequence[str], noise: float
-) -> Iterable[str]:
+def _notes(names: tuple[str, str], old: Profile, new: Profile, changed: Sequence[str]) -> Iterable[str]:
     """What has to be read beside the figures."""
-    for what, name, profile in (("old", old_name, old), ("new", new_name, new)):
+    for what, name, profile in zip(("old", "new"), names, (old, new), strict=True):
         yield (
             f"{what}: {name}, measured {profile.created}, {profile.evidence}, {profile.runtime} "
             f"{profile.runtime_version}, build {profile.digest[:12]}; null arm ({profile.null.baseline} twice) "
@@ -221,15 +220,19 @@ def _notes(
     pairs = [(what, getattr(old.environment, what), getattr(new.environment, what)) for what in _BESIDE]
     if others := [f"{what} {one} and {other}" for what, one, other in pairs if one != other]:
         yield f"also another: {', '.join(others)}"
-    yield f"a change of latency up to {math.expm1(noise):.1%} counts as none: so much is shown by what did not change"
+
+
+def _left_out(old: Profile, new: Profile) -> Iterable[str]:
+    """Arms of one session alone, and what each session warned of."""
     for what, one, other in (("old", old, new), ("new", new, old)):
         if missing := [name for name in one.arms if name not in other.arms]:
             yield f"only in the {what} one: {', '.join(missing)}"
         yield from (f"{what}: {warning}" for warning in one.warnings)
 
 
-def _about_checks(arms: Sequence[ArmChange], checks: Sequence[str]) -> Iterable[str]:
+def _about_noise(noise: float, arms: Sequence[ArmChange], checks: Sequence[str]) -> Iterable[str]:
     """What the arms that did not change say of the machine."""
+    yield f"a change of latency up to {math.expm1(noise):.1%} counts as none: so much is shown by what did not change"
     moved = [arm for arm in arms if arm.arm in checks and arm.latency.verdict not in (NO_DIFFERENCE, NOT_COMPARABLE)]
     if moved:
         said = ", ".join(f"{arm.arm} {ratio_text(arm.latency)}" for arm in moved)
