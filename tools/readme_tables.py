@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import readme_int8_tables as int8
+from benchmark_agreement_table import agreement
 from benchmark_backends_table import short_table
 from markdown_table import ratio, table
 from rowcol_edge import targets
@@ -408,6 +409,7 @@ LONG: dict[str, tuple[str, Callable[[], str]]] = {
     "backends": ("backends.json", backends),
     "ties": ("ties.json", lambda: int8.ties(_result("ties.json"))),
     "forms": ("forms.json", lambda: int8.forms(_result("forms.json"))),
+    "agreement": ("agreement.json", lambda: agreement(_result("agreement.json"))),
     "gauges": ("gauge.json", lambda: int8.gauges(_result("gauge.json"))),
 }
 TABLES |= {name: make for name, (file, make) in LONG.items() if (RESULTS / file).is_file()}

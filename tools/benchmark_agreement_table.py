@@ -1,0 +1,79 @@
+"""The README's table of tools/results/agreement.json."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markdown_table import table
+
+LIMIT = 0.02
+"""What the medians may differ by."""
+_OURS, _LOOP = "profiler", "plain loop"
+
+
+def agreement(found: Mapping[str, Any]) -> str:
+    """Our median beside that of the runtime's own tool and of a plain loop, as ratios with their intervals."""
+    heads = ["artifact, runtime", "profiler", "the runtime's tool", "profiler / tool [95 %]", "plain loop",
+             "profiler / loop [95 %]"]  # fmt: skip
+    rows = []
+    for row in found["rows"]:
+        tool = next((name for name in row["against"] if name != _LOOP), None)
+        rows.append([
+            f"`{row['arm']}`, {row['runtime']}", _median(row, _OURS),
+            "–" if tool is None else f"{_median(row, tool)} (`{tool}`)", _ratio(row, tool),
+            _median(row, _LOOP), _ratio(row, _LOOP),
+        ])  # fmt: skip
+    versions = [f"{name} {found['tools'][name]}" for name in _PACKAGES if found["tools"].get(name)]
+    foot = (
+        f"`{found['sample']}`, {found['threads']} threads of {found['machine']['cpu_model']}; medians over "
+        f"{found['rounds']} rounds, in which all take turns, each in a process of its own. Versions: "
+        f"{', '.join(versions)}. "
+        f"Command: `{found['command']}`."
+    )
+    return "\n\n".join([table(heads, rows), verdict(found["rows"]), foot])
+
+
+_PACKAGES = ("onnxruntime", "openvino", "ai-edge-litert")
+
+
+def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many agree, and what is known of those that do not."""
+    pairs = [(row, name, each) for row in rows for name, each in row["against"].items() if _stands(row, name)]
+    beyond = [(row, name, each) for row, name, each in pairs if abs(each["ratio"] - 1) > LIMIT]
+    whose = "the runtime's own tool (of the loop for onnxruntime, whose tool no package brings)"
+    said = [f"Within {LIMIT:.0%} of {whose}: {len(pairs) - len(beyond)} of {len(pairs)}."]
+    wide = [
+        f"`{row['arm']}`, {row['runtime']}"
+        for row, _, each in pairs
+        if abs(each["ratio"] - 1) <= LIMIT and not 1 - LIMIT <= each["ci_low"] <= each["ci_high"] <= 1 + LIMIT
+    ]
+    if wide:
+        said.append(f"Of these the interval reaches beyond it for {', '.join(wide)}.")
+    for row, name, each in beyond:
+        loop = row["against"][_LOOP]
+        where = f"`{row['arm']}` on {row['runtime']} takes {each['longer_ns'] / 1e3:+.0f} µs against {name}"
+        if name == _LOOP:
+            said.append(f"{where}.")
+        elif abs(loop["ratio"] - 1) <= LIMIT:
+            said.append(f"{where}; a loop over the runtime's Python calls takes as long as the profiler does.")
+        else:
+            said.append(f"{where} and {loop['longer_ns'] / 1e3:+.0f} µs against the loop: the profiler adds time.")
+    return " ".join(said)
+
+
+def _stands(row: Mapping[str, Any], name: str) -> bool:
+    """Whether this is what the profiler is held against: the tool, or the loop where there is none."""
+    return name != _LOOP or len(row["against"]) == 1
+
+
+def _median(row: Mapping[str, Any], name: str) -> str:
+    return f"{statistics.median(row['medians_ns'][name]) / 1e6:.2f} ms"
+
+
+def _ratio(row: Mapping[str, Any], name: str | None) -> str:
+    if name is None:
+        return "–"
+    found = row["against"][name]
+    return f"{found['ratio']:.3f} [{found['ci_low']:.3f}, {found['ci_high']:.3f}]"
