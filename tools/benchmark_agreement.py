@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=1.0, help="of inferences in each process")
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=RUNTIMES)
+    parser.add_argument("--settle", type=float, default=240.0, help="seconds to wait for a quiet machine at most")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     if options.rounds < MIN_ROUNDS:
@@ -122,7 +123,7 @@ def main() -> None:
         subjects: list[Subject] = []
         for name in options.runtimes:
             subjects += found(options.bundles, name, options.seconds, progress)
-        settle()
+        settle(seconds=options.settle)
         began = time.monotonic()
         rows = measured(subjects, options.rounds, options.seconds, measure, progress)
     result = {
