@@ -264,16 +264,31 @@ def write_report(
         out: the page; a file that is there is replaced in one step, as ``json`` and ``csv`` are.
         json: the same figures, see `rowcol_edge.report.figures`.
         csv: one row an arm and profile.
+
+    Raises:
+        ConfigError: a file that would be written is one that is read, or the same as another.
     """
+    from .device.files import write_whole
     from .report import page, reading
-    from .report.files import write_whole
 
     page.check()
+    _check_apart([out, json, csv], [*profiles, *bundles])
     found = reading.load([Path(path) for path in profiles], [Path(path) for path in bundles])
     for path, text in ((out, page.page(found)), (json, found.json()), (csv, found.csv())):
         if path is not None:
             write_whole(Path(path), text)
     return found
+
+
+def _check_apart(written: Sequence[str | Path | None], read: Sequence[str | Path]) -> None:
+    """ConfigError where one of the files to be written is another of them, or one that is read."""
+    seen = {Path(path).resolve(): "read" for path in read}
+    for path in written:
+        if path is None or (Path(path).exists() and not Path(path).is_file()):
+            continue  # two may go to one device
+        if known := seen.get(Path(path).resolve()):
+            raise ConfigError(str(path), expected="a file for this alone", got=f"one that is also {known}")
+        seen[Path(path).resolve()] = "written"
 
 
 def verify(bundle: Bundle | str | Path, *, progress: Progress = silent) -> VerifyReport:

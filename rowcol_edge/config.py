@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 from .budgets import Budgets
 from .device import manifest
+from .device.files import write_whole
 from .device.manifest import CONTRACTS
 from .device.preprocess import Preprocess
 from .errors import ConfigError, did_you_mean
@@ -181,9 +182,7 @@ def write(options: BuildOptions, path: Path) -> None:
         return
     import tomli_w  # a command that only shows results does not need it
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(_HEADER + tomli_w.dumps(options.to_dict()), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, _HEADER + tomli_w.dumps(options.to_dict()))
 
 
 def parse_preprocess(text: str) -> Preprocess:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
+_ROOM_BYTES = 4 << 20
+"""A dozen arms with all their samples need less."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -312,9 +314,10 @@ def _doctor(options: argparse.Namespace) -> int:
 def profile_path(out: str | Path | None, bundle: Bundle, machine: str) -> Path:
     """Where the profile goes, by default under a name with ``machine`` in it, which is where it is taken.
 
-    BundleError, before the measurement, if that place cannot be written.
+    BundleError, before the measurement, if that place cannot be written or is full.
     """
     import re
+    import shutil
     import time
     from pathlib import Path
 
@@ -334,14 +337,19 @@ def profile_path(out: str | Path | None, bundle: Bundle, machine: str) -> Path:
             got="neither",
             hint="name another place with --out",
         )
+    free_bytes = shutil.disk_usage(path.parent).free
+    if free_bytes < _ROOM_BYTES and (path.is_file() or not path.exists()):
+        raise BundleError(
+            str(path),
+            expected=f"room for the profile, {_ROOM_BYTES >> 20} MiB",
+            got=f"{free_bytes / (1 << 20):.1f} MiB free",
+            hint="make room, or name another place with --out",
+        )
     return path
 
 
 def write_profile(measured: Profile, path: Path) -> None:
     """Write the profile's JSON in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(measured.to_json(), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    from .files import write_whole
+
+    write_whole(path, measured.to_json())

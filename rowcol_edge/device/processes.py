@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from .watching import MemoryWatch
 from .worker import EnergyRun, FootprintRun, MemoryRun, Request, TimedRun
 
 _STDERR_LINES = 3
+_KILLED = "Linux does that where memory runs out (dmesg says so): end other work, or profile fewer or smaller --arms"
 
 
 class Processes:
@@ -66,7 +68,8 @@ class Processes:
             finally:
                 process.kill()  # which does nothing to one that has ended
         if process.returncode != 0:
-            raise MeasurementError(where, expected="a process that ends well", got=_ending(process.returncode, stderr))
+            got, hint = _ending(process.returncode, stderr), _KILLED if process.returncode == -signal.SIGKILL else ""
+            raise MeasurementError(where, expected="a process that ends well", got=got, hint=hint)
         try:
             return json.loads(stdout)
         except ValueError as e:

@@ -27,6 +27,8 @@ SCHEMA = 4
 READABLE = (3, SCHEMA)
 
 _MIB = 1 << 20
+_LIMIT_BYTES = 256 * _MIB
+"""A profile of a dozen arms with all its samples has some megabytes."""
 
 NULL = "null"
 """Name of the null arm: the same file as its baseline, in processes of its own."""
@@ -329,9 +331,12 @@ class Profile:
     @classmethod
     def load(cls, path: Path) -> Profile:
         try:
-            data = path.read_bytes()
+            with path.open("rb") as stream:
+                data = stream.read(_LIMIT_BYTES + 1)
         except OSError as e:
             raise BundleError(str(path), expected="a readable profile", got=e.strerror or str(e)) from e
+        if len(data) > _LIMIT_BYTES:
+            raise BundleError(str(path), expected=f"a profile of at most {_LIMIT_BYTES >> 20} MiB", got="more")
         return cls.from_json(data, path.name)
 
     @classmethod
@@ -344,17 +349,31 @@ class Profile:
             expected = " or ".join(map(str, READABLE))
             raise BundleError(f"{where}.schema", expected=expected, got=repr(schema), hint=hint)
         profile = replace(decode(cls, values, where), schema=SCHEMA)
-        for arm in profile.arms.values():
-            for curve in (reading.curve for found in arm.footprints for reading in found.runs):
-                if curve is not None:
-                    _check_curve(curve, f"{where}.arms.{arm.name}")
+        for arm in (*profile.arms.values(), profile.null_arm):
+            _check_arm(arm, f"{where}: arm {arm.name}")
         for level in (profile.evidence, profile.null.evidence, *(c.evidence for c in profile.comparisons)):
             if level not in EVIDENCE:
                 raise BundleError(f"{where}: evidence", expected=f"one of {', '.join(EVIDENCE)}", got=repr(level))
-        for verdict in (profile.null.verdict, *(c.verdict for c in profile.comparisons)):
-            if verdict not in VERDICTS:
-                raise BundleError(f"{where}: verdict", expected=f"one of {', '.join(VERDICTS)}", got=repr(verdict))
+        for comparison in (profile.null, *profile.comparisons):
+            _check_comparison(comparison, where)
         return profile
+
+
+def _check_arm(arm: ArmProfile, where: str) -> None:
+    for block in arm.blocks:
+        if min(block.samples_ns, default=0) <= 0:
+            raise BundleError(f"{where}, block {block.round}", expected="times above 0", got="none, or another value")
+    for curve in (reading.curve for found in arm.footprints for reading in found.runs):
+        if curve is not None:
+            _check_curve(curve, where)
+
+
+def _check_comparison(found: Comparison, where: str) -> None:
+    if found.verdict not in VERDICTS:
+        expected = f"one of {', '.join(VERDICTS)}"
+        raise BundleError(f"{where}: verdict", expected=expected, got=repr(found.verdict))
+    if any(value is not None and value <= 0 for value in (found.ratio, found.ci_low, found.ci_high)):
+        raise BundleError(f"{where}: ratio of {found.arm}", expected="numbers above 0", got="another value")
 
 
 def _check_curve(curve: Curve, where: str) -> None:

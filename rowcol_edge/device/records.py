@@ -14,6 +14,8 @@ from ..errors import BundleError, RowcolError
 
 T = TypeVar("T")
 
+_LIMIT = 1 << 63
+
 
 def decode(kind: type[T], value: object, where: str, error: type[RowcolError] = BundleError) -> T:
     """``value`` (what :func:`json.loads` gave) as a ``kind``; ``where`` is its path in the document, for the error.
@@ -35,7 +37,7 @@ def _decode(kind: Any, value: Any, where: str, error: type[RowcolError]) -> Any:
         if not isinstance(value, (list, tuple)):
             raise error(where, expected="a list", got=_kind(value))
         # raw samples are most of a profile: no call for each of them
-        if inner[0] is int and all(type(item) is int for item in value):
+        if inner[0] is int and all(type(item) is int and -_LIMIT < item < _LIMIT for item in value):
             return tuple(value)
         return tuple(_decode(inner[0], item, f"{where}[{i}]", error) for i, item in enumerate(value))
     if origin is dict:
@@ -60,6 +62,8 @@ def _record(kind: Any, value: Any, where: str, error: type[RowcolError]) -> Any:
 
 
 def _plain(kind: Any, value: Any, where: str, error: type[RowcolError]) -> Any:
+    if type(value) is int and not -_LIMIT < value < _LIMIT:
+        raise error(where, expected="a number of 64 bits", got=f"one of {value.bit_length()}")
     if kind is float and type(value) in (int, float) and isfinite(value):
         return float(value)
     if kind in (str, bool, int) and type(value) is kind:

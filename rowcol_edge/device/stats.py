@@ -118,11 +118,13 @@ def unpaired_interval(arm_ns: Sequence[float], baseline_ns: Sequence[float]) -> 
     """From block medians of two sessions, which are not paired: a bootstrap over each of them; deterministic.
 
     The tails are those for the smaller sample, whose degrees of freedom are a lower bound of Welch's. MeasurementError:
-    fewer than ``MIN_ROUNDS`` blocks in one of them.
+    fewer than ``MIN_ROUNDS`` blocks in one of them, or times that are not positive.
     """
     fewest = min(len(arm_ns), len(baseline_ns))
     if fewest < MIN_ROUNDS:
         raise MeasurementError("unpaired ratio", expected=f"at least {MIN_ROUNDS} blocks each", got=str(fewest))
+    if not all(math.isfinite(value) and value > 0 for value in (*arm_ns, *baseline_ns)):
+        raise MeasurementError("unpaired ratio", expected="positive, finite times", got="another value")
     random = np.random.default_rng(SEED)
     samples = [np.log(np.asarray(values, np.float64)) for values in (arm_ns, baseline_ns)]
     resampled = [np.median(logs[random.integers(0, len(logs), (RESAMPLES, len(logs)))], axis=1) for logs in samples]

@@ -10,9 +10,9 @@ import math
 from html import escape
 from pathlib import Path
 
+from ..device.files import write_whole
 from ..errors import ConfigError
 from ..inspection import Curve, Inspection, LayerUse
-from .files import write_whole
 
 _SUFFIXES = (".html", ".htm")
 _WIDTH, _HEIGHT = 260, 196

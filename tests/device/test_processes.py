@@ -13,7 +13,7 @@ import pytest
 from rowcol_edge.device import processes
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.processes import Processes, worker_command
-from rowcol_edge.device.worker import MEMORY, TIME, Request
+from rowcol_edge.device.worker import FOOTPRINT, MEMORY, TIME, Request
 from rowcol_edge.errors import MeasurementError
 
 
@@ -59,7 +59,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
 
 def test_a_crash_names_its_signal(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
     stub(monkeypatch, "import os, sys; sys.stderr.write('going down\\n'); sys.stderr.flush(); os.kill(os.getpid(), 9)")
-    with pytest.raises(MeasurementError, match="signal 9: going down"):
+    with pytest.raises(MeasurementError, match="signal 9: going down – Linux does that where memory runs out"):
         Processes({}, 60.0).time(request_, "arm x, block 1")
 
 
@@ -67,6 +67,29 @@ def test_a_process_that_hangs_is_ended(request_: Request, monkeypatch: pytest.Mo
     stub(monkeypatch, "import time; time.sleep(600)")
     with pytest.raises(MeasurementError, match="arm x, block 1: expected a result within"):
         Processes({}, 0.2).time(request_, "arm x, block 1")
+
+
+def test_a_process_that_was_stopped_is_ended_too(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped process takes no signal but the one that kills it."""
+    stub(monkeypatch, "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)")
+    with pytest.raises(MeasurementError, match="arm x, block 1: expected a result within"):
+        Processes({}, 0.5).footprint(request_, "arm x, block 1")
+
+
+@pytest.mark.parametrize("mode", [TIME, MEMORY, FOOTPRINT], ids=["latency", "memory", "footprint"])
+def test_a_process_that_runs_out_of_memory_is_named(
+    request_: Request, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """A limit on its address space that the import of the runtime meets."""
+    command, folder = worker_command()
+    limited = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_AS, (96 << 20, 96 << 20)); "
+    start = f"os.execv(sys.executable, {[sys.executable, *command[1:]]!r})"
+    monkeypatch.setattr(processes, "worker_command", lambda: ([sys.executable, "-c", limited + start], folder))
+    run = getattr(Processes({}, 120.0), mode)
+    with pytest.raises(MeasurementError, match="arm x, run 1: expected a process that ends well, got ") as e:
+        run(replace(request_, mode=mode), "arm x, run 1")
+    assert e.value.exit_code == 2
+    assert "memory" in e.value.got.lower() or "signal" in e.value.got
 
 
 @pytest.mark.parametrize(("printed", "what"), [("chatter", "one JSON result"), ('{"import_ns": 1}', "result of arm x")])

@@ -90,8 +90,29 @@ def test_a_memory_curve_that_is_none_is_refused(curve: Curve) -> None:
     footprint = Footprint("default", {}, *[usage] * 4, 5 << 20, 6 << 20, None, (reading,))
     profile = make_profile()
     arms = {**profile.arms, "dense@int8": replace(profile.arms["dense@int8"], footprints=(footprint,))}
-    with pytest.raises(BundleError, match=r"profile.arms.dense@int8: memory curve"):
+    with pytest.raises(BundleError, match=r"arm dense@int8: memory curve"):
         Profile.from_dict(replace(profile, arms=arms).to_dict())
+
+
+def test_an_endless_file_is_no_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rowcol_edge.device.profile._LIMIT_BYTES", 1 << 20)
+    with pytest.raises(BundleError, match=r"/dev/zero: expected a profile of at most 1 MiB, got more"):
+        Profile.load(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize("samples", [(), (4_000_000, 0), (-5,)])
+def test_a_block_without_times_is_refused(samples: tuple[int, ...]) -> None:
+    values = make_profile().to_dict()
+    values["arms"]["dense@int8"]["blocks"][3]["samples_ns"] = samples
+    with pytest.raises(BundleError, match=r"arm dense@int8, block 3: expected times above 0"):
+        Profile.from_dict(values)
+
+
+def test_a_ratio_that_is_none_is_refused() -> None:
+    values = make_profile().to_dict()
+    values["null"]["ci_low"] = -0.5
+    with pytest.raises(BundleError, match=r"ratio of null: expected numbers above 0"):
+        Profile.from_dict(values)
 
 
 def test_a_missing_file_and_broken_json(tmp_path: Path) -> None:

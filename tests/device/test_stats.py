@@ -123,3 +123,5 @@ def test_the_interval_of_two_independent_samples_covers() -> None:
 def test_two_samples_of_which_one_is_too_small() -> None:
     with pytest.raises(MeasurementError, match="at least 6 blocks each, got 5"):
         stats.unpaired_interval([1.0] * 12, [1.0] * 5)
+    with pytest.raises(MeasurementError, match="positive, finite times"):
+        stats.unpaired_interval([1.0] * 12, [0.0] * 12)

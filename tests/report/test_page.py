@@ -15,7 +15,7 @@ from rowcol_edge import cli
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.memory import Curve, Usage
 from rowcol_edge.device.profile import Comparison, Footprint, FootprintReading, MemoryBudget, Profile, RailEnergy
-from rowcol_edge.errors import BundleError, MissingDependencyError, NotComparableError
+from rowcol_edge.errors import BundleError, ConfigError, MissingDependencyError, NotComparableError
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan
 from rowcol_edge.report import charts, figures, reading
 from rowcol_edge.report.page import claim, headline, page
@@ -312,6 +312,24 @@ def test_without_jinja2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MissingDependencyError, match=r"rowcol-edge\[report\]"):
         rowcol_edge.write_report([tmp_path / "never-read.json"], out=tmp_path / "r.html")
+
+
+@pytest.mark.parametrize(
+    ("files", "also"),
+    [({"out": "p.json"}, "read"), ({"out": "r", "json": "p.json"}, "read"), ({"out": "r", "csv": "./r"}, "written")],
+)
+def test_what_is_read_or_written_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], also: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = make_profile().to_json()
+    Path("p.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"expected a file for this alone, got one that is also {also}"):
+        rowcol_edge.write_report(["p.json"], **files)
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
+    assert Path("p.json").read_text(encoding="utf-8") == text
+    rowcol_edge.write_report(["p.json"], out="/dev/null", json="/dev/null")
+    assert Path("/dev/null").is_char_device()
 
 
 def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
