@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -25,4 +26,5 @@ def write_whole(path: Path, text: str) -> None:
         e.filename, e.filename2 = str(path), None  # not the name of a file that nobody asked for
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # which would hide why it failed
+            temporary.unlink(missing_ok=True)

@@ -71,9 +71,9 @@ def written(tmp_path: Path, *profiles: Profile, **manifest: Any) -> str:
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def rich_profile() -> Profile:
+def rich_profile(samples: int = 60) -> Profile:
     """With footprints, energy, a memory budget and a warning."""
-    profile = make_profile()
+    profile = make_profile(samples=samples)
     use = Usage(50 * MIB, 40 * MIB, 30 * MIB)
     steady = replace(use, resident_bytes=66 * MIB)
     stages, peaks = (use, use, use, steady), (80 * MIB, 90 * MIB)
