@@ -41,7 +41,7 @@ from rowcol_edge.device.worker import TIME, Request
 from rowcol_edge.report.progress import reporter
 
 RESULT = Path(__file__).parent / "results" / "agreement.json"
-SAMPLE, TARGET = "sample:elpv-resnet18", "generic-x86"
+TARGET = "generic-x86"
 RUNTIMES = ("onnxruntime", "openvino", "tflite")
 ARMS = ("factored@int8", "dense@fp32")
 OURS, LOOP = "profiler", "plain loop"
@@ -110,6 +110,7 @@ Measure = Callable[[Subject, str, int], float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", default="elpv-resnet18")
     parser.add_argument("--bundles", type=Path, default=Path("dist/agreement"), help="built there where missing")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=1.0, help="of inferences in each process")
@@ -122,7 +123,7 @@ def main() -> None:
     with reporter() as progress:
         subjects: list[Subject] = []
         for name in options.runtimes:
-            subjects += found(options.bundles, name, options.seconds, progress)
+            subjects += found(options.bundles / options.sample, name, options.seconds, progress)
         settle(seconds=options.settle)
         began = time.monotonic()
         rows = measured(subjects, options.rounds, options.seconds, measure, progress)
@@ -130,7 +131,7 @@ def main() -> None:
         "command": shlex.join(["python", *sys.argv]),
         "machine": machine(),
         "tools": job.tool_versions(),
-        "sample": SAMPLE,
+        "sample": f"sample:{options.sample}",
         "threads": subjects[0].request.threads,
         "rounds": options.rounds,
         "seconds": round(time.monotonic() - began),
@@ -141,10 +142,10 @@ def main() -> None:
 
 
 def found(folder: Path, runtime: str, seconds: float, progress: job.Progress) -> list[Subject]:
-    """The arms of the runtime's bundle, which is built where it is not there."""
+    """The arms of the runtime's bundle of the sample that names the folder; it is built where it is not there."""
     path = folder / f"{TARGET}-{runtime}"
     if not path.is_dir():
-        rowcol_edge.build(SAMPLE, target=TARGET, runtime=runtime, out=str(folder), progress=progress)
+        rowcol_edge.build(f"sample:{folder.name}", target=TARGET, runtime=runtime, out=str(folder), progress=progress)
     with Bundle.open(path) as bundle:
         manifest = bundle.manifest
         batch = {spec.name: spec.shape[0] or 1 for spec in manifest.inputs}
