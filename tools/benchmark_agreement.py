@@ -218,7 +218,8 @@ def benchmark_app(subject: Subject, runs: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         _run([
             sys.executable, "-c", "from openvino.tools.benchmark.main import main; main()",
-            "-m", request.artifact, "-d", "CPU", "-api", "sync", "-hint", "none", "-nstreams", "1", "-nthreads", str(request.threads),
+            "-m", request.artifact, "-d", "CPU", "-api", "sync",
+            "-hint", "none", "-nstreams", "1", "-nthreads", str(request.threads),
             "-infer_precision", request.properties.get("INFERENCE_PRECISION_HINT", "f32"), "-niter", str(runs),
             "-data_shape", shapes, "-inference_only",
             "-json_stats", "-report_type", "no_counters", "-report_folder", folder,

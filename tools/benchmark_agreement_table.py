@@ -26,9 +26,10 @@ def agreement(found: Mapping[str, Any]) -> str:
             _median(row, _LOOP), _ratio(row, _LOOP),
         ])  # fmt: skip
     versions = [f"{name} {found['tools'][name]}" for name in _PACKAGES if found["tools"].get(name)]
+    rounded = " The tools state two decimals of a ms." if any(len(row["against"]) > 1 for row in found["rows"]) else ""
     foot = (
         f"`{found['sample']}`, {found['threads']} threads of {found['machine']['cpu_model']}; medians over "
-        f"{found['rounds']} rounds, in which all take turns, each in a process of its own. Versions: "
+        f"{found['rounds']} rounds, in which all take turns, each in a process of its own.{rounded} Versions: "
         f"{', '.join(versions)}. "
         f"Command: `{found['command']}`."
     )
@@ -56,10 +57,11 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
         where = f"`{row['arm']}` on {row['runtime']} takes {each['longer_ns'] / 1e3:+.0f} µs against {name}"
         if name == _LOOP:
             said.append(f"{where}.")
-        elif abs(loop["ratio"] - 1) <= LIMIT:
-            said.append(f"{where}; a loop over the runtime's Python calls takes as long as the profiler does.")
+        elif loop["ratio"] <= 1 + LIMIT:
+            said.append(f"{where}; a loop over the runtime's Python calls takes no less than the profiler.")
         else:
-            said.append(f"{where} and {loop['longer_ns'] / 1e3:+.0f} µs against the loop: the profiler adds time.")
+            more = f"{loop['longer_ns'] / 1e3:+.0f} µs against the loop"
+            said.append(f"{where} and {more}: it checks inputs and copies outputs, as a program that uses them would.")
     return " ".join(said)
 
 
