@@ -390,7 +390,9 @@ def compare(
     allow: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="CONDITION", help="with profiles: it differs on purpose (threads, governor…); again for more"
+            metavar="CONDITION",
+            help="with profiles: this differs on purpose; again for more: bundle, host, usable cores, threads, "
+            "settings, power mode, clocks held, governor",
         ),
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="print the table as markdown")] = False,

@@ -73,15 +73,16 @@ class Change:
 
     def rows(self) -> tuple[tuple[str, ...], ...]:
         """A row a figure, old → new, its arms side by side; without figures that no arm has."""
+        metrics = dict.fromkeys(side.metric for arm in self.arms for side in (arm.old, arm.new) if side.metric)
         table: list[tuple[str, ...]] = [
             # without its change in per cent: that is the ratio below, with its interval
             ("latency", *(f"{milliseconds(a.old.median_ns)} → {milliseconds(a.new.median_ns)}" for a in self.arms)),
-            ("new over old, unpaired [95 %]", *(ratio_text(arm.latency) for arm in self.arms)),
+            ("new / old, by blocks [95 %]", *(ratio_text(arm.latency) for arm in self.arms)),
             ("ratio to dense, old", *(_ratio(arm.old) for arm in self.arms)),
             ("ratio to dense, new", *(_ratio(arm.new) for arm in self.arms)),
             ("file", *(_file(arm) for arm in self.arms)),
             ("peak memory", *(_step(mebibytes, arm.old.peak_bytes, arm.new.peak_bytes) for arm in self.arms)),
-            ("quality", *(f"{_quality(arm.old)} → {_quality(arm.new)}" for arm in self.arms)),
+            (" / ".join(metrics) or "quality", *(f"{_quality(a.old)} → {_quality(a.new)}" for a in self.arms)),
         ]
         return tuple(row for row in table if any(cell not in (NONE, f"{NONE} → {NONE}") for cell in row[1:]))
 
@@ -96,9 +97,9 @@ class Change:
 
 
 def _step(text: Callable[[float | None], str], old: float | None, new: float | None) -> str:
-    """Both, and by how much where both are known."""
+    """Both, and by how much where both are known and look different."""
     shown = f"{text(old)} → {text(new)}"
-    return shown if not old or new is None or old == new else f"{shown} ({new / old - 1:+.1%})"
+    return shown if not old or new is None or text(old) == text(new) else f"{shown} ({new / old - 1:+.1%})"
 
 
 def _file(arm: ArmChange) -> str:
@@ -115,4 +116,4 @@ def _quality(side: Side) -> str:
     if side.quality is None:
         return NONE
     where = " (selection)" if side.split == "selection" else ""
-    return f"{side.metric} {side.quality:.4f}{where}"
+    return f"{side.quality:.4f}{where}"

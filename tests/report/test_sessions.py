@@ -69,8 +69,9 @@ def test_another_build_is_compared_arm_by_arm(tmp_path: Path) -> None:
     assert "two sessions: what changed on the machine in between is in neither" in found.notes
     cells = {row[0]: row[1:] for row in found.rows()}
     assert cells["latency"][0] == "2.00 ms → 1.60 ms"
-    assert cells["new over old, unpaired [95 %]"][0].endswith("] faster")
+    assert cells["new / old, by blocks [95 %]"][0].endswith("] faster")
     assert cells["file"][1] == "1.23 MB, the same"
+    assert cells["peak memory"][0] == "70 MiB → 70 MiB"
     assert "quality" not in cells
 
 
@@ -160,6 +161,12 @@ def test_an_exception_that_does_not_exist(tmp_path: Path) -> None:
     assert not {"target", "processor", "runtime", "caps", "evidence"} & set(ALLOWED)
 
 
+def test_the_help_names_every_condition_that_may_be_allowed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("compare", "--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(ALLOWED) in said
+
+
 def test_emulated_times_are_never_compared(tmp_path: Path) -> None:
     with pytest.raises(NotComparableError, match="emulated times, which are no latency"):
         change(tmp_path, session(evidence="emulated"), session(evidence="emulated", created=LATER))
@@ -200,9 +207,9 @@ def test_quality_is_that_of_each_build(tmp_path: Path) -> None:
         paths.append(tmp_path / ("old.json" if name == "old" else "new/profiles/new.json"))
         paths[-1].write_text(profile.to_json(), encoding="utf-8")
     cells = {row[0]: row[1] for row in compare(*paths).rows()}
-    assert cells["quality"] == "– → accuracy 0.8900"
+    assert cells["accuracy"] == "– → 0.8900"
     found = rowcol_edge.compare_profiles(*paths, bundles=[tmp_path / "old"])
-    assert {row[0]: row[1] for row in found.rows()}["quality"] == "accuracy 0.9000 → accuracy 0.8900"
+    assert {row[0]: row[1] for row in found.rows()}["accuracy"] == "0.9000 → 0.8900"
     make_bundle(tmp_path / "third", make_manifest())
     with pytest.raises(NotComparableError, match="expected the same build"):
         compare(*paths, bundles=[tmp_path / "third"])
