@@ -319,6 +319,7 @@ def profile_path(out: str | Path | None, bundle: Bundle, machine: str) -> Path:
     import re
     import shutil
     import time
+    from contextlib import suppress
     from pathlib import Path
 
     if out is not None:
@@ -329,7 +330,8 @@ def profile_path(out: str | Path | None, bundle: Bundle, machine: str) -> Path:
         folder = bundle.root / "profiles" if bundle.source.is_dir() else Path.cwd()
         path = folder / f"{stamp}-{host}.json"
         if bundle.source.is_dir():
-            folder.mkdir(exist_ok=True)
+            with suppress(OSError):  # one that cannot be made is refused below
+                folder.mkdir(exist_ok=True)
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
         raise BundleError(
             str(path),

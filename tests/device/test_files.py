@@ -68,6 +68,16 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
         write_whole(tmp_path, "text")
 
 
+def test_a_bundle_in_a_read_only_place_asks_for_another_one(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    assert not (bundle.root / "profiles").exists()
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(BundleError, match=r"a folder that can be written, got neither – name another place with --out"):
+        profile_path(None, bundle, "board")
+
+
 def test_a_profile_asks_for_room_before_it_is_measured(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     out = bundle.root.parent / "p.json"
     assert profile_path(out, bundle, "board") == out
