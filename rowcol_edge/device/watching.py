@@ -1,8 +1,8 @@
 """Memory of another process over time, read from outside so that it is left alone.
 
-Resident pages by ``/proc/PID/statm``, which the kernel has counted already (proc(5)); it may lag behind by some tens of
-pages for each core. ``smaps_rollup``, which also knows PSS, walks the page tables and holds the lock that the process
-needs to map memory, so it is left to the stages that a process reads of itself.
+Resident pages by ``/proc/PID/statm``, which the kernel has counted already (proc(5)): some ten microseconds a reading.
+It may lag behind by some tens of pages for each core. ``smaps_rollup``, which also knows PSS, walks the page tables and
+holds the lock that the process needs to map memory, so it is left to the stages that a process reads of itself.
 """
 
 from __future__ import annotations
