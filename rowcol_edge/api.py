@@ -174,7 +174,7 @@ def profile(
         on: a board, ``ssh://[user@]host[:port]`` or ``adb:SERIAL``; this machine if not given.
         board: how it is reached: ``known_hosts``, ``python`` and ``folder``, see `rowcol_edge.fleet.remote.profile`.
         progress: called with a label, the steps done and the steps in all.
-        options: ``arms``, ``baseline``, ``blocks``, ``seconds``, ``threads``, ``memory`` and ``energy``, see
+        options: ``arms``, ``baseline``, ``blocks``, ``seconds``, ``threads``, ``memory``, ``energy`` and ``ops``, see
             `rowcol_edge.device.measure.profile`.
     """
     from .device.bundle import Bundle

@@ -86,7 +86,8 @@ def _commands(manifest: Manifest) -> str:
         "- `run` answers for one or more inputs.\n"
         "- `profile` measures latency, cold start, memory and size of the arms against each other and writes the "
         "result to `profiles/`. Let nothing else run meanwhile. With `--memory` also memory at each stage and what the "
-        "runtime's settings save, with `--energy` the energy of an inference, where the board has rails to read.\n\n"
+        "runtime's settings save, with `--energy` the energy of an inference, where the board has rails to read, with "
+        "`--ops` the time of each layer.\n\n"
         "`--json` prints JSON instead of text, `--arm NAME` (run) and `--arms A,B` (profile) choose arms, "
         "`--threads N` sets the number of threads, `--help` lists the rest."
     )

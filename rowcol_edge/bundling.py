@@ -18,9 +18,11 @@ from packaging.version import Version
 
 from . import evaluation, package, recipes
 from .arms import Arm, runtime_options
-from .backends import load_backend
+from .backends import load_backend, operators
 from .coverage import DataReport
+from .device import layers
 from .device.installed import PACKAGES
+from .device.layers import LayerMap
 from .device.manifest import GRAPH_CHECKED, PLAN_NAME, RUN, ArmEntry, Manifest, TensorSpec
 from .device.progress import silent
 from .device.runtimes import load_runtime
@@ -109,6 +111,7 @@ def write(
         f"arms/{arm.name}{companion.suffix}": companion for arm in arms for companion in arm.artifact.companions
     }
     extra.update(recipes.files(manifest))
+    extra.update(_layer_maps(arms, runtime))
     manifest = replace(
         manifest, build=manifest.build | {"notes": [*manifest.build["notes"], *recipes.left_out(manifest)]}
     )
@@ -157,6 +160,21 @@ def _entry(arm: Arm, job: Job, target: Target, runtime: RuntimeSpec, original: Q
         kept_float=tuple(layer.name for layer in arm.kept_float),
         activation_bytes=load_backend(runtime.name).activation_bytes(arm.artifact.path),
     )
+
+
+def _layer_maps(arms: Sequence[Arm], runtime: RuntimeSpec) -> dict[str, bytes]:
+    """By path in the bundle: which layer each operator of an arm's file belongs to. Every arm has those that the plan
+    speaks of, so that a layer's parts are set against the layer."""
+    plan = next((arm.plan for arm in arms if arm.plan is not None), None)
+    planned = {layer.name: layer for layer in plan.layers} if plan else {}
+    found = {}
+    for arm in arms:
+        graph = load_backend(runtime.name).operators(arm.artifact.path)
+        if graph is not None:
+            forms = {name: (layer.shape, layer.rank) for name, layer in planned.items()} if arm.plan else {}
+            layer_map = LayerMap(*operators.by_layer(graph, planned, forms))
+            found[layers.path(arm.name)] = layer_map.to_json().encode()
+    return found
 
 
 def _oldest(runtime: RuntimeSpec, arms: Sequence[Arm]) -> str:

@@ -340,6 +340,7 @@ def profile(
         bool, typer.Option("--memory", help="also memory at each stage and by the runtime's settings")
     ] = False,
     energy: Annotated[bool, typer.Option("--energy", help="also the energy of an inference, by rail")] = False,
+    ops: Annotated[bool, typer.Option("--ops", help="also the time of operators, by layer, and a roofline")] = False,
     out: Annotated[Path | None, typer.Option(help="where the profile goes; BUNDLE/profiles/ by default")] = None,
     on: Annotated[
         str | None, typer.Option(metavar="BOARD", help="measure there: ssh://[user@]host[:port] or adb:SERIAL")
@@ -366,7 +367,7 @@ def profile(
         measured, path = api.profile_to(
             bundle, out, on=on, board={"known_hosts": known_hosts, "python": board_python, "folder": board_folder},
             arms=arms.split(",") if arms else None, baseline=baseline, blocks=blocks, seconds=seconds, threads=threads,
-            memory=memory, energy=energy, progress=progress,
+            memory=memory, energy=energy, ops=ops, progress=progress,
         )  # fmt: skip
     if json:
         _print_json(measured.to_dict())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rowcol_edge.device import stats
+from rowcol_edge.device.layer_times import ArmOperators, LayerTime, Operators, OperatorsRun, OperatorTime, compared
 from rowcol_edge.device.manifest import ArmEntry, FileEntry, Manifest, RuntimeEntry, TensorSpec
 from rowcol_edge.device.power import RailRun
 from rowcol_edge.device.profile import (
@@ -25,6 +26,8 @@ from rowcol_edge.device.profile import (
     Profile,
     Protocol,
 )
+from rowcol_edge.device.roofline import Peaks
+from rowcol_edge.device.runtimes.base import OperatorRuns
 from rowcol_edge.device.system import Environment, readings
 from rowcol_edge.device.verdicts import judge
 from rowcol_edge.device.worker import EnergyRun, MemoryRun, Request, TimedRun
@@ -90,6 +93,20 @@ class FakeExecutor:
         inferences = round(request.run_seconds * 1000 / self.levels_ms[request.arm])
         return EnergyRun(self.version, inferences, request.run_seconds, (RailRun("VDD_IN", "INA3221", 4.0, 6.0, 99),))
 
+    def peaks(self, request: Request, where: str) -> Peaks:
+        """A machine on which 1,000 bytes, or 5,000 multiply-accumulates, take a µs."""
+        self.requests.append(request)
+        return Peaks(1e9, 5e9, request.threads, "made up")
+
+    def operators(self, request: Request, where: str) -> OperatorsRun:
+        """Two operators that share the time three to one; the runtime adds one of its own."""
+        self.requests.append(request)
+        level = self.levels_ms[request.arm] * MS * self._random.normal(1.0, 0.005)
+        shares = {"linear/MatMul": 0.6, "Flatten": 0.2, "Reorder_token_3": 0.1}
+        times = {name: tuple(int(level * share * (1 + i / 100)) for i in range(8)) for name, share in shares.items()}
+        found = tuple(OperatorRuns(name, name.split("_")[0], (name,), runs) for name, runs in times.items())
+        return OperatorsRun(self.version, tuple(int(level) for _ in range(8)), found)
+
 
 def arm_profile(name: str, level_ms: float, *, seed: int, rounds: int = 12, samples: int = 60) -> ArmProfile:
     random = np.random.default_rng(seed)
@@ -105,6 +122,31 @@ def arm_profile(name: str, level_ms: float, *, seed: int, rounds: int = 12, samp
     memory = None if name == NULL else Memory(50 * MIB, 60 * MIB, 70 * MIB, (reading,))
     cold = ColdStart(300.0 * MS, 20.0 * MS, 9.0 * MS)
     return ArmProfile(name, f"arms/{name}.onnx", "ab" * 32, 1_234_567, latency, cold, memory, 3 * MIB, (), (), blocks)
+
+
+def make_operators(names: Sequence[str] = tuple(LEVELS_MS), layers: int = 3) -> Operators:
+    """``layers`` of falling weight in each arm; the factored arms take half as long in all but the last."""
+    arms = {}
+    for name in names:
+        scale = 0.5 if name.startswith("factored") else 1.0
+        times = []
+        for i in range(layers):
+            ns = MS / (i + 1) * (1.0 if i == layers - 1 else scale)
+            rounds = tuple(ns * (1 + step / 100) for step in range(6))
+            form, rank = ("project (row)", 16) if scale < 1 else ("dense", None)
+            times.append(
+                LayerTime(f"body.{i}", form, rank, 1_000_000, 4_000, stats.median(rounds), rounds, 2e5, "compute")
+            )
+        total = sum(layer.ns for layer in times) + 0.1 * MS
+        found = tuple(
+            OperatorTime(f"{layer.layer}_nchwc", f"{layer.layer}/Conv", "Conv", layer.layer, layer.ns)
+            for layer in times
+        )
+        arms[name] = ArmOperators(
+            tuple(times), (*found, OperatorTime("Reorder", "", "Reorder", "", 0.1 * MS)), 0.1 * MS, total, 1.1 * total
+        )
+    pairs = [pair for pair in PAIRS if pair[0] in arms and pair[1] in arms]
+    return Operators(Peaks(8e9, 5e9, 2, "made up"), arms, compared(arms, pairs), layers, 0)
 
 
 def make_profile(
@@ -138,6 +180,8 @@ def make_profile(
         "null_arm": null_arm,
         "memory_budget": None,
         "energy_note": NOT_ASKED,
+        "operators": None,
+        "operators_note": NOT_ASKED,
         "warnings": judged.warnings,
     }
     return Profile(**{**values, **changes})

@@ -51,6 +51,7 @@ CALLS = {
     "IExecutionContext.get_tensor_shape": "name: str",
     "IExecutionContext.set_tensor_address": "name: str, memory: int) -> bool",
     "IExecutionContext.execute_async_v3": "stream_handle: int) -> bool",
+    "IProfiler.report_layer_time": "layer_name: str, ms: float",
     "IProgressMonitor.phase_start": "phase_name: str, parent_phase: str, num_steps: int",
     "IProgressMonitor.step_complete": "phase_name: str, step: int) -> bool",
     "IProgressMonitor.phase_finish": "phase_name: str",
@@ -58,6 +59,7 @@ CALLS = {
 }
 """Call → a part of its signature."""
 NAMES = (
+    "IExecutionContext.profiler",
     "IBuilderConfig.builder_optimization_level", "IBuilderConfig.progress_monitor", "INetworkDefinition.num_layers",
     "INetworkDefinition.num_inputs", "ICudaEngine.num_io_tensors", "OnnxParser.num_errors", "ILayer.type",
     "ITensor.name", "ITensor.shape", "LayerType.QUANTIZE", "BuilderFlag.INT8", "BuilderFlag.FP16", "BuilderFlag.TF32",

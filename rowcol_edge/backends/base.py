@@ -18,6 +18,7 @@ from ..errors import ConfigError, StageError, did_you_mean
 
 if TYPE_CHECKING:
     from ..targets import RuntimeSpec, Target
+    from .operators import OperatorGraph
 
 Batch = dict[str, npt.NDArray[Any]]
 """Input name → array with the samples on the first axis."""
@@ -223,6 +224,10 @@ class Backend(Protocol):
     def activation_bytes(self, artifact: Path) -> int | None:
         """The memory of the activations of one inference by the graph, for one sample; None where the file does not
         tell. See `liveness`."""
+        ...
+
+    def operators(self, artifact: Path) -> OperatorGraph | None:
+        """What it is made of, by the names that its runtime's own profiler has; None where the file does not tell."""
         ...
 
     def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:

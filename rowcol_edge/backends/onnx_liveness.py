@@ -25,11 +25,11 @@ def activation_bytes(path: Path) -> int | None:
     proto = onnx_files.load(path)
     if len(list(onnx_files.graphs(proto.graph))) > 1:
         return None
-    graph = _inferred(proto).graph
+    graph = inferred(proto).graph
     constants = {tensor.name for tensor in graph.initializer}
     fed = [value.name for value in graph.input if value.name not in constants]
     given = {value.name for value in graph.output}
-    sizes = {value.name: _size(value) for value in (*graph.input, *graph.value_info, *graph.output)}
+    sizes = {value.name: size_bytes(value) for value in (*graph.input, *graph.value_info, *graph.output)}
     readers = Counter(name for node in graph.node for name in node.input)
     steps = []
     for node in graph.node:
@@ -40,7 +40,7 @@ def activation_bytes(path: Path) -> int | None:
     return peak_bytes(steps, sizes, fed, given)
 
 
-def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
+def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
     """With every shape that follows from one sample."""
     constants = {tensor.name for tensor in proto.graph.initializer}
     for value in proto.graph.input:
@@ -53,7 +53,7 @@ def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(proto, data_prop=True)
 
 
-def _size(value: onnx.ValueInfoProto) -> int | None:
+def size_bytes(value: onnx.ValueInfoProto) -> int | None:
     tensor = value.type.tensor_type
     if not tensor.elem_type or not tensor.HasField("shape"):
         return None

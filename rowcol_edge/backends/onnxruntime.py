@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from ..device.versions import is_at_least
 from ..errors import MissingDependencyError
 from . import calibration as calibrating
-from . import onnx_artifacts, onnx_errors, onnx_files, onnx_liveness, onnx_ties
+from . import onnx_artifacts, onnx_errors, onnx_files, onnx_liveness, onnx_operators, onnx_ties
 from .base import BIAS_SAMPLES, ERROR_SAMPLES, Artifact, Calibration, LayerError, QuantSpec, Source, check_precision
 from .float16 import half
 
@@ -33,6 +33,7 @@ except ModuleNotFoundError as e:
 
 if TYPE_CHECKING:
     from ..targets import RuntimeSpec
+    from .operators import OperatorGraph
 
 _BITS = {"int8-weights": 8, "int4-weights": 4}
 _OLDEST = {"int8-weights": "1.23.0"}
@@ -83,6 +84,10 @@ class OnnxRuntimeBackend:
     def activation_bytes(self, artifact: Path) -> int | None:
         """See `Backend.activation_bytes`."""
         return onnx_liveness.activation_bytes(artifact)
+
+    def operators(self, artifact: Path) -> OperatorGraph | None:
+        """See `Backend.operators`."""
+        return onnx_operators.operators(artifact)
 
     def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
         """See `Backend.layer_errors`; layers are named after the module that holds their weight or bias."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import calibration as calibrating
-from . import openvino_files, openvino_info, openvino_liveness, program_files, workers
+from . import openvino_files, openvino_info, openvino_liveness, openvino_operators, program_files, workers
 from .base import (
     ERROR_SAMPLES,
     AccuracyControl,
@@ -36,6 +36,7 @@ from .publishing import publish
 
 if TYPE_CHECKING:
     from ..targets import RuntimeSpec
+    from .operators import OperatorGraph
 
 _NAMES = workers.Names("openvino", "openvino", "OpenVINO", "openvino")
 _CONTROLLED_SHARE = 0.5
@@ -105,6 +106,10 @@ class OpenVinoBackend:
     def activation_bytes(self, artifact: Path) -> int | None:
         """See `Backend.activation_bytes`."""
         return openvino_liveness.activation_bytes(artifact)
+
+    def operators(self, artifact: Path) -> OperatorGraph | None:
+        """See `Backend.operators`."""
+        return openvino_operators.operators(artifact)
 
     def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
         """See `Backend.layer_errors`; layers have the names of the IR's operators."""

@@ -20,6 +20,30 @@ _BYTE_LEVELS = 256
 def activation_bytes(path: Path) -> int | None:
     """For one sample, where the batch is free; None where a size follows from values, or the graph takes no single
     sample."""
+    model = of_one_sample(path)
+    if model is None:
+        return None
+    sizes: dict[str, int | None] = {}
+    steps, fed, given = [], [], []
+    operators = model.get_ordered_ops()
+    readers = Counter(port_name(port.get_source_output()) for op in operators for port in op.inputs())
+    for op in operators:
+        kind, outputs = op.get_type_name(), [port_name(port) for port in op.outputs()]
+        inputs = [port_name(port.get_source_output()) for port in op.inputs()]
+        if kind == "Result":
+            given += inputs
+            continue
+        fed += outputs if kind == "Parameter" else []
+        quantizes = gives_bytes(op)
+        sizes |= {name: size_bytes(port, quantizes) for port, name in zip(op.outputs(), outputs, strict=True)}
+        if quantizes and readers[inputs[0]] == 1 and inputs[0] not in fed:
+            sizes[inputs[0]] = 0
+        steps.append(Step(tuple(inputs), tuple(outputs), kind in _IN_PLACE))
+    return peak_bytes(steps, sizes, fed, given)
+
+
+def of_one_sample(path: Path) -> Any:
+    """The model with every shape that follows from one sample; None where the graph takes no single one."""
     try:
         import openvino as ov
     except ModuleNotFoundError as e:
@@ -34,28 +58,21 @@ def activation_bytes(path: Path) -> int | None:
             model.reshape(single)
         except RuntimeError:
             return None
-    sizes: dict[str, int | None] = {}
-    steps, fed, given = [], [], []
-    operators = model.get_ordered_ops()
-    readers = Counter(_name(port.get_source_output()) for op in operators for port in op.inputs())
-    for op in operators:
-        kind, outputs = op.get_type_name(), [_name(port) for port in op.outputs()]
-        inputs = [_name(port.get_source_output()) for port in op.inputs()]
-        if kind == "Result":
-            given += inputs
-            continue
-        fed += outputs if kind == "Parameter" else []
-        quantizes = kind == "FakeQuantize" and op.get_attributes()["levels"] <= _BYTE_LEVELS
-        for port, name in zip(op.outputs(), outputs, strict=True):
-            shape = port.partial_shape
-            values = math.prod(shape.to_shape()) if shape.is_static else None
-            itemsize = 1 if quantizes else port.element_type.size
-            sizes[name] = None if values is None else values * itemsize
-        if quantizes and readers[inputs[0]] == 1 and inputs[0] not in fed:
-            sizes[inputs[0]] = 0
-        steps.append(Step(tuple(inputs), tuple(outputs), kind in _IN_PLACE))
-    return peak_bytes(steps, sizes, fed, given)
+    return model
 
 
-def _name(port: Any) -> str:
+def gives_bytes(op: Any) -> bool:
+    """Is it a quantizer whose values a byte holds?"""
+    return bool(op.get_type_name() == "FakeQuantize" and op.get_attributes()["levels"] <= _BYTE_LEVELS)
+
+
+def size_bytes(port: Any, in_bytes: bool) -> int | None:
+    """What a value takes, ``in_bytes`` or in its own type; None where its shape is not known."""
+    if not port.partial_shape.is_static:
+        return None
+    itemsize = 1 if in_bytes else port.element_type.size
+    return int(itemsize * math.prod(port.partial_shape.to_shape()))
+
+
+def port_name(port: Any) -> str:
     return f"{port.get_node().get_name()}:{port.get_index()}"

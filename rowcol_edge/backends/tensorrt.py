@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import MissingDependencyError
 from . import calibration as calibrating
-from . import onnx_artifacts, onnx_errors, onnx_files, onnx_liveness, onnx_ties, tensorrt_graph
+from . import onnx_artifacts, onnx_errors, onnx_files, onnx_liveness, onnx_operators, onnx_ties, tensorrt_graph
 from .base import BIAS_SAMPLES, ERROR_SAMPLES, Artifact, Calibration, LayerError, QuantSpec, Source, check_precision
 from .float16 import half
 
@@ -33,6 +33,7 @@ except ModuleNotFoundError as e:
 
 if TYPE_CHECKING:
     from ..targets import RuntimeSpec
+    from .operators import OperatorGraph
 
 
 class TensorRtBackend:
@@ -83,6 +84,10 @@ class TensorRtBackend:
     def activation_bytes(self, artifact: Path) -> int | None:
         """See `Backend.activation_bytes`."""
         return onnx_liveness.activation_bytes(artifact)
+
+    def operators(self, artifact: Path) -> OperatorGraph | None:
+        """See `Backend.operators`."""
+        return onnx_operators.operators(artifact)
 
     def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
         """See `Backend.layer_errors`; layers are named after the module that holds their weight or bias."""

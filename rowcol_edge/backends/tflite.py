@@ -28,6 +28,7 @@ from .publishing import publish
 
 if TYPE_CHECKING:
     from ..targets import RuntimeSpec
+    from .operators import OperatorGraph
 
 _PER_CHANNEL = "2.15"
 """tflite-runtime, which ends at 2.14, takes the first scale of a linear layer's weight for all of its channels where it
@@ -104,6 +105,12 @@ class TfliteBackend:
         from . import tflite_liveness
 
         return tflite_liveness.activation_bytes(artifact)
+
+    def operators(self, artifact: Path) -> OperatorGraph | None:
+        """See `Backend.operators`."""
+        from . import tflite_operators
+
+        return tflite_operators.operators(artifact)
 
     def layer_errors(self, model: Path, artifact: Path, calibration: Calibration) -> tuple[LayerError, ...]:
         """See `Backend.layer_errors`; a layer has the name of its output in the file."""

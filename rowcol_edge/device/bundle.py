@@ -106,19 +106,19 @@ class Bundle:
         entry = arm if isinstance(arm, ArmEntry) else self.arm(arm)
         for file in self.manifest.files:
             if entry.owns(file.path):
-                self._file(file.path)
+                self.file(file.path)
         return self.root / entry.artifact
 
     def stamps(self, arm: ArmEntry) -> dict[str, Stamp]:
         """By path, what a process that runs the arm opens, as it was when it was checked."""
         paths = [file.path for file in self.manifest.files if arm.owns(file.path)] + [self.manifest.golden_inputs]
-        return {str(self._file(path)): self._checked[path] for path in paths}
+        return {str(self.file(path)): self._checked[path] for path in paths}
 
     def golden(self, arm: ArmEntry | str | None = None) -> tuple[Arrays, Arrays]:
         """Golden inputs and an arm's outputs for them, by name, stacked along the first axis (see :meth:`feeds`)."""
         entry = arm if isinstance(arm, ArmEntry) else self.arm(arm)
-        inputs = _load_npz(self._file(self.manifest.golden_inputs), self.manifest.inputs)
-        outputs = _load_npz(self._file(self.manifest.golden_outputs[entry.name]), self.manifest.outputs)
+        inputs = _load_npz(self.file(self.manifest.golden_inputs), self.manifest.inputs)
+        outputs = _load_npz(self.file(self.manifest.golden_outputs[entry.name]), self.manifest.outputs)
         return inputs, outputs
 
     def feeds(self, inputs: Arrays) -> Iterator[Arrays]:
@@ -146,7 +146,7 @@ class Bundle:
             raise _changed(self.source, entry.path, f"sha256 {entry.sha256[:16]}…", f"{sha256[:16]}…")
         self._checked[entry.path] = seen
 
-    def _file(self, path: str) -> Path:
+    def file(self, path: str) -> Path:
         """A file of the bundle, compared with the manifest unless it is still what it was when that was done."""
         file = self.root / path
         if not file.is_file():

@@ -116,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
         help="also the energy of an inference, where the board has rails to read",
     )
     profile.add_argument(
+        "--ops",
+        action="store_true",
+        default=None,
+        help="also the time of operators, by layer, against what the machine can do",
+    )
+    profile.add_argument(
         "--out", metavar="FILE", help="where the JSON goes (default: BUNDLE/profiles/, for a .zip this folder)"
     )
     profile.set_defaults(command=_profile)
@@ -268,7 +274,7 @@ def _profile(options: argparse.Namespace) -> int:
     # only what was asked for, so that the profiler's defaults stay in one place
     given = {
         key: value
-        for key in ("arms", "baseline", "blocks", "seconds", "threads", "memory", "energy")
+        for key in ("arms", "baseline", "blocks", "seconds", "threads", "memory", "energy", "ops")
         if (value := getattr(options, key)) is not None
     }
     with Bundle.open(options.bundle) as bundle:

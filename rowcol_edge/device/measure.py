@@ -15,6 +15,7 @@ from .energy import by_rail, energy_runs
 from .engines import prepare
 from .footprint import footprint_runs, footprints
 from .manifest import ArmEntry
+from .operators import operators
 from .predictor import load_checked
 from .processes import Processes
 from .profile import (
@@ -32,6 +33,7 @@ from .profile import (
     Profile,
     Protocol,
 )
+from .runtimes import load_runtime
 from .session import Executor, Progress, Session, run_session
 from .verdicts import judge
 from .worker import TIME, MemoryRun, Request
@@ -51,6 +53,7 @@ def profile(
     evidence: str | None = None,
     memory: bool = False,
     energy: bool = False,
+    ops: bool = False,
     progress: Progress | None = None,
     executor: Executor | None = None,
 ) -> Profile:
@@ -61,7 +64,8 @@ def profile(
     cycles. ``seconds``: time for everything, as far as the fewest useful blocks allow. ``threads``: default what the
     target asks for, at most the usable cores. ``evidence`` can only weaken what this machine would count as.
     ``memory``: also memory at each stage and by the runtime's settings, up to 30 processes an arm of about a second.
-    ``energy``: also the energy of an inference, where a rail can be read; half a minute an arm. Both are beyond
+    ``energy``: also the energy of an inference, where a rail can be read; half a minute an arm. ``ops``: also the time
+    of operators by the runtime's own profiler, six processes an arm of about a second. All three are beyond
     ``seconds``. MeasurementError: a process failed. Engines that a runtime builds on the board are built first.
     """
     chosen = _arms(bundle, arms, baseline)
@@ -87,6 +91,10 @@ def profile(
     stages = footprint_runs(requests, executor, progress or _silent) if memory and system.counts(level) else {}
     energy_note = _no_energy(host, level) if energy else NOT_ASKED
     spent = {} if energy_note else energy_runs(requests, executor, progress or _silent)
+    operators_note = _no_operators(bundle, level) if ops else NOT_ASKED
+    parts = None
+    if not operators_note:
+        parts = operators(bundle, requests, pairs, null_of, executor, progress or _silent)
     after = system.readings(system.environment())
     obstacle = (
         "" if len(session.versions) == 1 else f"the runtime changed in between: {', '.join(sorted(session.versions))}"
@@ -129,6 +137,8 @@ def profile(
         null_arm=_arm_profile(bundle, bundle.arm(null_of), NULL, session),
         memory_budget=_memory_budget(bundle, profiles, level),
         energy_note=energy_note,
+        operators=parts,
+        operators_note=operators_note,
         warnings=tuple(dict.fromkeys(warnings)),
     )
 
@@ -198,6 +208,13 @@ def _no_energy(host: system.Environment, level: str) -> str:
     if not system.counts(level):
         return f"{level} runs take another machine's energy"
     return "" if host.rails else host.rails_unread
+
+
+def _no_operators(bundle: Bundle, level: str) -> str:
+    """Why the time of operators cannot be measured here; empty where it can."""
+    if not system.counts(level):
+        return f"{level} runs take another machine's time"
+    return load_runtime(bundle.manifest.runtime.name).unprofiled()
 
 
 def _arm_profile(bundle: Bundle, arm: ArmEntry, label: str, session: Session) -> ArmProfile:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MeasurementError
+from .layer_times import OperatorsRun
 from .memory import Curve
 from .records import decode
+from .roofline import Peaks
 from .watching import MemoryWatch
 from .worker import EnergyRun, FootprintRun, MemoryRun, Request, TimedRun
 
@@ -48,6 +50,12 @@ class Processes:
 
     def energy(self, request: Request, where: str) -> EnergyRun:
         return decode(EnergyRun, self._run(request, where), f"result of {where}", MeasurementError)
+
+    def operators(self, request: Request, where: str) -> OperatorsRun:
+        return decode(OperatorsRun, self._run(request, where), f"result of {where}", MeasurementError)
+
+    def peaks(self, request: Request, where: str) -> Peaks:
+        return decode(Peaks, self._run(request, where), f"result of {where}", MeasurementError)
 
     def _run(
         self, request: Request, where: str, watch: Callable[[int], AbstractContextManager[object]] = nullcontext

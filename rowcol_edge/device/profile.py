@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import BudgetError, BundleError, NotComparableError
 from .fields import parse_json
+from .layer_times import LAYER_VERDICTS, Operators
 from .memory import STAGES, Curve, Usage
 from .records import decode
 from .stats import NOT_COMPARABLE, VERDICTS, median
@@ -22,9 +23,13 @@ SCHEMA = 4
 2 – the runtime's settings (``properties``), which decide for instance in which precision openvino calculates.
 3 – the machine's rails, power mode and held clocks, what it read after the measurement, energy of an inference by rail,
     the verdict on the target's memory budget, memory at each stage and by the runtime's settings (``footprints``).
-4 – memory of the footprint's processes over time (``curve``). Version 3 is read: its curves are None.
+4 – memory of the footprint's processes over time (``curve``); the time of operators, by layer, and the machine's peaks
+    (``operators``, ``operators_note``). Version 3 is read as one without them.
 """
 READABLE = (3, SCHEMA)
+
+_SINCE = {4: {"operators": None, "operators_note": "the profile is older than that"}}
+"""By schema, the keys that came with it, as they are in what is older."""
 
 _MIB = 1 << 20
 _LIMIT_BYTES = 256 * _MIB
@@ -263,7 +268,8 @@ class Protocol:
 class Profile:
     """What one session found. ``null_arm`` is a second copy of ``null.baseline``; ``caps`` were set for the workers,
     ``properties`` for the runtime. ``after`` is what the machine said when all was measured; ``memory_budget``
-    is None where the target states none; ``energy_note`` says why no energy was measured, and is empty where it was.
+    is None where the target states none; ``energy_note`` and ``operators_note`` say why no energy, or no time of
+    operators, was measured, and are empty where it was.
     """
 
     schema: int = SCHEMA
@@ -287,6 +293,8 @@ class Profile:
     null_arm: ArmProfile
     memory_budget: MemoryBudget | None
     energy_note: str
+    operators: Operators | None
+    operators_note: str
     warnings: tuple[str, ...]
 
     def comparison(self, arm: str, baseline: str) -> Comparison:
@@ -344,11 +352,12 @@ class Profile:
         """Strict: BundleError names the first key that is unknown, missing or of the wrong kind."""
         # before anything else, so that another format is refused by its version and not by some key
         schema = values.get("schema") if isinstance(values, Mapping) else None
-        if schema not in READABLE:
+        if not isinstance(values, Mapping) or schema not in READABLE:
             hint = "measure again with this version"
             expected = " or ".join(map(str, READABLE))
             raise BundleError(f"{where}.schema", expected=expected, got=repr(schema), hint=hint)
-        profile = replace(decode(cls, values, where), schema=SCHEMA)
+        added = {key: value for since, keys in _SINCE.items() if since > schema for key, value in keys.items()}
+        profile = decode(cls, {**values, **added, "schema": SCHEMA}, where)
         for arm in (*profile.arms.values(), profile.null_arm):
             _check_arm(arm, f"{where}: arm {arm.name}")
         for level in (profile.evidence, profile.null.evidence, *(c.evidence for c in profile.comparisons)):
@@ -356,6 +365,10 @@ class Profile:
                 raise BundleError(f"{where}: evidence", expected=f"one of {', '.join(EVIDENCE)}", got=repr(level))
         for comparison in (profile.null, *profile.comparisons):
             _check_comparison(comparison, where)
+        for found in profile.operators.comparisons if profile.operators else ():
+            if found.verdict not in LAYER_VERDICTS:
+                expected = f"one of {', '.join(LAYER_VERDICTS)}"
+                raise BundleError(f"{where}: verdict on {found.layer}", expected=expected, got=repr(found.verdict))
         return profile
 
 

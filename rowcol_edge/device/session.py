@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from . import schedule, stats
+from .layer_times import OperatorsRun
 from .profile import NULL, Block
+from .roofline import Peaks
 from .worker import MEMORY, MEMORY_RUNS, EnergyRun, FootprintRun, MemoryRun, Request, TimedRun
 
 MEMORY_REPEATS = 3
@@ -34,6 +36,10 @@ class Executor(Protocol):
     def footprint(self, request: Request, where: str) -> FootprintRun: ...
 
     def energy(self, request: Request, where: str) -> EnergyRun: ...
+
+    def operators(self, request: Request, where: str) -> OperatorsRun: ...
+
+    def peaks(self, request: Request, where: str) -> Peaks: ...
 
 
 @dataclass(frozen=True, slots=True)

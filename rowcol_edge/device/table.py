@@ -13,6 +13,8 @@ NONE = "–"
 
 def profile_table(profile: Profile) -> str:
     """Arms, paired ratios with interval and verdict, the null arm, energy, evidence and warnings."""
+    from .operator_table import operator_lines  # which is made of what stands below
+
     protocol = profile.protocol
     runtime = f"{profile.runtime} {profile.runtime_version}"
     threads = f"{profile.threads or 'default'} thread(s)"
@@ -32,6 +34,7 @@ def profile_table(profile: Profile) -> str:
         *_stages(profile),
         *_variants(profile),
         *_energies(profile),
+        *operator_lines(profile),
     ]
     if refusals := _refusals(profile):
         lines += ["", *refusals]

@@ -21,23 +21,28 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BundleError, IntegrityError
+from ..errors import BundleError, IntegrityError, MeasurementError
 from . import memory, power
 from .digests import Stamp, stamp
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from .layer_times import OperatorsRun
+    from .roofline import Peaks
     from .runtimes import Session
+    from .runtimes.base import OperatorProfiler
 
 TIME = "time"
 MEMORY = "memory"
 ENERGY = "energy"
 FOOTPRINT = "footprint"
+OPERATORS = "operators"
+PEAKS = "peaks"
 
 WINDOW_SAMPLES = 5
 WINDOW_NS = 10_000_000
@@ -49,6 +54,9 @@ MAX_WARMUPS = 2000
 MEMORY_RUNS = 10
 MEMORY_SECONDS = 1.0
 """Inferences of a memory run: so many, or as many as fit in this time."""
+
+PROFILED_INFERENCES, PROFILED_WARMUPS = 100, 50
+"""The most that a runtime's own profiler records, which keeps every operator of every inference."""
 
 SETTLE_SECONDS = 1.0
 """Between the warm-up and the idle power: the runtime's threads stop spinning, the processor's clock comes down."""
@@ -169,8 +177,13 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def run(request: Request) -> TimedRun | MemoryRun | EnergyRun | FootprintRun:
+def run(request: Request) -> TimedRun | MemoryRun | EnergyRun | FootprintRun | OperatorsRun | Peaks:
     """Do what a request asks for, in this process."""
+    if request.mode == PEAKS:
+        from . import roofline
+
+        roofline.limit_threads(request.threads)
+        return roofline.peaks(request.threads)
     clock = time.perf_counter_ns
     begin = clock()
     import numpy as np  # noqa: F401  the import is what is timed
@@ -189,6 +202,8 @@ def run(request: Request) -> TimedRun | MemoryRun | EnergyRun | FootprintRun:
 
     if request.mode == ENERGY:
         return _energy(request, load, feed, version)
+    if request.mode == OPERATORS:
+        return _operators(request, lambda: runtime.open_profiled(Path(request.artifact), options), feed, version)
     if request.mode == FOOTPRINT:
         return _footprint(request, load, feed, version)
     measure = _memory if request.mode == MEMORY else _time
@@ -310,6 +325,25 @@ def _footprint(
     return FootprintRun(
         version, imported, loaded, first, steady, *peaks, inferences, tuple(samples), tuple(marks)
     )  # fmt: skip
+
+
+def _operators(
+    request: Request, load: Callable[[], OperatorProfiler], feed: dict[str, np.ndarray], version: str
+) -> OperatorsRun:
+    from .layer_times import OperatorsRun
+
+    clock = time.perf_counter_ns
+    with load() as profiler:
+        profiler.run(feed)
+        warmups, _ = warm_up(lambda: profiler.run(feed), int(request.warmup_seconds * 1e9), clock, PROFILED_WARMUPS)
+        bounds = (request.min_samples, PROFILED_INFERENCES)
+        samples = sample(profiler.run, feed, int(request.run_seconds * 1e9), bounds, clock)
+        found = profiler.operators()
+    kept = tuple(replace(each, runs_ns=each.runs_ns[1 + len(warmups) :]) for each in found)
+    if any(len(each.runs_ns) != len(samples) for each in kept):
+        got = f"{len(kept[0].runs_ns)} of {kept[0].name}"
+        raise MeasurementError("operators", expected=f"times of {len(samples)} inferences", got=got)
+    return OperatorsRun(version, tuple(samples), kept)
 
 
 def _usage() -> memory.Usage:

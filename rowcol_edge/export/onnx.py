@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import logging
 import re
 import sys
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ __all__ = ["OPSETS", "export", "program"]
 OPSETS = range(17, 22)
 """Opsets that can be asked for. torch writes 18 and converts from there: up always, down only where it can."""
 
+_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where torch notes the modules that a node comes from, from the outermost on, as a Python list."""
 _CHATTY = ("torch.onnx", "onnxscript", "onnx_ir")
 """Loggers that report a conversion which did not work; `export` raises for it."""
 
@@ -113,7 +117,9 @@ def _convert(
             with _aside(converted, tied):
                 converted.optimize()
         _free_names(converted, {*inputs, *outputs})
-        return converted.model_proto
+        proto = converted.model_proto
+        _name_nodes(proto)
+        return proto
 
 
 @contextlib.contextmanager
@@ -141,6 +147,18 @@ def _free_names(converted: torch.onnx.ONNXProgram, names: set[str]) -> None:
         for value in node.outputs:
             if value.name in names and not value.is_graph_output():
                 value.name = f"{value.name}_within"
+
+
+def _name_nodes(proto: onnx.ModelProto) -> None:
+    """Names by the model's own modules, such as ``blocks.0.attention/MatMul``: what people know a layer by, and what
+    the times of operators are put together by."""
+    taken: Counter[str] = Counter()
+    for node in proto.graph.node:
+        noted = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
+        *modules, _ = ast.literal_eval(noted) or [""]  # the last one is the operator itself
+        name = f"{modules[-1]}/{node.op_type}" if modules and modules[-1] else node.op_type
+        taken[name] += 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
 
 
 def _name_batch(proto: onnx.ModelProto) -> None:

@@ -50,6 +50,11 @@ class LayerPlan:
     gauge: str = ""  # how the channels between its parts were evened out (see `gauge`), one after the other
 
     @property
+    def shape(self) -> str:
+        """The form in words, with the split where there is one."""
+        return f"{self.form} ({self.split})" if self.form == "project" else self.form
+
+    @property
     def how(self) -> Split:
         """The split of the project form; PlanError where it is none."""
         if self.split not in list(Form):

@@ -40,7 +40,7 @@ LEASE_SECONDS = 900.0
 CLEAN_SECONDS = 30.0
 
 _OPTIONS = ("arms", "baseline", "blocks", "seconds", "threads")
-_SWITCHES = ("memory", "energy")
+_SWITCHES = ("memory", "energy", "ops")
 _DOCTOR_SECONDS = 180.0
 _LONGEST_DELAY_SECONDS = 15.0
 _PROFILE_LIMIT_BYTES = 256 << 20

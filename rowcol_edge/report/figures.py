@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..device import memory
+from ..device.layer_times import Operators
 from ..device.profile import Comparison
 
 SCHEMA = 1
@@ -103,7 +104,9 @@ class LayerFigures:
 
 @dataclass(frozen=True, slots=True)
 class ProfileFigures:
-    """One profile. ``comparisons`` are the headline: the default arm against dense at its precision and dense@fp32."""
+    """One profile. ``comparisons`` are the headline: the default arm against dense at its precision and dense@fp32.
+    ``operators`` is None where their times were not asked for, not the target's or not to be had: ``operators_note``.
+    """
 
     file: str
     bundle: str
@@ -119,6 +122,8 @@ class ProfileFigures:
     memory_limit_bytes: int | None
     arms: tuple[ArmFigures, ...]
     layers: tuple[LayerFigures, ...]
+    operators: Operators | None
+    operators_note: str
     environment: dict[str, str]
     protocol: dict[str, str]
     warnings: tuple[str, ...]

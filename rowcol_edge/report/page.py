@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..device.profile import Comparison
+from ..device import operator_table
+from ..device.profile import NOT_ASKED, Comparison
 from ..device.stats import FASTER, NO_DIFFERENCE, NOT_COMPARABLE, SLOWER
 from ..device.system import PROXY, TARGET
 from ..device.table import NONE, joules, mebibytes, milliseconds, ratio_text, size
 from ..errors import MissingDependencyError
-from . import charts
+from . import charts, layer_bars
 from .figures import STAGES, TABLED, ArmFigures, Figures, ProfileFigures
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ def check() -> None:
 def page(figures: Figures) -> str:
     """The HTML document; the same figures give the same text."""
     template = _environment().get_template("report.html")
-    return template.render(figures=figures, charts=charts, tabled=TABLED, stages=STAGES)
+    return template.render(
+        figures=figures, charts=charts, bars=layer_bars, tabled=TABLED, stages=STAGES, not_asked=NOT_ASKED
+    )
 
 
 def headline(profile: ProfileFigures) -> list[str]:
@@ -92,5 +95,8 @@ def _environment() -> Environment:
     environment.filters |= {
         "ms": milliseconds, "size": size, "mib": mebibytes, "joules": joules, "ratio": ratio_text, "drop": drop_text,
         "headline": headline, "evidence": evidence_text, "charts": charts.charts,
+        "layer_table": layer_bars.table, "layer_bars": layer_bars.bars, "peaks": operator_table.peaks_text,
+        "share": operator_table.share_text, "form": operator_table.form_text, "time": operator_table.time_text,
+        "macs": operator_table.macs_text, "reached": operator_table.reached,
     }  # fmt: skip
     return environment

@@ -82,6 +82,8 @@ def _figures(path: Path, profile: Profile, bundle: Bundle | None) -> ProfileFigu
         memory_limit_bytes=budget.limit_bytes if budget else None,
         arms=arms,
         layers=_layers(bundle) if bundle else (),
+        operators=profile.operators if counts(profile.evidence) else None,
+        operators_note=profile.operators_note,
         environment=environment_facts(profile),
         protocol=protocol_facts(profile),
         warnings=profile.warnings,
@@ -171,7 +173,7 @@ def _layers(bundle: Bundle) -> tuple[LayerFigures, ...]:
 
     return tuple(
         LayerFigures(
-            layer.name, f"{layer.form} ({layer.split})" if layer.form == "project" else layer.form, layer.rank,
+            layer.name, layer.shape, layer.rank,
             layer.parameters_before, layer.parameters_after, layer.macs_before, layer.macs_after, layer.reason,
         )
         for layer in FactorPlan.read(bundle.root / PLAN_NAME).layers

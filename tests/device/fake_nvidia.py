@@ -119,7 +119,7 @@ def make(version: str = "10.3.0", gpu: str = "Orin", phases: int = 12) -> Module
     trt.__version__ = version
     trt.told = SimpleNamespace(
         builds=0, flags=set(), typing=[], profiles=[], timings=[], loads=0, level=None, workspace=None, broken="",
-        interrupt=False, order=[],
+        interrupt=False, order=[], layers={},
     )  # fmt: skip
 
     class ILogger:
@@ -133,13 +133,16 @@ def make(version: str = "10.3.0", gpu: str = "Orin", phases: int = 12) -> Module
     class IProgressMonitor:
         pass
 
+    class IProfiler:
+        pass
+
     class Flag(Enum):
         FP16, INT8, TF32 = range(3)
 
     class DataType(Enum):
         FLOAT, HALF, INT8, INT32, BOOL, UINT8, INT64 = range(7)
 
-    trt.ILogger, trt.IProgressMonitor, trt.BuilderFlag = ILogger, IProgressMonitor, Flag
+    trt.ILogger, trt.IProgressMonitor, trt.BuilderFlag, trt.IProfiler = ILogger, IProgressMonitor, Flag, IProfiler
     trt.float32, trt.float16, trt.int8, trt.int32 = DataType.FLOAT, DataType.HALF, DataType.INT8, DataType.INT32
     trt.bool, trt.uint8, trt.int64 = DataType.BOOL, DataType.UINT8, DataType.INT64
     trt.TensorIOMode = Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
@@ -340,6 +343,7 @@ def make(version: str = "10.3.0", gpu: str = "Orin", phases: int = 12) -> Module
             self._engine = engine
             self._addresses: dict[str, int] = {}
             self._shapes: dict[str, tuple[int, ...]] = {}
+            self.profiler: Any = None
 
         def set_input_shape(self, name: str, shape: Any) -> bool:
             least, _, most = self._engine.get_tensor_profile_shape(name, 0)
@@ -364,6 +368,10 @@ def make(version: str = "10.3.0", gpu: str = "Orin", phases: int = 12) -> Module
             names = [name for name in self._engine.nodes if name not in self._engine.incoming]
             for name, array in zip(names, self._engine.session.run(names, feeds), strict=True):
                 self._view(name)[...] = array
+            if self.profiler is not None:
+                assert isinstance(self.profiler, IProfiler)
+                for name, ms in trt.told.layers.items():
+                    self.profiler.report_layer_time(name, ms)
             return True
 
         def _view(self, name: str) -> np.ndarray:
@@ -388,7 +396,8 @@ def installed(monkeypatch: Any, module: ModuleType, library: Libcudart) -> Itera
     from rowcol_edge.device import cuda
     from rowcol_edge.device.runtimes import load_runtime
 
-    own = ("rowcol_edge.device.runtimes.tensorrt", "rowcol_edge.device.runtimes.tensorrt_build")
+    folder = "rowcol_edge.device.runtimes"
+    own = (f"{folder}.tensorrt", f"{folder}.tensorrt_build", f"{folder}.tensorrt_profiler")
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setattr(cuda, "_load", lambda: library)
     for name in own:

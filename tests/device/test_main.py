@@ -191,6 +191,7 @@ def test_profile_hands_on_what_was_asked_for(
         0,
         "--energy",
         "--memory",
+        "--ops",
     ]
     code, out, _ = run("profile", bundle_path, *flags, "--out", out_file, "--json")
     assert code == 0
@@ -203,6 +204,7 @@ def test_profile_hands_on_what_was_asked_for(
         "threads": 0,
         "energy": True,
         "memory": True,
+        "ops": True,
         "bundle": "tiny",
     }
     assert not (bundle_path / "profiles").exists()

@@ -52,6 +52,15 @@ def test_a_damaged_profile_is_an_error_that_names_the_key(change: dict[str, Any]
         Profile.from_dict({**make_profile().to_dict(), **change})
 
 
+def test_a_profile_from_before_there_were_operators_is_read() -> None:
+    profile = make_profile()
+    older = {key: value for key, value in profile.to_dict().items() if not key.startswith("operators")}
+    found = Profile.from_dict({**older, "schema": 3})
+    assert found == replace(profile, operators_note="the profile is older than that")
+    with pytest.raises(BundleError, match=r"profile\.operators: expected a value"):
+        Profile.from_dict({**older, "schema": 4})
+
+
 def test_an_unknown_verdict_is_an_error() -> None:
     profile = make_profile()
     with pytest.raises(BundleError, match="verdict: expected one of faster, slower"):
@@ -70,7 +79,7 @@ def test_a_profile_of_the_version_before_is_read(tmp_path: Path) -> None:
         for run in arm["footprints"][0]["runs"]:
             del run["curve"]
     read = Profile.from_dict({**values, "schema": 3})
-    assert read == replace(profile, arms=arms)
+    assert read == replace(profile, arms=arms, operators_note="the profile is older than that")
     assert read.schema == 4
     assert Profile.from_json(read.to_json()) == read
 

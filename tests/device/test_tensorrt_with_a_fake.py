@@ -19,7 +19,7 @@ from rowcol_edge.device.engines import build_engines, prepare
 from rowcol_edge.device.main import main
 from rowcol_edge.device.manifest import TensorSpec
 from rowcol_edge.device.runtimes import ENGINE_BUILDERS, RUNTIMES, RuntimeOptions, load_runtime
-from rowcol_edge.errors import BundleError, DataError, MissingDependencyError, RowcolError
+from rowcol_edge.errors import BundleError, DataError, MeasurementError, MissingDependencyError, RowcolError
 
 from . import fake_nvidia
 from .fake_nvidia import Libcudart, installed
@@ -105,6 +105,28 @@ def test_outputs_are_copied_back_for_any_batch_up_to_the_largest(runtime: Any, m
     assert not [call for call in library.calls if call.startswith("misuse")]
     with pytest.raises(BundleError, match="an open session, got one that was closed"):
         session.run({"image": ONE})
+
+
+def test_layers_report_their_times_and_what_they_were_made_of(
+    runtime: Any, trt: Any, model: Path, library: Libcudart
+) -> None:
+    trt.told.layers = {"stem/Conv + stem/Relu": 0.25, "copy": 0.0015}
+    with runtime.open_profiled(model, OPTIONS) as profiler:
+        for _ in range(3):
+            np.testing.assert_allclose(profiler.run({"image": ONE})[0], expected(model, ONE), rtol=1e-5, atol=1e-6)
+        found = profiler.operators()
+    assert [(each.name, each.origins, each.runs_ns) for each in found] == [
+        ("stem/Conv + stem/Relu", ("stem/Conv", "stem/Relu"), (250_000,) * 3),
+        ("copy", ("copy",), (1_500,) * 3),
+    ]
+    assert (library.memory, library.streams) == ({}, set())
+
+
+def test_a_device_that_reports_no_layers_is_one_error(runtime: Any, model: Path) -> None:
+    with runtime.open_profiled(model, OPTIONS) as profiler:
+        profiler.run({"image": ONE})
+        with pytest.raises(MeasurementError, match="layers that report their times, got none in 1 inferences"):
+            profiler.operators()
 
 
 def test_a_file_without_quantizers_is_built_strongly_typed(runtime: Any, trt: Any, model: Path) -> None:

@@ -45,9 +45,11 @@ def test_a_profile_of_arms_that_are_too_large_comes_back_and_says_so(
     manifest = bundle_parts["manifest"]
     parts = bundle_parts | {"manifest": replace(manifest, target={**manifest.target, "memory_mb": 1})}
     with Bundle.open(write_bundle(tmp_path / "large" / "bundle", **parts)) as opened:
-        measured = sshd.profile(opened, arms=("dense@fp32",), memory=True)
+        measured = sshd.profile(opened, arms=("dense@fp32",), memory=True, ops=True)
     assert measured.memory_budget is not None
     assert measured.memory_budget.over == ("dense@fp32",)
+    assert measured.operators is not None
+    assert "MatMul" in {operator.kind for operator in measured.operators.arms["dense@fp32"].operators}
     assert measured.arms["dense@fp32"].footprints
     with pytest.raises(BudgetError, match="at most 1 MiB"):
         measured.raise_if_over_budget()

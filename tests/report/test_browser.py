@@ -16,7 +16,7 @@ from rowcol_edge.device.profile import Profile
 from rowcol_edge.report import reading
 from rowcol_edge.report.page import page
 
-from ..profiles import make_profile
+from ..profiles import make_operators, make_profile
 from .test_page import HOSTILE, rich_profile, written
 
 pytestmark = pytest.mark.system("chromium")
@@ -111,7 +111,16 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     arm = profile.arms["factored@int8"]
     names = [HOSTILE, "long-" * 30, "another@fp16", "one-more@int8-dynamic"]
     arms = {**profile.arms, **{name: replace(arm, name=name) for name in names}}
-    full: Profile = replace(profile, arms=arms, target="a" * 80, warnings=("w" * 200, *profile.warnings))
+    operators = make_operators(layers=20)
+    layers = [HOSTILE, "long-" * 30, *(f"body.{i}" for i in range(18))]
+    timed = {
+        name: replace(of_arm, layers=tuple(replace(t, layer=n) for t, n in zip(of_arm.layers, layers, strict=True)))
+        for name, of_arm in operators.arms.items()
+    }
+    full: Profile = replace(
+        profile, arms=arms, operators=replace(operators, arms=timed), target="a" * 80,
+        warnings=("w" * 200, *profile.warnings),
+    )  # fmt: skip
     return written(tmp_path_factory.mktemp("report"), full, make_profile(evidence="proxy"))
 
 

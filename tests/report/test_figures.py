@@ -35,7 +35,11 @@ def test_the_readme_lists_every_key(tmp_path: Path, root: Path) -> None:
     readme = (root / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (document|`\w+\[\]`.*?) \| (.*) \|$", readme, re.MULTILINE)
     listed = {where: re.findall(r"`(\w+)`", keys) for where, keys in rows}
-    found = [document, profile, profile["comparisons"][0], arm, arm["stages"][0], arm["memory_marks"][0], layer]
+    operators = profile["operators"]
+    measured = operators["arms"]["dense@int8"]
+    timed = [operators, measured, measured["layers"][0], measured["operators"][0], operators["comparisons"][0]]
+    stage, mark = arm["stages"][0], arm["memory_marks"][0]
+    found = [document, profile, profile["comparisons"][0], arm, stage, mark, layer, *timed]
     assert [sorted(keys) for keys in listed.values()] == [sorted(values) for values in found]
     assert document["schema"] == 1
     assert profile["comparisons"][0].keys() == profile["null"].keys() == arm["against_original"].keys()

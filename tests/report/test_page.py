@@ -20,7 +20,7 @@ from rowcol_edge.factoring.plan import FactorPlan, LayerPlan
 from rowcol_edge.report import charts, figures, reading
 from rowcol_edge.report.page import claim, headline, page
 
-from ..profiles import MIB, MS, make_bundle, make_manifest, make_profile
+from ..profiles import MIB, MS, make_bundle, make_manifest, make_operators, make_profile
 
 HOSTILE = "<script>alert('x')</script>\"&"
 
@@ -86,7 +86,10 @@ def rich_profile(samples: int = 60) -> Profile:
     energy = RailEnergy("VDD_IN", "INA3221", 0.0042, 0.004, 0.005, ())
     arms = {name: replace(arm, footprints=(footprint,), energy=(energy,)) for name, arm in profile.arms.items()}
     budget = MemoryBudget(64 * MIB, dict.fromkeys(arms, "over"), ("factored@int8",))
-    return replace(profile, arms=arms, memory_budget=budget, warnings=("the fan stood still",))
+    return replace(
+        profile, arms=arms, memory_budget=budget, operators=make_operators(), operators_note="",
+        warnings=("the fan stood still",),
+    )  # fmt: skip
 
 
 def test_the_page_has_every_section_and_the_numbers(tmp_path: Path) -> None:
@@ -98,6 +101,7 @@ def test_the_page_has_every_section_and_the_numbers(tmp_path: Path) -> None:
         "Warnings",
         "Arms",
         "Distribution, memory and trade-offs",
+        "Time by layer",
         "Plan by layer",
         "Environment and protocol",
     ]
@@ -130,7 +134,7 @@ def test_the_page_is_made_for_keyboards_and_screen_readers(tmp_path: Path) -> No
     ids = [attributes["id"] for _, attributes in document.tags if attributes.get("id")]
     assert len(ids) == len(set(ids))
     pictures = [attributes for tag, attributes in document.tags if tag == "svg"]
-    assert len(pictures) == 9  # the second profile has no footprint, so no memory over time
+    assert len(pictures) == 10  # the second profile has no footprint, so no memory over time
     labels = [region["aria-label"] for region in regions]
     assert len(labels) == len(set(labels))
     titles = [text for tag, text in document.texts if tag == "title" and " of tiny" in text]

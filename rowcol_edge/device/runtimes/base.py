@@ -55,6 +55,36 @@ class Session(Protocol):
     ) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class OperatorRuns:
+    """An operator as the runtime ran it. ``name`` is the runtime's own; ``origins`` are names that may stand in the
+    file, of which it was made. ``runs_ns`` holds a time an inference."""
+
+    name: str
+    kind: str
+    origins: tuple[str, ...]
+    runs_ns: tuple[int, ...]
+
+
+class OperatorProfiler(Protocol):
+    """An opened artifact with the runtime's own profiler on, which slows it."""
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> object: ...
+
+    def operators(self) -> tuple[OperatorRuns, ...]:
+        """Of all inferences since it was opened, in the order they ran; after it there are no more.
+
+        MeasurementError: the runtime left no record of them, or not a whole one.
+        """
+        ...
+
+    def __enter__(self) -> OperatorProfiler: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
 class Runtime(Protocol):
     """``name`` is the manifest's, ``package`` what pip installs."""
 
@@ -72,6 +102,14 @@ class Runtime(Protocol):
 
     def open(self, artifact: Path, options: RuntimeOptions) -> Session:
         """BundleError for a file the runtime cannot read or a provider it does not have."""
+        ...
+
+    def unprofiled(self) -> str:
+        """Why the times of single operators cannot be had here; empty where they can."""
+        ...
+
+    def open_profiled(self, artifact: Path, options: RuntimeOptions) -> OperatorProfiler:
+        """As ``open``. MeasurementError: its profiler cannot work here."""
         ...
 
 

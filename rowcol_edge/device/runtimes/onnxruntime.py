@@ -22,6 +22,7 @@ try:
     from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
     from . import onnxruntime_placement as placement
+    from .onnxruntime_profiler import OnnxProfiler
 except ModuleNotFoundError as e:
     raise MissingDependencyError("running this bundle", package="onnxruntime") from e
 except ImportError as e:  # installed, but for another numpy, C library or processor
@@ -69,11 +70,24 @@ class OnnxRuntime:
         return is_at_least(self.version(), oldest)
 
     def open(self, artifact: Path, options: RuntimeOptions) -> OnnxSession:
+        return self._opened(artifact, options, "")
+
+    def unprofiled(self) -> str:
+        return ""
+
+    def open_profiled(self, artifact: Path, options: RuntimeOptions) -> OnnxProfiler:
+        return OnnxProfiler(lambda prefix: self._opened(artifact, options, prefix))
+
+    def _opened(self, artifact: Path, options: RuntimeOptions, profile_prefix: str) -> OnnxSession:
+        """With a prefix, the session writes a profile to a file whose name begins so."""
         if not artifact.is_file():
             raise BundleError(str(artifact), expected="a readable .onnx file", got="no such file")
         chosen = providers(options, artifact)
         self._check_offered(chosen, ort.get_available_providers(), options)
         settings = _settings(options, chosen)
+        if profile_prefix:
+            settings.enable_profiling = True
+            settings.profile_file_prefix = profile_prefix
         with placement.recording(settings) if chosen.accelerators else nullcontext():
             asked = [(name, own) if own else name for name, own in chosen.options.items()]
             try:
@@ -133,6 +147,10 @@ class OnnxSession:
             return placement.used(self._session, self.inputs)
         except _ERRORS as e:
             raise self._failed(e) from e
+
+    def end_profiling(self) -> Path:
+        """The file of the profile, which ends with it."""
+        return Path(self._session.end_profiling())
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self._check(feeds)

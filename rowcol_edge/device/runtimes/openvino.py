@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from ..manifest import TensorSpec
 from ..versions import is_at_least
 from .base import FeedCheck, Runtime, RuntimeOptions
 from .memory import MMAP
+from .openvino_profiler import OpenVinoProfiler
 
 try:
     import openvino as ov
@@ -39,6 +41,7 @@ _DTYPES = {
 _PRECISION = "INFERENCE_PRECISION_HINT"
 _NO_PRECISION = ("dynamic", "undefined")
 """Values of the hint that leave the choice to the device."""
+_COUNT = "PERF_COUNT"
 _CACHE = "CACHE_DIR"
 """Folder of compiled models, which make later starts faster; used only where a target's properties name one."""
 
@@ -59,6 +62,17 @@ class OpenVinoRuntime:
         return is_at_least(self.version(), oldest)
 
     def open(self, artifact: Path, options: RuntimeOptions) -> OpenVinoSession:
+        return OpenVinoSession(self._compiled(artifact, options), artifact, self.version())
+
+    def unprofiled(self) -> str:
+        return ""
+
+    def open_profiled(self, artifact: Path, options: RuntimeOptions) -> OpenVinoProfiler:
+        counting = replace(options, properties={**options.properties, _COUNT: "YES"})
+        compiled = self._compiled(artifact, counting)
+        return OpenVinoProfiler(OpenVinoSession(compiled, artifact, self.version()), compiled)
+
+    def _compiled(self, artifact: Path, options: RuntimeOptions) -> Any:
         for path in (artifact, artifact.with_suffix(".bin")):
             if not path.is_file():
                 raise BundleError(str(path), expected="an IR file with its .bin beside it", got="no such file")
@@ -80,7 +94,6 @@ class OpenVinoRuntime:
             model = self._read(artifact, settings.pop(MMAP, None))
             compiled = self._core.compile_model(model, device, settings)
             _check_precision(compiled, device, settings.get(_PRECISION))
-            return OpenVinoSession(compiled, artifact, self.version())
         except _ERRORS as e:
             raise BundleError(
                 artifact.name,
@@ -88,6 +101,7 @@ class OpenVinoRuntime:
                 got=_short(e),
                 hint="run verify; if the digests match, this version of openvino does not support the model",
             ) from e
+        return compiled
 
     def _read(self, artifact: Path, mapped: str | None) -> Any:
         """The model; ``mapped`` is for this one alone, although openvino has it as a setting of the whole process."""
@@ -117,6 +131,10 @@ class OpenVinoSession:
         self._names = [spec.name for spec in self.outputs]
         self._check = FeedCheck(self.inputs)
         self._request = compiled.create_infer_request()
+
+    def profiled(self) -> Sequence[Any]:
+        """What a model that was compiled to count says of the operators of the last run."""
+        return list(self._request.profiling_info)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self._check(feeds)

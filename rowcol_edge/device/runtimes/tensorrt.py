@@ -26,6 +26,7 @@ from ..versions import is_at_least
 from .base import EngineFile, FeedCheck, Runtime, RuntimeOptions
 from .engine_cache import EngineCache, EngineKey, warn_unkept
 from .tensorrt_build import Log, Settings, build, made, trt
+from .tensorrt_profiler import LayerTimes, TensorRtProfiler
 
 _DTYPES = {
     trt.float32: "float32", trt.float16: "float16", trt.int8: "int8", trt.int32: "int32", trt.int64: "int64",
@@ -87,6 +88,12 @@ class TensorRtRuntime:
             raise BundleError(artifact.name, expected=f"an engine that TensorRT {self.version()} loads", got=log.text())
         return runtime, engine, EngineFile(_keep(cache, stem, key, built, timings), seconds)
 
+    def unprofiled(self) -> str:
+        return ""
+
+    def open_profiled(self, artifact: Path, options: RuntimeOptions) -> TensorRtProfiler:
+        return TensorRtProfiler(self.open(artifact, options))
+
 
 RUNTIME: Runtime = TensorRtRuntime()
 
@@ -130,6 +137,10 @@ class TensorRtSession:
         except BaseException:
             self.close()
             raise
+
+    def report_to(self, times: LayerTimes) -> None:
+        """Each run from now on, which waits for the report."""
+        self._context.profiler = times
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self._check(feeds)

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import BundleError, MissingDependencyError, RowcolError
+from ...errors import BundleError, MeasurementError, MissingDependencyError, RowcolError
 from ..manifest import DTYPES, TensorSpec
 from ..versions import WITH_NUMPY_2, is_at_least
 from . import seal
-from .base import FeedCheck, Runtime, RuntimeOptions
+from .base import FeedCheck, OperatorProfiler, Runtime, RuntimeOptions
 from .memory import CONTENT, ON
 
 try:
@@ -61,6 +61,7 @@ if _OLD and is_at_least(np.__version__, "2"):  # it loads, and fails at the firs
 _ERRORS = (RuntimeError, ValueError, TypeError)
 """What the interpreter raises."""
 _CPU = "CPU"
+_UNPROFILED = f"{_PACKAGE} {_package.__version__} gives its interpreter no profiler in Python"
 
 
 class TfliteRuntime:
@@ -122,6 +123,12 @@ class TfliteRuntime:
                 hint=f"name {_CPU} beside it if the processor may run them",
             )
         return TfliteSession(interpreter, artifact, f"{self.package} {self.version()}")
+
+    def unprofiled(self) -> str:
+        return _UNPROFILED
+
+    def open_profiled(self, artifact: Path, options: RuntimeOptions) -> OperatorProfiler:
+        raise MeasurementError(f"operators of {self.name}", expected="a profiler", got=_UNPROFILED)
 
 
 RUNTIME: Runtime = TfliteRuntime()

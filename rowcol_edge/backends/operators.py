@@ -1,0 +1,166 @@
+"""The operators of an artifact, put together by the layers of the original model: what the times of a runtime's own
+profiler are read by.
+
+An operator belongs to the module it was written from, by its name (``blocks.0.attention/MatMul``). What converters and
+quantizers have put in between belongs where its input comes from, what reads constants alone where its output goes.
+Parts of a factored layer lie in a module of the layer's name, so they count to it, and so does what only changes a
+layer's output value by value. All else that no module is known for is left without a layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..device.layers import FileLayer, FileOperator
+
+_ON_OUTPUTS = frozenset({
+    "BatchNormalization", "Cast", "Clamp", "Clip", "Convert", "DequantizeLinear", "Elu", "FakeQuantize", "Gelu",
+    "HSigmoid", "HSwish", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "PRelu", "PReLU", "QuantizeLinear", "Relu",
+    "Selu", "Sigmoid", "SoftPlus", "Swish", "Tanh", "DEQUANTIZE", "GELU", "HARD_SWISH", "LEAKY_RELU", "LOGISTIC",
+    "QUANTIZE", "RELU", "RELU6", "TANH",
+})  # fmt: skip
+"""What works on each value alone: runtimes do it while they write a layer's output."""
+
+
+_BETWEEN = frozenset({
+    "Cast", "Constant", "Convert", "Expand", "Flatten", "Identity", "Reorder", "Reshape", "Squeeze", "Transpose",
+    "Unsqueeze", "CAST", "EXPAND_DIMS", "RESHAPE", "SQUEEZE", "TRANSPOSE",
+})  # fmt: skip
+"""What lays out values anew for what comes next, see also `_ON_OUTPUTS`."""
+MODEL = "(model)"
+"""Stands for the module that is the whole model: what its own code does between its layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """``module`` is empty where nothing tells it; ``macs`` are multiply-accumulates of one sample."""
+
+    name: str
+    kind: str
+    module: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    macs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorGraph:
+    """Operators in the order they run. ``size_bytes`` is that of each tensor as it is stored, for one sample; None or
+    missing where it is not known. ``inputs`` and ``outputs`` are those of the whole."""
+
+    operators: tuple[Operator, ...]
+    size_bytes: Mapping[str, int | None]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def module_of(name: str, kind: str) -> str:
+    """``blocks.0.attention`` of ``blocks.0.attention/MatMul_2``, MODEL of ``MatMul_2``; empty for other names."""
+    if re.fullmatch(rf"{re.escape(kind)}(_\d+)?", name):
+        return MODEL
+    module = name.rpartition("/")[0].partition("/")[0]
+    return "" if module == kind else module
+
+
+def by_layer(
+    graph: OperatorGraph, layers: Collection[str], forms: Mapping[str, tuple[str, int | None]] | None = None
+) -> tuple[tuple[FileLayer, ...], tuple[FileOperator, ...]]:
+    """The operators with their layers; layers in the order they first run.
+
+    Bytes of a layer are its weights, what it takes from other layers and what these take from it, each once.
+
+    Args:
+        layers: names of the layers that could be factored; a module that lies in none stands for itself.
+        forms: form and rank by layer; ``dense`` where nothing is said.
+    """
+    homes = _homes(graph, layers)
+    names = list(dict.fromkeys(filter(None, homes)))
+    macs: Counter[str] = Counter()
+    for operator, home in zip(graph.operators, homes, strict=True):
+        macs[home] += operator.macs
+    traffic = _traffic(graph, homes)
+    found = tuple(
+        FileLayer(name, *(forms or {}).get(name, ("dense", None)), macs[name], traffic[name]) for name in names
+    )
+    places = {name: place for place, name in enumerate(names)}
+    return found, tuple(
+        FileOperator(operator.name, operator.kind, places.get(home, -1), operator.macs, _named(operator))
+        for operator, home in zip(graph.operators, homes, strict=True)
+    )
+
+
+def _named(operator: Operator) -> tuple[str, ...]:
+    """Its outputs, where they have names that a runtime may show."""
+    return tuple(name for name in operator.outputs if name != operator.name and not name.isdigit() and ":" not in name)
+
+
+def _homes(graph: OperatorGraph, layers: Collection[str]) -> list[str]:
+    """The layer of each operator; empty where none can be told."""
+    made = {name: place for place, operator in enumerate(graph.operators) for name in operator.outputs}
+    read: dict[str, list[int]] = {}
+    for place, operator in enumerate(graph.operators):
+        for name in operator.inputs:
+            read.setdefault(name, []).append(place)
+    live = _live(graph)
+    homes = [_layer(operator.module, layers) for operator in graph.operators]
+    for place, operator in enumerate(graph.operators):
+        sources = [name for name in operator.inputs if name in live]
+        maker = made.get(sources[0]) if sources else None
+        alone = maker is not None and len(sources) == 1 and read[sources[0]] == [place]
+        lost = not homes[place] and operator.kind in _BETWEEN | _ON_OUTPUTS
+        if maker is not None and (lost or (alone and operator.kind in _ON_OUTPUTS)):
+            homes[place] = homes[maker] or homes[place]
+    for place in reversed(range(len(graph.operators))):  # constants, and what stands before the first layer
+        readers = [reader for name in graph.operators[place].outputs for reader in read.get(name, ())]
+        lost = not homes[place] and graph.operators[place].kind in _BETWEEN | _ON_OUTPUTS
+        if readers and (lost or live.isdisjoint(graph.operators[place].inputs)):
+            homes[place] = homes[readers[0]] or homes[place]
+    return homes
+
+
+def _layer(module: str, layers: Collection[str]) -> str:
+    """The layer that a module is, or is a part of; the module itself where that is none."""
+    parts = module.split(".")
+    outer = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((name for name in outer if name in layers), module)
+
+
+def _live(graph: OperatorGraph) -> set[str]:
+    """Tensors that follow from the inputs; all others are constants."""
+    live = set(graph.inputs)
+    for operator in graph.operators:
+        if not live.isdisjoint(operator.inputs):
+            live.update(operator.outputs)
+    return live
+
+
+def _traffic(graph: OperatorGraph, homes: Sequence[str]) -> dict[str, int | None]:
+    """Bytes that go in and out of each layer at least; None where a size is not known."""
+    live, made = _live(graph), {name for operator in graph.operators for name in operator.outputs}
+    takes: dict[str, set[str]] = {home: set() for home in homes}
+    gives: dict[str, set[str]] = {home: set() for home in homes}
+    for operator, home in zip(graph.operators, homes, strict=True):
+        # what is worked out of constants is not stored: they are
+        takes[home].update(name for name in operator.inputs if name in live or name not in made)
+        gives[home].update(operator.outputs)
+    needed = set(graph.outputs)
+    return {
+        home: _total(
+            graph.size_bytes,
+            (takes[home] - gives[home])
+            | {name for name in gives[home] & live if name in needed or _read_elsewhere(name, home, takes)},
+        )
+        for home in takes
+    }
+
+
+def _read_elsewhere(name: str, home: str, takes: Mapping[str, set[str]]) -> bool:
+    return any(name in taken for other, taken in takes.items() if other != home)
+
+
+def _total(size_bytes: Mapping[str, int | None], names: Iterable[str]) -> int | None:
+    sizes = [size_bytes.get(name) for name in names if name]
+    return None if None in sizes else sum(size for size in sizes if size is not None)

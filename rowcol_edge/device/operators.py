@@ -1,0 +1,61 @@
+"""The time of single operators: each arm with its runtime's own profiler on, in processes of their own.
+
+A profiler slows what it looks at, so none of these processes gives a latency. They run in the same balanced order as
+the latency rounds, with the null arm; before and after them one measures what the machine can do at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from . import layers, roofline, schedule, stats
+from .bundle import Bundle
+from .layer_times import OPEN, LayerComparison, Operators, OperatorsRun, compared, of_arm
+from .profile import NULL
+from .session import Executor, Progress
+from .worker import OPERATORS, PEAKS, Request
+
+ROUNDS = stats.MIN_ROUNDS
+RUN_SECONDS, WARMUP_SECONDS = 1.0, 0.2
+
+
+def operators(
+    bundle: Bundle,
+    requests: Mapping[str, Request],
+    pairs: Sequence[tuple[str, str]],
+    null_of: str,
+    executor: Executor,
+    progress: Progress,
+) -> Operators:
+    """Measure the arms of ``requests`` and set the pairs side by side. MeasurementError: a process failed."""
+    names = list(requests)
+    maps = {name: layers.load(bundle, request.arm) for name, request in requests.items()}
+    total = 2 + ROUNDS * len(names)
+    progress("operators", 0, total)
+    asked = replace(next(iter(requests.values())), mode=PEAKS)
+    before = executor.peaks(asked, "the machine's peaks")
+    runs: dict[str, list[OperatorsRun]] = {name: [] for name in names}
+    done = 1
+    for i, row in enumerate(schedule.order(names, ROUNDS)):
+        for name in row:
+            progress("operators", done, total)
+            request = replace(requests[name], mode=OPERATORS, run_seconds=RUN_SECONDS, warmup_seconds=WARMUP_SECONDS)
+            runs[name].append(executor.operators(request, f"arm {name}, operators run {i + 1}"))
+            done += 1
+    peaks = roofline.higher(before, executor.peaks(asked, "the machine's peaks"))
+    progress("operators", total, total)
+    limits = peaks if _on_processor(asked.providers) else None
+    arms = {name: of_arm(of_name, maps[name], limits) for name, of_name in runs.items()}
+    null = compared(arms, [(NULL, null_of)]) if NULL in arms else ()
+    real = {name: arm for name, arm in arms.items() if name != NULL}
+    return Operators(peaks, real, compared(arms, pairs), len(null), sum(map(_decided, null)))
+
+
+def _on_processor(providers: Sequence[str]) -> bool:
+    """Do the peaks, which are the processor's, hold for what a runtime runs on?"""
+    return all(name.startswith("CPU") for name in providers)
+
+
+def _decided(found: LayerComparison) -> bool:
+    return found.verdict != OPEN

@@ -1,0 +1,100 @@
+"""What this machine's memory and arithmetic give at most, by numpy, and what that lets a layer reach.
+
+A roofline (Williams, Waterman & Patterson, "Roofline: an insightful visual performance model", CACM 52, 2009): a layer
+takes at least the time of its multiply-accumulates at the peak, and at least that of its bytes at the bandwidth. The
+longer of the two is what binds it. Both peaks are measured, not those of a data sheet:
+
+- bandwidth: arrays of 64 MiB copied, one a thread, bytes read and written counted; what the processor reads besides,
+  to write, is not. A layer whose data lie in a cache can be faster than that.
+- arithmetic: a product of float32 matrices by numpy's BLAS, with as many threads. Kernels in int8 can be faster than
+  that: then the fraction reached is over 100 %.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+SECONDS = 1.0
+"""For each of the two; the best run counts."""
+_COPY_BYTES = 64 << 20
+_SIZE = 512
+"""Rows and columns of the matrices: large for a cache of the first level, small for a board's memory."""
+_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
+METHOD = "numpy: 64 MiB copied a thread; float32 product of 512×512 matrices"
+MEMORY, COMPUTE = "memory", "compute"
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """Of ``threads`` together: bytes read and written, and float32 multiply-accumulates, a second."""
+
+    bytes_per_second: float
+    macs_per_second: float
+    threads: int
+    method: str
+
+
+def higher(one: Peaks, other: Peaks) -> Peaks:
+    """The best of two measurements: what else a machine does can only lower them."""
+    return replace(
+        one,
+        bytes_per_second=max(one.bytes_per_second, other.bytes_per_second),
+        macs_per_second=max(one.macs_per_second, other.macs_per_second),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The least time that the peaks allow, and which of them: MEMORY or COMPUTE. ``intensity``: MACs a byte."""
+
+    least_ns: float
+    kind: str
+    intensity: float
+
+
+def bound(macs: int, traffic_bytes: int | None, peaks: Peaks) -> Bound | None:
+    """Of a layer; None where its bytes are not known, or there is nothing to do."""
+    if not traffic_bytes:
+        return None
+    reading, working = traffic_bytes / peaks.bytes_per_second, macs / peaks.macs_per_second
+    return Bound(1e9 * max(reading, working), MEMORY if reading > working else COMPUTE, macs / traffic_bytes)
+
+
+def limit_threads(threads: int) -> None:
+    """Before numpy is imported: its BLAS reads how many threads to start when it is loaded."""
+    os.environ.update(dict.fromkeys(_VARIABLES, str(threads)))
+
+
+def peaks(threads: int, seconds: float = SECONDS, clock: Callable[[], float] = time.perf_counter) -> Peaks:
+    """Measure both in this process, see `limit_threads`. MemoryError: not enough for the arrays."""
+    import numpy as np
+
+    copying = _copying(threads, seconds, clock)
+    left = np.random.default_rng(0).standard_normal((_SIZE, _SIZE)).astype(np.float32)
+    out = np.empty_like(left)
+    working = _best(lambda: np.matmul(left, left, out=out), seconds, clock)
+    return Peaks(2 * threads * _COPY_BYTES / copying, _SIZE**3 / working, threads, METHOD)
+
+
+def _copying(threads: int, seconds: float, clock: Callable[[], float]) -> float:
+    """Seconds for a copy in each thread at the same time."""
+    import numpy as np
+
+    sources = [np.ones(_COPY_BYTES, np.uint8) for _ in range(threads)]
+    targets = [np.zeros_like(source) for source in sources]
+    with ThreadPoolExecutor(threads) as pool:
+        return _best(lambda: list(pool.map(np.copyto, targets, sources)), seconds, clock)
+
+
+def _best(do: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:
+    """The shortest run of those that fit, at least three."""
+    best, count, end = float("inf"), 0, clock() + seconds
+    while count < 3 or clock() < end:
+        begin = clock()
+        do()
+        best, count = min(best, clock() - begin), count + 1
+    return best
