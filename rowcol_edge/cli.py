@@ -5,21 +5,22 @@ Exit codes: 0 good, 1 a budget or gate failed, 2 bad input, 3 not comparable, 13
 
 from __future__ import annotations
 
-import json as json_module
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from . import fleet_cli
+from .command import Json
+from .command import print_json as _print_json
+from .command import progress as _progress
 from .device.manifest import PRECISIONS
 from .device.runtimes import RUNTIMES
 from .errors import ConfigError, InputError, MissingDependencyError, RowcolError
 
 if TYPE_CHECKING:
-    from .job import Progress
     from .report.change import Change
     from .report.compare import ComparisonTable
     from .targets import Target
@@ -34,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(fleet_cli.app)
 
 #: which extra brings a package that may be missing
 _EXTRAS = dict.fromkeys(("torch", "onnx", "onnxscript", "safetensors", "tomli_w", "onnxruntime", "PIL"), "build")
@@ -41,7 +43,6 @@ _EXTRAS = dict.fromkeys(("torch", "onnx", "onnxscript", "safetensors", "tomli_w"
 Model = Annotated[str, typer.Argument(help="sample:NAME, package.module:factory, path/file.py:factory or file.pt2")]
 BundlePath = Annotated[Path, typer.Argument(help="a bundle folder or .zip")]
 ProfilePath = Annotated[Path, typer.Argument(metavar="PROFILE", help="a profile, as in BUNDLE/profiles/")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout and nothing else")]
 StandIn = Annotated[
     bool, typer.Option("--stand-in", help="also where this is another kind of machine than the bundle is for")
 ]
@@ -579,19 +580,3 @@ def _print_error(error: RowcolError) -> None:
         if text:
             lines.append(f"  {label + ':':<10}{text}")
     typer.echo("\n".join(lines), err=True)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json_module.dumps(value, indent=2, ensure_ascii=False))
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A progress line with elapsed time and ETA on stderr; plain lines where that is no terminal.
-
-    What the user's own code prints meanwhile goes to stderr too: stdout belongs to the results.
-    """
-    from .report.progress import reporter
-
-    with redirect_stdout(sys.stderr), reporter() as report:
-        yield report

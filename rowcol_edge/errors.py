@@ -22,6 +22,8 @@
     │   ├── UnreachableError        no line to it, or one that dropped and did not come back
     │   ├── LoginError              it does not let this user in
     │   └── HostKeyError            its host key is unknown, or another one than on record
+    ├── FleetError                  exit code 1: jobs of a fleet that were not done; what was done is written
+    ├── SchedulerError              the scheduler of a fleet cannot be reached, or is gone
     └── MeasurementError            the profiler could not take the measurement
 
 Each says what is wrong, what was expected, what was got, and a hint for the next step.
@@ -158,6 +160,16 @@ class LoginError(BoardError):
 
 class HostKeyError(BoardError):
     """A board whose host key is unknown, or another one than on record."""
+
+
+class FleetError(RowcolError):
+    """Jobs of a fleet that were not done; what was done is written."""
+
+    exit_code = 1
+
+
+class SchedulerError(RowcolError):
+    """The scheduler of a fleet cannot be reached, or is gone."""
 
 
 class MeasurementError(RowcolError):

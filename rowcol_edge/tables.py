@@ -1,4 +1,4 @@
-"""A TOML table read field by field: each key known, present and of its type, or a TargetError that says where."""
+"""A TOML table read field by field: each key known, present and of its type, or an error that says where."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from .errors import TargetError, did_you_mean
+from .errors import InputError, TargetError, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +18,10 @@ class Table:
 
     values: Mapping[str, Any]
     where: str
+    error: type[InputError] = TargetError
 
     def keys(self, known: Mapping[str, bool]) -> None:
-        check_keys(self.values, known, self.where)
+        check_keys(self.values, known, self.where, self.error)
 
     def text(self, key: str, pattern: re.Pattern[str] | None = None, expected: str = "text that is not empty") -> str:
         value = self.values[key]
@@ -86,18 +87,18 @@ class Table:
             raise self._wrong(key, expected, value)
         return value
 
-    def _wrong(self, key: str, expected: str, got: object, hint: str = "") -> TargetError:
-        return TargetError(f"{self.where}: {key}", expected=expected, got=repr(got), hint=hint)
+    def _wrong(self, key: str, expected: str, got: object, hint: str = "") -> InputError:
+        return self.error(f"{self.where}: {key}", expected=expected, got=repr(got), hint=hint)
 
 
-def check_keys(values: Mapping[str, Any], known: Mapping[str, bool], where: str) -> None:
+def check_keys(
+    values: Mapping[str, Any], known: Mapping[str, bool], where: str, error: type[InputError] = TargetError
+) -> None:
     """Refuse keys that are not in ``known`` and the absence of those that ``known`` marks as required."""
     for key in values:
         if key not in known:
             hint = did_you_mean(key, known) or f"known keys: {', '.join(known)}"
-            raise TargetError(where, expected="known keys only", got=f"unknown key {key!r}", hint=hint)
+            raise error(where, expected="known keys only", got=f"unknown key {key!r}", hint=hint)
     missing = [key for key, required in known.items() if required and key not in values]
     if missing:
-        raise TargetError(
-            where, expected=f"the key {missing[0]!r}", got="no such key", hint=f"missing: {', '.join(missing)}"
-        )
+        raise error(where, expected=f"the key {missing[0]!r}", got="no such key", hint=f"missing: {', '.join(missing)}")

@@ -101,7 +101,10 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"ROWCOL_REQUIRE_SYSTEM=1, but this system lacks {', '.join(missing)}")
 
 
-LONG = ("test_arm64", "test_frames", "test_oldest_runtime", "test_remote", "test_tflite_boards")
+LONG = (
+    "test_arm64", "test_campaign", "test_cluster", "test_frames", "test_oldest_runtime", "test_remote",
+    "test_tflite_boards",
+)  # fmt: skip
 """Modules that take a minute or more: begun first, so that no worker is left alone with one at the end."""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import rowcol_edge
-from rowcol_edge import cli, errors
+from rowcol_edge import cli, errors, fleet_cli
 
 PUBLIC = {
     "Bundle", "Predictor", "RowcolError",
@@ -40,6 +40,9 @@ def test_a_name_that_is_not_there_says_so() -> None:
 def test_the_commands() -> None:
     names = {command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback}
     assert names == COMMANDS
+    assert [group.typer_instance for group in cli.app.registered_groups] == [fleet_cli.app]
+    many = {command.callback.__name__ for command in fleet_cli.app.registered_commands if command.callback}
+    assert many == {"profile", "sweep", "workers"}
 
 
 def test_every_error_stands_in_the_tree_and_has_an_exit_code() -> None:

@@ -26,6 +26,14 @@ def test_importing_the_command_line_loads_nothing_heavy(python_loads: Callable[[
     assert not loaded & HEAVY
 
 
+def test_a_fleet_loads_neither_torch_nor_dask_before_it_builds_or_has_a_scheduler(
+    python_loads: Callable[[str], set[str]],
+) -> None:
+    loaded = python_loads("import rowcol_edge.fleet.campaign, rowcol_edge.fleet.boards, rowcol_edge.report.fleet")
+    assert "rowcol_edge.fleet.queueing" in loaded
+    assert not loaded & (HEAVY - {"numpy"} | {"dask", "distributed", "jinja2"})
+
+
 def test_listing_targets_loads_neither_torch_nor_a_runtime(python_loads: Callable[[str], set[str]]) -> None:
     loaded = python_loads(
         "import contextlib, io\n"

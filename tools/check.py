@@ -27,7 +27,7 @@ CHECKS: dict[str, list[str]] = {
 
 
 def main() -> int:
-    python = _venv.ensure(["build", "openvino", "report", "samples", "tflite"], ["dev", "data"])
+    python = _venv.ensure(["build", "fleet", "openvino", "report", "samples", "tflite"], ["dev", "data"])
     results = {}
     for name, (program, *arguments) in CHECKS.items():
         print(f"── {name} ──", flush=True)

@@ -390,6 +390,45 @@ def cost() -> str:
     )
 
 
+def fleet() -> str:
+    """A campaign on 500 boards, simulated; what Dask's part costs, measured."""
+    found = _result("fleet-simulation.json")
+    rows = [
+        [
+            "one board of the target" if run["once"] else "every board",
+            f"{run['chance_of_a_lost_board']:.0%}, {run['dead_boards']}",
+            f"{run['hours']:.2f} h",
+            f"{run['boards_at_work']:.0%}",
+            f"{run['begun_again']:,}",
+            f"{run['not_measured']:,} of {run['jobs']:,}",
+        ]
+        for run in found["simulated"]
+    ]
+    first, lengths = found["simulated"][0], found["seconds_of_real_jobs"]
+    heads = [
+        "each bundle on",
+        "chance that a job loses its board, dead boards",
+        "takes",
+        "boards at work",
+        "begun again",
+    ]
+    text = table([*heads, "not measured"], rows)
+    text += (
+        f"\n\n{first['boards']} boards, {first['jobs'] // first['boards']} jobs each, simulated with a clock that "
+        f"jumps, by the rules and the loop of real campaigns; jobs as long as {len(lengths)} real ones on loopback "
+        f"({min(lengths):.0f} to {max(lengths):.0f} s). Without losses and gaps: {first['hours_without_losses']:.2f} h."
+    )
+    if real := found.get("measured"):
+        text += (
+            f" Measured with {real['workers']} real Dask workers in one process, whose {real['jobs']:,} jobs of "
+            f"{real['seconds_a_job_sleeps']:.0f} s sleep: {real['seconds']:.0f} s instead of "
+            f"{real['seconds_without_scheduler']:.0f}, {real['cpu_ms_a_job']:.0f} ms of processor time a job for "
+            f"client, scheduler and worker together, {real['peak_mib_of_all']:,} MiB in all (a machine with a load of "
+            f"{real['load_average']:.0f} on {found['machine']['cores']} cores)."
+        )
+    return f"{text} Command: `{found['command']}`."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "elpv": elpv,
     "frontier": frontier,
@@ -403,6 +442,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "twins": twins,
     "domains": domains,
     "cost": cost,
+    "fleet": fleet,
 }
 # half an hour to an hour on a quiet machine; until they were run there is nothing to show
 LONG: dict[str, tuple[str, Callable[[], str]]] = {

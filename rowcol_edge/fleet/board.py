@@ -73,10 +73,15 @@ class Beat(threading.Thread):
                 continue  # the folder is being removed, or its disk is full
 
 
-def open_folder(folder: str, places: list[str], need_bytes: int, lease_seconds: float) -> None:
-    """The folder of an earlier connection, or a new one where it is gone; ``begun``: its job runs or has ended."""
+def open_folder(folder: str, places: list[str], need_bytes: int, lease_seconds: float, run: str = "") -> None:
+    """The folder of an earlier connection, or a new one where it is gone; ``begun``: its job runs or has ended.
+
+    ``run`` is a name that is the same wherever the same job is begun, or empty: what a process that ended has left
+    under it is gone on with.
+    """
+    folder = folder or _left(places, run)
     fresh = not folder or not _ours(Path(folder))
-    path = _new_folder(places, need_bytes) if fresh else Path(folder)
+    path = _new_folder(places, need_bytes, run) if fresh else Path(folder)
     try:
         begun = _prepare(path, lease_seconds)
     except OSError:
@@ -96,18 +101,26 @@ def _prepare(path: Path, lease_seconds: float) -> bool:
     return begun
 
 
-def _new_folder(places: list[str], need_bytes: int) -> Path:
+def _places(named: list[str]) -> list[str]:
+    places = named or [os.environ.get("TMPDIR", ""), "/tmp", "/var/tmp"]  # noqa: S108 – mkdtemp makes a folder ours
+    return [str(Path.cwd() / place) for place in places if place]
+
+
+def _left(places: list[str], run: str) -> str:
+    """The folder of a run that a process elsewhere began and did not end; empty if there is none."""
+    found = [path for place in _places(places) for path in Path(place).glob(f"{PREFIX}{run}-*") if _ours(path)]
+    return str(found[0]) if run and found else ""
+
+
+def _new_folder(places: list[str], need_bytes: int, run: str) -> Path:
     told = []
-    for place in places or [os.environ.get("TMPDIR", ""), "/tmp", "/var/tmp"]:  # noqa: S108 – mkdtemp makes it ours
-        if not place:
-            continue
-        place = str(Path.cwd() / place)
+    for place in _places(places):
         try:
             _sweep(Path(place))
             if (free := shutil.disk_usage(place).free) < need_bytes:
                 told.append(f"{place}: {free >> 20} MiB free")
                 continue
-            return Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+            return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{run}-" if run else PREFIX, dir=place))
         except OSError as e:
             told.append(f"{place}: {e.strerror}")
     raise RefusalError(

@@ -59,6 +59,7 @@ def profile(
     known_hosts: Path | None = None,
     python: str = "python3",
     folder: str | None = None,
+    run: str = "",
     progress: Progress | None = None,
     say: Say = on_stderr,
     **options: Any,
@@ -66,8 +67,10 @@ def profile(
     """Measure a bundle on the board at the address ``on``.
 
     ``known_hosts``: keys of hosts instead of the user's own file. ``python`` and ``folder``: the board's Python, and
-    where its temporary folder is made. ``options``: as for :func:`rowcol_edge.device.measure.profile`. ``say`` gets a
-    line for each thing worth knowing.
+    where its temporary folder is made. ``run``: letters and digits that stand for exactly this measurement; what a
+    process that was killed has left under them on the board, where it may still go on, is followed instead of begun
+    again. ``options``: as for :func:`rowcol_edge.device.measure.profile`. ``say`` gets a line for each thing worth
+    knowing.
 
     Errors: see `rowcol_edge.errors`; nothing stays on the board after one of them, or after Ctrl-C.
     """
@@ -79,11 +82,13 @@ def profile(
         bundle.arm(name)  # before anything is copied
     with tempfile.TemporaryDirectory(prefix="rowcol-edge-") as made:
         cargo = Cargo.pack(bundle, Path(made))
-        run = _Run(transport, python, [folder] if folder else [], bundle.manifest.target, cargo, options, progress, say)
+        whole = _Run(
+            transport, python, [folder] if folder else [], bundle.manifest.target, cargo, options, progress, say, run
+        )
         try:
-            data = run.result()
+            data = whole.result()
         finally:
-            run.clean()
+            whole.clean()
     measured = Profile.from_json(data, f"profile from {transport.name}")
     if measured.digest != bundle.digest:
         raise IntegrityError(
@@ -108,8 +113,9 @@ class _Run:
 
     def __init__(
         self, transport: Transport, python: str, places: list[str], target: Mapping[str, Any], cargo: Cargo,
-        options: dict[str, Any], progress: Progress | None, say: Say,
+        options: dict[str, Any], progress: Progress | None, say: Say, name: str = "",
     ) -> None:  # fmt: skip
+        self._name = name
         self._transport, self._python, self._places, self._cargo = transport, python, places, cargo
         self._target = target
         self._steps = [
@@ -154,7 +160,7 @@ class _Run:
         """Everything over one line, without what an earlier one has done."""
         opened = connection.ask(
             "open", folder=self._folder, places=self._places, need_bytes=self._cargo.need_bytes,
-            lease_seconds=LEASE_SECONDS,
+            lease_seconds=LEASE_SECONDS, run=self._name,
         )  # fmt: skip
         if self._folder and opened["fresh"]:
             self._say(f"{self._folder} is gone from the board: copying again")

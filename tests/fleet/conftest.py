@@ -256,15 +256,19 @@ def new_key(path: Path) -> None:
     subprocess.run(command, check=True)
 
 
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 @pytest.fixture
 def sshd(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
     """For tests marked `system("openssh")`. The user's key comes from ssh-agent, as it does for people."""
     folder = tmp_path / "ssh"
     folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    made = Sshd(folder, home, port)
+    made = Sshd(folder, home, _free_port())
     new_key(folder / "user_key")
     shutil.copy(folder / "user_key.pub", folder / "authorized_keys")
     made.new_host_key()
@@ -282,6 +286,23 @@ def sshd(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         made.stop()
         holder.kill()
         holder.wait()
+
+
+@pytest.fixture
+def second_sshd(sshd: Sshd, tmp_path: Path) -> Iterator[Sshd]:
+    """Another board, with a home and host key of its own, which lets the same user in."""
+    folder = tmp_path / "ssh-2"
+    folder.mkdir()
+    made = Sshd(folder, Home(tmp_path / "board-2"), _free_port())
+    shutil.copy(sshd.folder / "authorized_keys", folder)
+    made.new_host_key()
+    made.know_host_key()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+        kill(made.home.running())
 
 
 @pytest.fixture
