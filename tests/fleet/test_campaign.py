@@ -43,7 +43,14 @@ def request(bundle: Path, /, **changes: Any) -> dict[str, Any]:
 
 
 def children() -> list[int]:
-    return processes(lambda entry: b"rowcol_edge.fleet.child" in (entry / "cmdline").read_bytes())
+    """Of this process of the tests; another one may have its own at the same time."""
+    mine = os.environ.get("PYTEST_XDIST_WORKER", "").encode()
+
+    def wanted(entry: Path) -> bool:
+        job = b"rowcol_edge.fleet.child" in (entry / "cmdline").read_bytes()
+        return job and mine in (entry / "environ").read_bytes()
+
+    return processes(wanted)
 
 
 def test_a_job_is_done_in_a_process_of_its_own(bundle_path: Path) -> None:
