@@ -4,8 +4,8 @@ A roofline (Williams, Waterman & Patterson, "Roofline: an insightful visual perf
 takes at least the time of its multiply-accumulates at the peak, and at least that of its bytes at the bandwidth. The
 longer of the two is what binds it. Both peaks are measured, not those of a data sheet:
 
-- bandwidth: arrays of 64 MiB copied, one a thread, bytes read and written counted; what the processor reads besides,
-  to write, is not. A layer whose data lie in a cache can be faster than that.
+- bandwidth: arrays of 64 MiB, less where memory is short, copied, one a thread, bytes read and written counted; what
+  the processor reads besides, to write, is not. A layer whose data lie in a cache can be faster than that.
 - arithmetic: a product of float32 matrices by numpy's BLAS, with as many threads. Kernels in int8 can be faster than
   that: then the fraction reached is over 100 %.
 """
@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 SECONDS = 1.0
 """For each of the two; the best run counts."""
 _COPY_BYTES = 64 << 20
+"""Far more than a cache holds; all of them together take half of what is free at most."""
 _SIZE = 512
 """Rows and columns of the matrices: large for a cache of the first level, small for a board's memory."""
 _VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
-METHOD = "numpy: 64 MiB copied a thread; float32 product of 512×512 matrices"
 MEMORY, COMPUTE = "memory", "compute"
 
 
@@ -73,18 +73,25 @@ def peaks(threads: int, seconds: float = SECONDS, clock: Callable[[], float] = t
     """Measure both in this process, see `limit_threads`. MemoryError: not enough for the arrays."""
     import numpy as np
 
-    copying = _copying(threads, seconds, clock)
+    size = copy_bytes(threads, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    copying = _copying(size, threads, seconds, clock)
     left = np.random.default_rng(0).standard_normal((_SIZE, _SIZE)).astype(np.float32)
     out = np.empty_like(left)
     working = _best(lambda: np.matmul(left, left, out=out), seconds, clock)
-    return Peaks(2 * threads * _COPY_BYTES / copying, _SIZE**3 / working, threads, METHOD)
+    method = f"numpy: {size >> 20} MiB copied a thread; float32 product of {_SIZE}×{_SIZE} matrices"
+    return Peaks(2 * threads * size / copying, _SIZE**3 / working, threads, method)
 
 
-def _copying(threads: int, seconds: float, clock: Callable[[], float]) -> float:
+def copy_bytes(threads: int, free_bytes: int) -> int:
+    """For each of two arrays a thread, whole MiB."""
+    return max(1 << 20, min(_COPY_BYTES, free_bytes // (4 * threads) >> 20 << 20))
+
+
+def _copying(size: int, threads: int, seconds: float, clock: Callable[[], float]) -> float:
     """Seconds for a copy in each thread at the same time."""
     import numpy as np
 
-    sources = [np.ones(_COPY_BYTES, np.uint8) for _ in range(threads)]
+    sources = [np.ones(size, np.uint8) for _ in range(threads)]
     targets = [np.zeros_like(source) for source in sources]
     with ThreadPoolExecutor(threads) as pool:
         return _best(lambda: list(pool.map(np.copyto, targets, sources)), seconds, clock)

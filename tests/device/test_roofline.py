@@ -34,6 +34,13 @@ def test_the_best_run_counts_and_there_are_at_least_three() -> None:
     assert roofline._best(lambda: None, 0.0, lambda: next(times)) == 2.0
 
 
+@pytest.mark.parametrize(
+    ("threads", "free_mib", "mib"), [(2, 4096, 64), (4, 200, 12), (4, 1, 1), (1, 0, 1)], ids=["much", "some", "no", "0"]
+)
+def test_a_small_board_copies_less(threads: int, free_mib: int, mib: int) -> None:
+    assert roofline.copy_bytes(threads, free_mib << 20) == mib << 20
+
+
 def test_a_process_of_its_own_measures_with_as_many_threads() -> None:
     request = Request(PEAKS, "dense@fp32", "onnxruntime", "", "", {}, 1)
     found = Processes({}, 120.0).peaks(request, "peaks")
