@@ -57,7 +57,7 @@ def kill(pids: list[int]) -> None:
             continue
 
 
-def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 150.0) -> Any:
     """What the condition gives once it gives something."""
     end = time.monotonic() + seconds
     while not (value := condition()):
