@@ -88,6 +88,8 @@ def plans(known: Study, share: float) -> dict[str, FactorPlan | None]:
     def cost(info: LayerInfo, split: Split | None) -> float:
         return (ranks.parameters(info, split) / known.parameters + ranks.macs(info, split) / known.macs) / 2
 
+    # OpenVINO crashes under AVX2 in a layer norm over a number of channels that 16 does not divide
+    multiple = targets.load(TARGET).rank_multiple
     widths = Widths(known.infos, known.channels)
     losses = {name: space.losses for name, space in known.channel_spaces.items()}
     allowed: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], bool]] = {
@@ -98,10 +100,10 @@ def plans(known: Study, share: float) -> dict[str, FactorPlan | None]:
     }
     found: dict[str, FactorPlan | None] = {}
     for name, (outputs, inputs, narrow) in allowed.items():
-        allocator = Allocator(widths, Options(outputs, inputs, 8, 1.0), losses) if narrow else None
+        allocator = Allocator(widths, Options(outputs, inputs, multiple, 1.0), losses) if narrow else None
         try:
             plan = ranks.plan_by_cost(
-                known.infos, outputs, cost, total=1.0, limit=share, rank_multiple=8, made_by=name,
+                known.infos, outputs, cost, total=1.0, limit=share, rank_multiple=multiple, made_by=name,
                 allocator=allocator, inputs=inputs,
             )  # fmt: skip
             found[name] = replace(plan, refit=True)

@@ -1,11 +1,12 @@
 """Go through the command line as a user would, on real data: every command, then every kind of bad input.
 
     python tools/walkthrough.py                  # all of it, in dist/walkthrough
-    python tools/walkthrough.py --parts line     # the line from end to end, with onnxruntime; the other: runtimes
+    python tools/walkthrough.py --parts line     # the line from end to end, with onnxruntime
     python tools/walkthrough.py --only bad run   # the steps whose names hold one of these; what they need comes first
 
-The model is ELPV's, in a user's own file and folders of pictures. Each step is a command in a process of its own, with
-the exit code and the words that it must end with. Ends with exit code 1 if one of them was not as expected.
+Parts: factoring (spaces, forms, budgets, odd models), line, runtimes. The model is ELPV's, in a user's own file and
+folders of pictures. Each step is a command in a process of its own, with the exit code and the words that it must end
+with. Ends with exit code 1 if one of them was not as expected.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import walkthrough_data as data
+import walkthrough_factoring
 import walkthrough_runtimes
 import walkthrough_steps
 from walkthrough_steps import Step
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = {"line": walkthrough_steps.steps, "runtimes": walkthrough_runtimes.steps}
+PARTS = {
+    "factoring": walkthrough_factoring.steps,
+    "line": walkthrough_steps.steps,
+    "runtimes": walkthrough_runtimes.steps,
+}
 """In order: a part may need what earlier ones have made."""
 _NO_SPECIAL_RIGHTS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 """Before a command of root's, who could read every file."""

@@ -29,7 +29,7 @@ def write(work: Path) -> None:
             file = work / role / sample.labels[int(label)] / f"{number:03d}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             picture.save(file)
-    for file in ("net.py", "cells.py"):
+    for file in ("net.py", "cells.py", "odd.py"):
         shutil.copy(Path(__file__).parent / "walkthrough_user" / file, work)
     weights = load_file(resources.samples_dir() / "elpv-resnet18" / "weights.safetensors")
     save_file(weights, work / WEIGHTS)
