@@ -357,7 +357,24 @@ def profile_path(out: str | Path | None, bundle: Bundle, machine: str) -> Path:
 
 
 def write_profile(measured: Profile, path: Path) -> None:
-    """Write the profile's JSON in one step."""
+    """Write the profile's JSON in one step.
+
+    BundleError where that fails; what was measured is then kept in a temporary folder, which the error names.
+    """
+    import tempfile
+    from contextlib import suppress
+    from pathlib import Path
+
     from .files import write_whole
 
-    write_whole(path, measured.to_json())
+    text = measured.to_json()
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        hint = "make room, or name another place with --out, and measure again"
+        with suppress(OSError):
+            kept = Path(tempfile.mkdtemp(prefix="rowcol-edge-")) / path.name
+            write_whole(kept, text)
+            hint = f"nothing is lost: the profile is kept in {kept}"
+        what = "a place that can be written, as it was before the measurement"
+        raise BundleError(str(path), expected=what, got=str(error.strerror), hint=hint) from error

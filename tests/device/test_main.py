@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -231,6 +232,27 @@ def test_the_profile_of_a_zip_goes_to_the_current_folder(
     monkeypatch.chdir(here)
     assert run("profile", bundle_path.with_name("bundle.zip"))[0] == 0
     assert [path.suffix for path in here.iterdir()] == [".json"]
+
+
+def test_a_disk_that_fills_up_meanwhile_costs_no_measurement(
+    run: Run, bundle_path: Path, tmp_path: Path, measure: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "spare").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spare"))
+    code, out, err = run("profile", bundle_path, "--out", "/dev/full")
+    [kept] = (tmp_path / "spare").glob("*/full")
+    assert (code, out) == (2, "")
+    assert f"No space left on device – nothing is lost: the profile is kept in {kept}" in err
+    assert json.loads(kept.read_text()) == {"schema": 1, "arms": {}}
+
+
+def test_a_profile_that_can_be_kept_nowhere_says_so(
+    run: Run, bundle_path: Path, tmp_path: Path, measure: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    code, out, err = run("profile", bundle_path, "--out", "/dev/full")
+    assert (code, out) == (2, "")
+    assert "No space left on device – make room" in err
 
 
 @pytest.mark.parametrize(
