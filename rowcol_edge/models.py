@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -289,15 +290,41 @@ def input_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def digest(module: nn.Module) -> str:
-    """sha256 over what the module computes: its structure, the source of its own classes, every tensor of its state."""
+    """sha256 over what the module computes: its structure, the source of its own classes, their plain attributes, every
+    tensor of its state, and which modules and tensors are one under several names."""
     sha = hashlib.sha256(repr(module).encode())
     for kind in sorted({type(m) for m in module.modules()}, key=lambda k: f"{k.__module__}.{k.__qualname__}"):
         if not kind.__module__.startswith("torch."):
             sha.update(user_code.source(kind).encode())
     if isinstance(module, torch.fx.GraphModule):
         sha.update(module.code.encode())
-    for key, value in sorted(module.state_dict().items()):
+    modules = dict(module.named_modules(remove_duplicate=False))
+    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    for found in (modules, tensors):
+        names: dict[int, str] = {}
+        sha.update(json.dumps([names.setdefault(id(each), name) for name, each in found.items()]).encode())
+    for name, each in modules.items():
+        sha.update(f"{name}{_plain(vars(each))}".encode())
+    for key, value in sorted(tensors.items()):
         sha.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
         if value.numel():
             sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+_OWN_TO_MODULES = frozenset(vars(nn.Module()))
+
+
+def _plain(attributes: Mapping[str, Any]) -> dict[str, str]:
+    """Numbers, texts and functions that a module keeps, also in tuples, lists and dictionaries: no repr shows them all."""
+
+    def shown(value: object) -> str:
+        if isinstance(value, bool | int | float | str | None):
+            return repr(value)
+        if isinstance(value, tuple | list):
+            return f"[{', '.join(map(shown, value))}]"
+        if isinstance(value, Mapping):
+            return shown([(key, value[key]) for key in sorted(value, key=str)])
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+
+    return {name: shown(attributes[name]) for name in sorted(attributes) if name not in _OWN_TO_MODULES}

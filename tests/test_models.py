@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,32 @@ def test_the_same_weights_have_the_same_digest(net: Path) -> None:
     with torch.no_grad():
         module.first.bias[0] += 1
     assert models.digest(module) != before
+
+
+class Sized(nn.Module):
+    """Its representation does not say how many heads it has."""
+
+    def __init__(self, heads: int, act: Callable[[torch.Tensor], torch.Tensor] = torch.relu) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.sizes, self.act = {"heads": (heads, 4)}, act
+        self.register_buffer("mask", torch.ones(heads), persistent=False)
+
+
+def test_what_no_representation_shows_is_in_the_digest() -> None:
+    torch.manual_seed(0)
+    model = Sized(2)
+    model.second.load_state_dict(model.first.state_dict())
+    weight_twice, module_twice, other_act, other_mask, other_sizes = (copy.deepcopy(model) for _ in range(5))
+    weight_twice.second.weight = weight_twice.first.weight
+    module_twice.second = module_twice.first
+    other_act.act = torch.tanh
+    other_mask.mask[0] = 0.0
+    other_sizes.sizes["heads"] = (1, 4)
+    every = (model, weight_twice, module_twice, other_act, other_mask, other_sizes)
+    assert len({repr(each) for each in every}) == 1
+    assert len({models.digest(each) for each in every}) == len(every)
+    assert models.digest(copy.deepcopy(module_twice)) == models.digest(module_twice)
 
 
 def test_the_callers_module_is_copied() -> None:
