@@ -74,11 +74,20 @@ def _lost(entries: Sequence[tuple[str, int, int]], widths: Mapping[str, int]) ->
     return sum((size - widths[name]) * times for name, size, times in entries if name in widths)
 
 
-def step(size: int, multiple: int) -> int:
-    """Widths are multiples of this: the rank multiple, or what gives a small set some choice."""
-    while multiple > 1 and size < _FEWEST * multiple:
+def step(size: int, multiple: int, *, normed: bool = False) -> int:
+    """Widths are multiples of this: the rank multiple, or what gives a small set some choice.
+
+    Not so where layer norms look at the channels: limited to AVX2, OpenVINO 2026.4 crashes in one over a number of
+    channels that 16 does not divide.
+    """
+    while not normed and multiple > 1 and size < _FEWEST * multiple:
         multiple = multiple // 2
     return max(1, multiple)
+
+
+def _choices(size: int, step: int) -> list[int]:
+    """All channels, and the multiples of ``step`` below."""
+    return [size, *range((size - 1) // step * step, 0, -step)]
 
 
 class Allocator:
@@ -94,7 +103,7 @@ class Allocator:
         meetings = sum(map(len, self._touched.values()))
         count = max(_FEWEST, min(_OPTIONS, _OPTIONS * _MEETINGS // max(1, meetings)))
         self._options = {
-            name: thinned(range(each.size, 0, -step(each.size, options.multiple)), count)
+            name: thinned(_choices(each.size, step(each.size, options.multiple, normed=bool(each.norms))), count)
             for name, each in widths.sets.items()
             if name in losses
         }

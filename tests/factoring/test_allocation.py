@@ -87,6 +87,22 @@ def test_small_sets_have_a_choice(size: int, multiple: int, wanted: int) -> None
     assert step(size, multiple) == wanted
 
 
+@pytest.mark.parametrize(("multiple", "wanted"), [(8, {8, 16}), (16, {16}), (5, {5, 10, 15, 20})])
+def test_what_a_layer_norm_looks_at_keeps_to_the_multiple(multiple: int, wanted: set[int]) -> None:
+    """Of 24 channels, which not all of them divide."""
+    spaces, losses = spectra(1)
+    normed = [replace(each, norms=("norm",)) if each.name == "b" else each for each in SETS]
+    widths = {}
+    for name, sets in (("free", SETS), ("normed", normed)):
+        allocator = Allocator(Widths(INFOS, sets), Options(spaces, {}, multiple=multiple), losses)
+        limits = np.linspace(0.1, 0.9, 9) * TOTAL
+        found = [allocator.candidates(ranks.parameters, TOTAL, limit) for limit in limits]
+        widths[name] = {each["b"] for several in found for each in several if "b" in each}
+    assert widths["normed"]
+    assert widths["normed"] <= wanted
+    assert widths["free"] - wanted
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1000), share=st.floats(0.15, 1.0))
 def test_plans_keep_the_budget_and_their_own_books(seed: int, share: float) -> None:
