@@ -316,7 +316,7 @@ _OWN_TO_MODULES = frozenset(vars(nn.Module()))
 
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, str]:
-    """Numbers, texts and functions that a module keeps, also in tuples, lists and dictionaries: no repr shows them all."""
+    """Numbers, texts and functions that a module keeps, also in tuples, lists and dictionaries, which no repr shows."""
 
     def shown(value: object) -> str:
         if isinstance(value, bool | int | float | str | None):

@@ -149,11 +149,16 @@ def _run(model: nn.Module, samples: Feeds) -> list[torch.Tensor]:
 
 def _loss(wanted: Sequence[torch.Tensor], got: Sequence[torch.Tensor], where: torch.Tensor, *, classify: bool) -> float:
     """Kullback–Leibler divergence of a classifier's answers, else the relative squared error of the outputs."""
-    first, second = wanted[0][where], got[0][where]
+
+    def judged(output: torch.Tensor) -> torch.Tensor:
+        """Of samples that no layer was fitted to, if it has them along its first axis."""
+        return output[where] if output.dim() and len(output) == len(where) else output
+
+    pairs = [(judged(a), judged(b)) for a, b in zip(wanted, got, strict=True)]
+    first, second = pairs[0]
     if classify and first.dim() == 2 and first.shape[1] > 1:
         logs = first.log_softmax(1)
         return float((logs.exp() * (logs - second.log_softmax(1))).sum(1).mean())
-    pairs = [(a[where], b[where]) for a, b in zip(wanted, got, strict=True) if a.dim() and len(a) == len(where)]
     return sum(float((a - b).square().sum() / a.square().sum().clamp_min(1e-30)) for a, b in pairs)
 
 

@@ -262,9 +262,9 @@ def stream(
     with evaluating(model), frozen(model), watching(model, inside, laid), padded, watching(model, bordered, laid):
         for chunk in chunks:
             args, kwargs = bind(model, feed(model, chunk))
-            with torch.enable_grad():
-                objective(model(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]
             count = min(len(array) for array in chunk.values())
+            with torch.enable_grad():
+                objective(model(*args, **kwargs), count).backward()  # type: ignore[no-untyped-call]
             for entry in watched.values():
                 entry.flush(count)
             advance()
@@ -279,17 +279,19 @@ class Objective:
         self._squares: dict[int, float] = {}
         self._samples = 0
 
-    def __call__(self, result: Any) -> torch.Tensor:
-        """RuntimeError where no output has a gradient."""
+    def __call__(self, result: Any, samples: int) -> torch.Tensor:
+        """Of what the model makes of so many samples; RuntimeError where no output has a gradient."""
         values = list(result.values()) if isinstance(result, Mapping) else result
-        outputs = [values] if isinstance(values, torch.Tensor) else [v for v in values if isinstance(v, torch.Tensor)]
-        outputs = [output.float() for output in outputs if output.requires_grad]
-        if not outputs:
+        every = [values] if isinstance(values, torch.Tensor) else [v for v in values if isinstance(v, torch.Tensor)]
+        outputs = [output for output in every if output.is_floating_point()]
+        if not any(output.requires_grad for output in outputs):
             raise RuntimeError("no output has a gradient")
-        if self._classify and outputs[0].dim() == 2 and outputs[0].shape[1] > 1:
-            return self._drawn(outputs[0])
-        self._samples += len(outputs[0])
-        return torch.stack([self._relative(place, output) for place, output in enumerate(outputs)]).sum()
+        first = outputs[0]
+        if self._classify and first.requires_grad and first.dim() == 2 and first.shape[1] > 1:
+            return self._drawn(first.float())
+        self._samples += samples
+        found = [self._relative(i, output.float()) for i, output in enumerate(outputs) if output.requires_grad]
+        return torch.stack(found).sum()
 
     def _drawn(self, scores: torch.Tensor) -> torch.Tensor:
         """log p of classes drawn from the model's own answer."""

@@ -91,3 +91,37 @@ def test_a_model_that_takes_no_other_number_of_samples_is_not_asked() -> None:
     model = nn.Sequential(Fixed(4, 2))
     assert layouts.find(model, {"x": np.zeros((8, 4), np.float32)}, ["0"]) == {}
     assert layouts.find(nn.Sequential(nn.Linear(4, 2)), {"x": np.zeros((2, 4), np.float32)}, ["0"]) == {}
+
+
+class Answering(nn.Module):
+    """The same answers in another form."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.mixed, self.form = Mixed("samples first"), form
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        answers = self.mixed(x)
+        if self.form == "samples last":
+            return answers.T
+        return answers if self.form == "alone" else (self.mixed.token.bias.square().mean(), answers)
+
+
+@pytest.mark.parametrize("form", ["alone", "samples last", "behind a number"])
+def test_samples_need_not_be_along_the_first_axis_of_what_comes_first(form: str) -> None:
+    split = Split("calibration", "random", lambda: iter([({"x": part}, None) for part in np.split(x(96), 12)]))
+    plain, other = (study(Answering(each).eval(), scan(split), classify=False) for each in ("alone", form))
+    for name in ("mixed.inside", "mixed.middle", "mixed.head"):
+        wanted, got = plain.spaces[name].losses, other.spaces[name].losses
+        assert wanted is not None
+        assert got is not None
+        assert got[0] > 0.0
+        assert 0.1 < got[0] / wanted[0] < 10.0  # signs are drawn for each entry, in the order of the output
+    plan = FactorPlan((LayerPlan("mixed.inside", "project", 2), LayerPlan("mixed.middle", "project", 3)), refit=True)
+    fresh = torch.from_numpy(x(200, seed=9))
+    with torch.inference_mode():
+        dense, once, twice = (
+            model.mixed(fresh)
+            for model in (other.folded, factored(other, replace(plan, refit=False)), factored(other, plan))
+        )
+    assert float((twice - dense).square().sum()) < 0.9 * float((once - dense).square().sum())
