@@ -25,6 +25,7 @@ import rowcol_edge
 from rowcol_edge import cli, limits
 from rowcol_edge.datasets import Split, scan
 from rowcol_edge.errors import BudgetError, ModelError
+from rowcol_edge.factoring import ranks
 from rowcol_edge.factoring.apply import factored
 from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan, LayerPlan
 from rowcol_edge.factoring.study import Study, study
@@ -275,7 +276,12 @@ def test_any_of_it_together_keeps_the_budget(
     limit = int(share * known.parameters)
     try:
         plan = limits.cheapest(known, [limits.of_parameters(known, limit, "")], 1, "")
-    except BudgetError:
+    except BudgetError:  # then ranks alone cannot do it either
+        with pytest.raises(ranks.OverBudgetError):
+            ranks.plan_by_cost(
+                known.infos, known.spaces, ranks.parameters, total=known.parameters, limit=limit,
+                inputs=known.input_spaces,
+            )  # fmt: skip
         return
     first, second = (factored(known, replace(plan, refit=True)) for _ in range(2))
     assert sum(p.numel() for p in first.parameters()) <= limit

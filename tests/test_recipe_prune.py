@@ -29,7 +29,7 @@ def test_half_of_the_hidden_units_go_and_the_model_can_be_factored(recipe: Modul
     assert [block.expand.out_features for block in pruned.blocks] == [192] * 6
     assert {layer.in_features for block in pruned.blocks for layer in (block.expand, block.attention.query)} == {96}
     known = recipe.studied(pruned, work, job.silent)
-    made, parameters, macs = recipe.factored(known, 200_000, 8)
+    made, parameters, macs = recipe.factored(known, 200_000, job.silent)
     assert parameters == sum(parameter.numel() for parameter in made.parameters()) <= 200_000
     assert macs < known.macs
     feeds = work.calibration.take(4)

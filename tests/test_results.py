@@ -37,3 +37,18 @@ def test_factoring_large_models_keeps_its_bounds(results: Path) -> None:
         assert found["once"]["peak_bytes"] <= 3e9
         assert found["twice"]["seconds"] <= 240
         assert found["stages"]["allocation"]["seconds"] <= 2
+    assert models["resnet50"]["once"]["seconds"] <= 60
+
+
+def test_no_other_way_to_factor_is_nearer_to_the_original(results: Path) -> None:
+    models = read(results / "factoring.json")["models"]
+    assert len(models) == 5
+    for name, model in models.items():
+        cells = {(row["axis"], row["share"]): {} for row in model["rows"]}
+        for row in model["rows"]:
+            cells[row["axis"], row["share"]][row["way"]] = row.get("kl", float("inf"))
+        assert len(cells) == 12
+        for cell, found in cells.items():
+            rivals = [kl for way, kl in found.items() if not way.startswith("ours")]
+            assert len(rivals) == 4
+            assert min(found["ours"], found["ours, project only"]) < min(rivals), (name, cell)

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import numpy as np
+import torch
 from torch import nn
 
 from rowcol_edge.factoring import borders, input_spaces, spaces, splits
-from rowcol_edge.factoring.places import Place
+from rowcol_edge.factoring.places import Moments, Place
 from rowcol_edge.factoring.sensitivity import Feeds, halves, weigh_all
 from rowcol_edge.factoring.spaces import LayerSpaces
 
@@ -29,7 +30,7 @@ def weighed(
 ) -> dict[str, LayerSpaces]:
     """Column spaces, one half of the samples for the directions and the other to judge them; as they are where there is
     nothing to weigh them by."""
-    moments = {name: space.moments for name, space in plain.items()}
+    moments = {name: _moments(space) for name, space in plain.items()}
     found = weigh_all(model, *halves(samples), moments, {}, (), classify=classify).layers
     return {name: found.get(name, space) for name, space in plain.items()}
 
@@ -38,6 +39,11 @@ def weighed_inputs(
     model: nn.Module, samples: Feeds, plain: Mapping[str, LayerSpaces], *, classify: bool
 ) -> dict[str, LayerSpaces]:
     """Row spaces, likewise."""
-    moments = {name: space.moments for name, space in plain.items()}
+    moments = {name: _moments(space) for name, space in plain.items()}
     found = weigh_all(model, *halves(samples), {}, {}, (), inputs=moments, classify=classify).inputs
     return {name: found.get(name, space) for name, space in plain.items()}
+
+
+def _moments(space: LayerSpaces) -> Moments:
+    """What the spaces were made from."""
+    return Moments(torch.from_numpy(space.mean)[None], torch.from_numpy(space.covariance)[None], space.samples)

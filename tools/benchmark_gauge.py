@@ -46,7 +46,6 @@ from rowcol_edge.report.progress import reporter
 
 RESULTS = Path(__file__).parent / "results"
 _ALONE = 128  # selection inputs that layers are judged on one by one
-_MULTIPLE = 8  # ranks are multiples of it, as the target has it
 
 ARMS: dict[str, Sequence[Gauge | None]] = {
     **{f"alpha {alpha:g}": (Gauge(alpha),) for alpha in (0.0, 0.5, 1.0)},
@@ -64,7 +63,6 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--out", type=Path, default=RESULTS / "gauge.json")
     options = parser.parse_args()
-    written = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"samples": {}}
     with reporter() as progress:
         for name in options.samples:
             started = time.monotonic()
@@ -76,12 +74,18 @@ def main() -> None:
                     "tools": job.tool_versions(),
                     "seconds": round(time.monotonic() - started),
                 }
+                written = _written(options.out)  # another of these may have written meanwhile
                 written["samples"][name] = said | so_far
                 options.out.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
             measure(name, options.ratios, options.runtimes, options.arms, progress, keep)
-            print(table(name, written["samples"][name]))
+            print(table(name, _written(options.out)["samples"][name]))
     print(f"written to {options.out}")
+
+
+def _written(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"samples": {}}
+    return found
 
 
 def measure(
@@ -121,7 +125,7 @@ def _plan(
 ) -> dict[str, Any]:
     assert work.selection is not None
     limit = limits.of_parameters(studied, int(studied.parameters * ratio), f"params<={ratio}x")
-    plan = limits.cheapest(studied, [limit], _MULTIPLE, work.model.name)
+    plan = limits.cheapest(studied, [limit], targets.load(TARGET).rank_multiple, work.model.name)
     factored = apply.factored(studied, plan, progress)
     names = [layer.name for layer in plan.projected]
     metrics = apply.metrics(studied, plan)
@@ -140,7 +144,7 @@ def _plan(
                 "simulated": float(np.mean([entry.error for entry in settled.values()])),
                 "seconds": round(time.process_time() - started, 2),
                 "chosen": Counter(str(gauge) for entry in settled.values() for gauge in entry.chosen),
-                "float_error": scores(logits(torch_run(made), work), reference.outputs)["error"],
+                "float_error": scores(logits(torch_run(made), work.selection.batches()), reference.outputs)["error"],
                 "alone": _alone(made, names, looked_at, work.selection.spread(_ALONE), bits),
             }
             said = partial(progress, f"{ratio:g}: {arm}")

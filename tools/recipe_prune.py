@@ -19,7 +19,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +27,19 @@ import torch
 from torch import nn
 
 from benchmark_machine import machine
-from rowcol_edge import config, evaluation, job
+from rowcol_edge import config, evaluation, job, limits, targets
 from rowcol_edge.calling import bind, feed
 from rowcol_edge.datasets import Split, scan
 from rowcol_edge.errors import DataError
 from rowcol_edge.export.parity import torch_run
-from rowcol_edge.factoring import ranks
-from rowcol_edge.factoring.apply import apply
+from rowcol_edge.factoring import apply
 from rowcol_edge.factoring.recover import Recovered, recover
 from rowcol_edge.factoring.study import Study, study
 from rowcol_edge.report.progress import reporter
 from rowcol_edge.samples import load
 
 RESULTS = Path(__file__).parent / "results"
-SAMPLE = "fmnist-vit"
+SAMPLE, TARGET = "fmnist-vit", "generic-x86"
 _BATCHES = 128  # of 64 images from the training split
 
 
@@ -59,7 +58,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ratio", type=float, default=0.5, help="share of the hidden units that is pruned")
     parser.add_argument("--share", type=float, default=0.2, help="of the dense parameters that factoring leaves")
-    parser.add_argument("--multiple", type=int, default=8, help="ranks are multiples of it")
     parser.add_argument("--epochs", type=int, default=10, help="on the calibration split")
     parser.add_argument("--more-epochs", type=int, default=3, help="on the unlabelled images besides")
     parser.add_argument("--out", type=Path, default=RESULTS / "recipe_prune.json")
@@ -99,7 +97,7 @@ def walked(work: job.Job, options: argparse.Namespace, progress: job.Progress) -
     dense = studied(work.model.module, work, progress)
     limit = int(options.share * dense.parameters)
     pruned = studied(prune(work.model.module, work, options.ratio), work, progress)
-    both, alone = (factored(known, limit, options.multiple) for known in (pruned, dense))
+    both, alone = (factored(known, limit, progress) for known in (pruned, dense))
     steps = [
         Step("dense", dense.folded, dense.parameters, dense.macs),
         Step("pruned", pruned.folded, pruned.parameters, pruned.macs),
@@ -150,13 +148,12 @@ def studied(module: nn.Module, work: job.Job, progress: job.Progress) -> Study:
     return study(module, work.calibration, classify=True, progress=progress)
 
 
-def factored(known: Study, limit: int, multiple: int) -> tuple[nn.Module, int, int]:
-    """The module within a number of parameters, and what it costs."""
-    plan = ranks.plan_by_cost(
-        known.infos, known.spaces, ranks.parameters, total=known.parameters, limit=limit, rank_multiple=multiple
-    )
-    macs = known.macs - plan.saved_macs
-    return apply(known.folded, plan, known.spaces), known.parameters - plan.saved_parameters, macs
+def factored(known: Study, most: int, progress: job.Progress) -> tuple[nn.Module, int, int]:
+    """The module within a number of parameters, as a build makes it, and what it costs."""
+    limit = limits.of_parameters(known, most, f"params<={most}")
+    plan = limits.cheapest(known, [limit], targets.load(TARGET).rank_multiple, SAMPLE)
+    module = apply.factored(known, replace(plan, refit=True), progress)
+    return module, known.parameters - plan.saved_parameters, known.macs - plan.saved_macs
 
 
 def unlabelled(work: job.Job) -> Split | None:

@@ -88,19 +88,6 @@ def project(
     return _made(layer, *_levelled(found))
 
 
-def spatial_losses(
-    layer: nn.Conv2d, inputs: LayerSpaces | None, outputs: LayerSpaces | None, *, across_first: bool
-) -> Array:
-    """(ranks + 1,) what a `SPATIAL` split at each rank adds to ``tr(F E[Δy Δyᵀ])``, falling to 0.
-
-    To first order half of that is the loss at the model's output where ``outputs`` are weighed, as the eigenvalues of
-    those are. Exact for inputs that are uncorrelated from tap to tap, which those of pictures are not: neighbours that
-    say the same lose less, or more, together.
-    """
-    energies = np.square(_spatial_svd(layer, inputs, outputs, across_first)[1])
-    return np.asarray(np.concatenate([np.cumsum(energies[::-1])[::-1], [0.0]]))
-
-
 # ---------------------------------------------------------------- the forms
 
 #: the layers, their weights as `splits.matrix` reads them, and the bias of the last

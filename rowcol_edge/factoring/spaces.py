@@ -59,11 +59,6 @@ class LayerSpaces:
         return product(self.basis * self.eigenvalues, self.basis.T)
 
     @property
-    def moments(self) -> Moments:
-        """What the spaces were made from."""
-        return Moments(torch.from_numpy(self.mean)[None], torch.from_numpy(self.covariance)[None], self.samples)
-
-    @property
     def constant(self) -> bool:
         """The output does not vary: its variance is rounding noise beside its size."""
         return _is_constant(self.variance, self.mean)

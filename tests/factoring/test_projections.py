@@ -19,7 +19,7 @@ from rowcol_edge.factoring import splits
 from rowcol_edge.factoring.costs import Form, LayerInfo, Split
 from rowcol_edge.factoring.graph import trace
 from rowcol_edge.factoring.layers import SUPPORTED, describe, survey
-from rowcol_edge.factoring.projections import project, spatial_losses
+from rowcol_edge.factoring.projections import _spatial_svd, project
 from rowcol_edge.factoring.spaces import LayerSpaces, collect
 from tests import weighing
 
@@ -226,7 +226,8 @@ def test_spatial_error_falls_with_the_rank_and_is_the_predicted_one_on_white_inp
     taken = LayerSpaces("0", np.ones(4), np.eye(4), np.zeros(4), 1)
     root = np.random.default_rng(seed).normal(size=(5, 5)) if weighed else np.eye(5)
     given_ = LayerSpaces("0", np.ones(5), np.linalg.inv(root).T, np.zeros(5), 1, dual=root)
-    predicted = spatial_losses(layer, taken, given_, across_first=across)
+    energies = np.square(_spatial_svd(layer, taken, given_, across)[1])
+    predicted = [*np.cumsum(energies[::-1])[::-1], 0.0]
     before = outputs(layer, x)
     errors = []
     for rank in range(1, len(predicted)):
