@@ -76,6 +76,7 @@ def cheapest(study: Study, found: Sequence[Limit], multiple: int, model: str) ->
     Raises:
         BudgetError: which limit cannot be met, and by how much.
     """
+    allocator = study.allocator(multiple, 1.0)
 
     def plan(shares: Sequence[float], limit: float = 1.0) -> FactorPlan:
         def cost(info: LayerInfo, split: Split | None) -> float:
@@ -85,7 +86,7 @@ def cheapest(study: Study, found: Sequence[Limit], multiple: int, model: str) ->
         return ranks.plan_by_cost(
             study.infos, study.spaces, cost, total=total, limit=limit, rank_multiple=multiple,
             made_by=", ".join(f"{each.kind}<={each.most:.0f}" for each in found), model=model,
-            allocator=study.allocator(multiple, 1.0), inputs=study.input_spaces,
+            allocator=allocator, inputs=study.input_spaces,
         )  # fmt: skip
 
     def used(made: FactorPlan) -> list[float]:

@@ -1,6 +1,7 @@
 """What factoring costs: ResNet-50 and DeiT-S to half of their parameters with 256 images of 224², without a second pass
 and with one. Each model in a process of its own: seconds and processor seconds of every stage (the latter are what to
-go by where others use the machine too), and the most memory that the whole process ever had.
+go by where others use the machine too), and the most memory that the whole process ever had. Apart from these: a plan
+within two limits at once, and the choice of gauges, which is for int8.
 
     python tools/benchmark_factoring_cost.py --threads 2
 """
@@ -45,7 +46,9 @@ def measure(name: str, threads: int) -> dict[str, Any]:
     import benchmark_models
     from rowcol_edge import datasets, limits
     from rowcol_edge.device.memory import peak_bytes
-    from rowcol_edge.factoring.apply import factored
+    from rowcol_edge.factoring import ranks
+    from rowcol_edge.factoring.apply import factored, metrics
+    from rowcol_edge.factoring.settle import SAMPLES, settle_model
     from rowcol_edge.factoring.study import study
 
     torch.set_num_threads(threads)
@@ -62,16 +65,22 @@ def measure(name: str, threads: int) -> dict[str, Any]:
     clock.stage("couplings")
     spaces, channels = dict(known.spaces), dict(known.channel_spaces)
     clock.stage("spaces")
-    half = known.parameters // 2
-    plan = limits.cheapest(known, [limits.of_parameters(known, half, "params<=0.5x")], 16, name)
+    half = limits.of_parameters(known, known.parameters // 2, "params<=0.5x")
+    plan = limits.cheapest(known, [half], 16, name)
     clock.stage("allocation")
     factored(known, plan)
     clock.stage("rewriting")
     peak = peak_bytes()
     once = list(clock.stages.values())
-    factored(known, replace(plan, refit=True))
+    made = factored(known, replace(plan, refit=True))
     clock.stage("rewriting with a second pass")
-    twice = [*once[:-1], clock.stages["rewriting with a second pass"]]
+    twice, peak_twice = [*once[:-1], clock.stages["rewriting with a second pass"]], peak_bytes()
+    also = limits.Limit("macs<=0.4x", "macs", ranks.macs, known.macs, 0.4 * known.macs)
+    limits.cheapest(known, [half, also], 16, name)
+    clock.stage("allocation within two limits")
+    names, samples = [layer.name for layer in plan.projected], split.spread(SAMPLES)
+    settle_model(made, names, samples, metrics=metrics(known, plan))
+    clock.stage("gauges")
     return {
         "images": len(split),
         "layers": len(spaces),
@@ -79,7 +88,7 @@ def measure(name: str, threads: int) -> dict[str, Any]:
         "parameters": [known.parameters, known.parameters - plan.saved_parameters],
         "stages": clock.stages,
         "once": {key: round(sum(stage[key] for stage in once), 1) for key in once[0]} | {"peak_bytes": peak},
-        "twice": {key: round(sum(stage[key] for stage in twice), 1) for key in twice[0]} | {"peak_bytes": peak_bytes()},
+        "twice": {key: round(sum(stage[key] for stage in twice), 1) for key in twice[0]} | {"peak_bytes": peak_twice},
     }
 
 
