@@ -54,8 +54,8 @@ def compare(old: Path, new: Path, *, bundles: Sequence[Path] = (), allow: Collec
         allow: conditions that differ on purpose, of ALLOWED.
 
     BundleError: no profile, or one of another schema version. ConfigError: an exception that does not exist.
-    NotComparableError: every condition that differs, in one, and a session that cannot be judged; one session twice; no arm in both; a bundle that neither
-    measured.
+    NotComparableError: every condition that differs, in one, and a session whose noise is not known; one session
+    twice; no arm in both; a bundle that neither measured.
     """
     for name in allow:
         if name not in ALLOWED:
