@@ -62,7 +62,8 @@ def profile(
     ``arms``: names, default all. ``baseline``: the arm all others are set against; by default the dense arm of the
     same precision, and dense@fp32 beside it. ``blocks``: processes an arm, rounded to a whole number of balanced
     cycles. ``seconds``: time for everything, as far as the fewest useful blocks allow. ``threads``: default what the
-    target asks for, at most the usable cores. ``evidence`` can only weaken what this machine would count as.
+    target asks for, at most the usable cores; 0: all of those. ``evidence`` can only weaken what this machine would
+    count as.
     ``memory``: also memory at each stage and by the runtime's settings, up to 30 processes an arm of about a second.
     ``energy``: also the energy of an inference, where a rail can be read; half a minute an arm. ``ops``: also the time
     of operators by the runtime's own profiler, six processes an arm of about a second. All three are beyond
@@ -79,7 +80,8 @@ def profile(
     level, note = _evidence(system.evidence_for(bundle.manifest.target, host), evidence)
     caps = dict(bundle.manifest.target.get("proxy_env") or {}) if level == system.PROXY else {}
     # more threads than cores wait for one another, and would be timed waiting
-    used = min(bundle.manifest.runtime.threads, host.cores_usable) if threads is None else threads
+    asked = min(bundle.manifest.runtime.threads, host.cores_usable) if threads is None else threads
+    used = asked or host.cores_usable
     requests = {arm.name: _request(bundle, arm, used) for arm in chosen}
     requests[NULL] = requests[null_of]
 
@@ -306,7 +308,7 @@ def _warnings(
             warnings.append(
                 f"{what.replace('_', ' ')} changed while measuring ({was or 'none'} to {now or 'none'}): measure again"
             )
-    if threads != manifest_threads:
+    if manifest_threads not in (0, threads):
         warnings.append(f"measured with {threads} thread(s), the target asks for {manifest_threads}")
     memory = {name: arm.memory for name, arm in arms.items() if arm.memory is not None}
     if len(memory) < len(arms):

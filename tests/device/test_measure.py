@@ -147,6 +147,8 @@ def test_threads(bundle: Bundle) -> None:
     assert found.warnings == ("measured with 2 thread(s), the target asks for 4",)
     found, _ = fake(bundle, threads=4)
     assert (found.threads, found.warnings) == (4, ("4 threads on 2 usable core(s): they wait for one another",))
+    found, executor = fake(bundle, threads=0)
+    assert (found.threads, {request.threads for request in executor.requests}) == (2, {2})  # all that there are
 
 
 class Silent(FakeExecutor):
