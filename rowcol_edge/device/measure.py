@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
-from ..errors import MeasurementError
+from ..errors import MeasurementError, RowcolError
 from . import schedule, stats, system
 from .bundle import Bundle
 from .energy import by_rail, energy_runs
 from .engines import prepare
-from .footprint import footprint_runs, footprints
+from .footprint import Runs, footprint_runs, footprints
+from .layer_times import Operators
 from .manifest import ArmEntry
 from .operators import operators
 from .predictor import load_checked
@@ -25,6 +27,7 @@ from .profile import (
     OVER,
     WITHIN,
     ArmProfile,
+    Block,
     ColdStart,
     Latency,
     Memory,
@@ -36,7 +39,9 @@ from .profile import (
 from .runtimes import load_runtime
 from .session import Executor, Progress, Session, run_session
 from .verdicts import judge
-from .worker import TIME, MemoryRun, Request
+from .worker import TIME, EnergyRun, MemoryRun, Request
+
+T = TypeVar("T")
 
 _TIMEOUT_SECONDS = 120.0
 _MIB = 1 << 20
@@ -67,7 +72,8 @@ def profile(
     ``memory``: also memory at each stage and by the runtime's settings, up to 30 processes an arm of about a second.
     ``energy``: also the energy of an inference, where a rail can be read; half a minute an arm. ``ops``: also the time
     of operators by the runtime's own profiler, six processes an arm of about a second. All three are beyond
-    ``seconds``. MeasurementError: a process failed. Engines that a runtime builds on the board are built first.
+    ``seconds``, and one that fails costs a warning. MeasurementError: a process of the session itself failed. Engines
+    that a runtime builds on the board are built first.
     """
     chosen = _arms(bundle, arms, baseline)
     pairs = default_pairs(chosen, baseline)
@@ -89,14 +95,21 @@ def profile(
         load_checked(bundle)  # a runtime that is missing or too old is told here, not by a process that failed
         prepare(bundle, [arm.name for arm in chosen])
         executor = Processes(caps, _TIMEOUT_SECONDS)
-    session = run_session(requests, executor, rounds, budget_seconds, progress or _silent)
-    stages = footprint_runs(requests, executor, progress or _silent) if memory and system.counts(level) else {}
-    energy_note = _no_energy(host, level) if energy else NOT_ASKED
-    spent = {} if energy_note else energy_runs(requests, executor, progress or _silent)
-    operators_note = _no_operators(bundle, level) if ops else NOT_ASKED
-    parts = None
-    if not operators_note:
-        parts = operators(bundle, requests, pairs, null_of, executor, progress or _silent)
+    tell = progress or _silent
+    session = run_session(requests, executor, rounds, budget_seconds, tell)
+    requests = {name: _of_latency(request, session.blocks[name]) for name, request in requests.items()}
+    stages: Mapping[str, Runs] = {}
+    spent: Mapping[str, Sequence[EnergyRun]] = {}
+    parts: Operators | None = None
+    failed = {}
+    if memory and system.counts(level):
+        stages, failed["memory at each stage"] = _attempt(lambda: footprint_runs(requests, executor, tell), stages)
+    if not (energy_note := _no_energy(host, level) if energy else NOT_ASKED):
+        spent, energy_note = _attempt(lambda: energy_runs(requests, executor, tell), spent)
+        failed["energy"] = energy_note
+    if not (operators_note := _no_operators(bundle, level) if ops else NOT_ASKED):
+        parts, operators_note = _attempt(lambda: operators(bundle, requests, pairs, null_of, executor, tell), parts)
+        failed["operators"] = operators_note
     after = system.readings(system.environment())
     obstacle = (
         "" if len(session.versions) == 1 else f"the runtime changed in between: {', '.join(sorted(session.versions))}"
@@ -117,6 +130,7 @@ def profile(
         *_warnings(host, after, bundle.manifest.runtime.threads, used, profiles),
         *session.warnings,
         *found.warnings,
+        *(f"{what}: not measured, {why}" for what, why in failed.items() if why),
     ]
     return Profile(
         bundle=bundle.manifest.name,
@@ -143,6 +157,18 @@ def profile(
         operators_note=operators_note,
         warnings=tuple(dict.fromkeys(warnings)),
     )
+
+
+def _of_latency(request: Request, blocks: Sequence[Block]) -> Request:
+    return replace(request, inference_seconds=stats.median([block.median_ns for block in blocks]) * 1e-9)
+
+
+def _attempt(measure: Callable[[], T], nothing: T) -> tuple[T, str]:
+    """An extra measurement, and why it failed, if it did: the session stands without it."""
+    try:
+        return measure(), ""
+    except RowcolError as e:
+        return nothing, str(e)
 
 
 def default_pairs(arms: Sequence[ArmEntry], baseline: str | None = None) -> list[tuple[str, str]]:

@@ -83,7 +83,7 @@ def reset_peak(process: Path = _PROCESS) -> bool:
 
 
 def available_bytes(proc: Path = Path("/proc")) -> int:
-    """What can be had without swapping, the page cache included (MemAvailable); free pages where /proc has none of it."""
+    """What can be had without swapping, the page cache included (MemAvailable); free pages where /proc tells none."""
     found = _kilobytes(sysfs.text(proc / "meminfo"), "MemAvailable")
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if found is None else found
 
