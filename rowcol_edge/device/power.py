@@ -124,8 +124,8 @@ def mean_watts(rail: Rail, samples: Samples) -> float | None:
 
 
 def set_against(rails_read: Sequence[Rail], idle: Sequence[Samples], busy: Sequence[Samples]) -> tuple[RailRun, ...]:
-    """Each rail at rest and at work, before them the sum of those that are a module's inputs; one that could not be read
-    throughout is left out."""
+    """Each rail at rest and at work, before them the sum of those that are a module's inputs; one that could not be
+    read throughout is left out."""
     runs: list[RailRun] = []
     for rail, at_rest, at_work in zip(rails_read, idle, busy, strict=True):
         idle_watts, watts = mean_watts(rail, at_rest), mean_watts(rail, at_work)
