@@ -16,7 +16,7 @@ from .energy import by_rail, energy_runs
 from .engines import prepare
 from .footprint import Runs, footprint_runs, footprints
 from .layer_times import Operators
-from .manifest import ArmEntry
+from .manifest import ArmEntry, RuntimeEntry
 from .operators import operators
 from .predictor import load_checked
 from .processes import Processes
@@ -44,6 +44,9 @@ from .worker import TIME, EnergyRun, MemoryRun, Request
 T = TypeVar("T")
 
 _TIMEOUT_SECONDS = 120.0
+_ON_PROCESSOR = ("CPU", "Xnnpack")
+"""How the names of providers begin that run on the processor; all others take memory that is in no process's count, a
+Jetson's GPU too, though it shares the board's."""
 _MIB = 1 << 20
 
 
@@ -127,7 +130,7 @@ def profile(
     if spent and not any(arm.energy for arm in profiles.values()):
         energy_note = f"{', '.join(host.rails)} could not be read throughout"
     warnings = [
-        *_warnings(host, after, bundle.manifest.runtime.threads, used, profiles),
+        *_warnings(host, after, bundle.manifest.runtime, used, profiles),
         *session.warnings,
         *found.warnings,
         *(f"{what}: not measured, {why}" for what, why in failed.items() if why),
@@ -317,7 +320,7 @@ def _protocol(session: Session, budget_seconds: float) -> Protocol:
 def _warnings(
     before: system.Environment,
     after: system.Readings,
-    manifest_threads: int,
+    runtime: RuntimeEntry,
     threads: int,
     arms: Mapping[str, ArmProfile],
 ) -> list[str]:
@@ -334,11 +337,13 @@ def _warnings(
             warnings.append(
                 f"{what.replace('_', ' ')} changed while measuring ({was or 'none'} to {now or 'none'}): measure again"
             )
-    if manifest_threads not in (0, threads):
-        warnings.append(f"measured with {threads} thread(s), the target asks for {manifest_threads}")
+    if runtime.threads not in (0, threads):
+        warnings.append(f"measured with {threads} thread(s), the target asks for {runtime.threads}")
     memory = {name: arm.memory for name, arm in arms.items() if arm.memory is not None}
     if len(memory) < len(arms):
         warnings.append("memory was not measured: this system has no /proc/self/status")
+    if memory and (beside := [name for name in runtime.providers if not name.startswith(_ON_PROCESSOR)]):
+        warnings.append(f"memory is the process's as Linux counts it: what {', '.join(beside)} takes is not in it")
     if any(not reading.peak_reset for found in memory.values() for reading in found.runs):
         warnings.append("the peak of memory could not be reset (/proc/self/clear_refs): it may stem from the imports")
     warnings += [

@@ -167,6 +167,25 @@ def test_gaps_of_memory_are_told(bundle: Bundle) -> None:
     found.raise_if_over_budget()
 
 
+@pytest.mark.parametrize(
+    ("providers", "beside"),
+    [
+        (("CUDAExecutionProvider", "CPUExecutionProvider"), "CUDAExecutionProvider"),
+        (("cuda:0",), "cuda:0"),
+        (("GPU.0",), "GPU.0"),
+        (("XnnpackExecutionProvider", "CPUExecutionProvider"), ""),
+        ((), ""),
+    ],
+)
+def test_memory_of_an_accelerator_is_not_in_the_process(
+    bundle: Bundle, providers: tuple[str, ...], beside: str
+) -> None:
+    bundle.manifest = replace(bundle.manifest, runtime=replace(bundle.manifest.runtime, providers=providers))
+    said = f"memory is the process's as Linux counts it: what {beside} takes is not in it"
+    assert fake(bundle)[0].warnings == ((said,) if beside else ())
+    assert not any(said == warning for warning in fake(bundle, executor=Silent(LEVELS))[0].warnings)
+
+
 class Greedy(FakeExecutor):
     """The dense arm takes more than the factored one, which takes 70 MiB."""
 
