@@ -13,7 +13,7 @@ runtime's Python calls:
   plain loop run an ``Interpreter``.
 
 A ratio is the profiler's median over the other's in the same round, with the paired interval of the profiler. Where the
-two differ, the plain loop tells why: what it has in common with the tool is not the profiler's.
+two differ, the plain loop tells on whose side it is; why, nothing here measures.
 """
 
 from __future__ import annotations

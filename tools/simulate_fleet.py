@@ -1,12 +1,12 @@
 """A fleet of 500 boards: how long a campaign takes, what is repeated, and what the scheduler itself costs.
 
-    python tools/simulate_fleet.py --fleet fleet/fleet.json --out tools/results/fleet-simulation.json
+    python tools/simulate_fleet.py --out tools/results/fleet-simulation.json
 
 Two parts. *Simulated*: the rules of `rowcol_edge.fleet.queueing` and the loop that drives them, with a clock that
-jumps; jobs are as long as those of a real campaign (``--fleet``, drawn with replacement), boards are lost at stated
-rates, and some are dead. *Measured*: the real engine on a real Dask scheduler with as many workers, all in this one
-process, where a job sleeps instead of measuring: what is left is the cost of placing, holding a board's lease, telling
-and gathering.
+jumps; jobs are as long as those of a real campaign (drawn with replacement; those that the published result states, or
+of ``--fleet``), boards are lost at stated rates, and some are dead. *Measured*: the real engine on a real Dask
+scheduler with as many workers, all in this one process, where a job sleeps instead of measuring: what is left is the
+cost of placing, holding a board's lease, telling and gathering.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import sys
 import time
 from collections import Counter
@@ -32,6 +33,7 @@ from rowcol_edge.fleet.boards import Board
 from rowcol_edge.fleet.engine import Event, drive
 from rowcol_edge.fleet.queueing import DONE, FAILED, LOST, REST_SECONDS, RETRIES, Ended, Job, Outcome, Queue
 
+RESULT = Path(__file__).parent / "results" / "fleet-simulation.json"
 BUNDLES = 10
 RECONNECT_SECONDS = 300.0
 """What a lost board costs before the job gives up on the line, see `rowcol_edge.fleet.remote`."""
@@ -153,23 +155,31 @@ def measure(workers: int, bundles: int) -> dict[str, Any]:
     }
 
 
+def seconds_of_jobs(path: Path) -> list[float]:
+    """Of a campaign's ``fleet.json``, what was measured; of a result of this tool, those that it was made with."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if "seconds_of_real_jobs" in found:
+        return list(found["seconds_of_real_jobs"])
+    lengths = [entry["seconds"] for entry in found["entries"] if entry["state"] == "measured"]
+    if not lengths:
+        raise SystemExit(f"{path} has no job that was measured")
+    return lengths
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--fleet", type=Path, required=True, help="fleet.json of a real campaign: the length of its jobs"
+        "--fleet", type=Path, default=RESULT, help="how long jobs take: a fleet.json, or an earlier result of this"
     )
     parser.add_argument("--boards", type=int, default=500)
     parser.add_argument("--bundles", type=int, default=BUNDLES)
     parser.add_argument("--workers", type=int, default=100, help="of the measured part; 0 leaves it out")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    entries = json.loads(options.fleet.read_text(encoding="utf-8"))["entries"]
-    lengths = [entry["seconds"] for entry in entries if entry["state"] == "measured"]
-    if not lengths:
-        raise SystemExit(f"{options.fleet} has no job that was measured")
+    lengths = seconds_of_jobs(options.fleet)
     rates = ((0.0, 0), (0.01, 5), (0.05, 25))
     found: dict[str, Any] = {
-        "command": "python tools/simulate_fleet.py --fleet fleet/fleet.json",
+        "command": shlex.join(["python", *sys.argv]),
         "machine": machine(),
         "seconds_of_real_jobs": lengths,
         "retries": RETRIES,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
-from ..errors import MeasurementError
+from ..errors import MeasurementError, RowcolError
 from . import schedule, stats, system
 from .bundle import Bundle
 from .energy import by_rail, energy_runs
 from .engines import prepare
-from .footprint import footprint_runs, footprints
-from .manifest import ArmEntry
+from .footprint import Runs, footprint_runs, footprints
+from .layer_times import Operators
+from .manifest import ArmEntry, RuntimeEntry
 from .operators import operators
 from .predictor import load_checked
 from .processes import Processes
@@ -25,6 +27,7 @@ from .profile import (
     OVER,
     WITHIN,
     ArmProfile,
+    Block,
     ColdStart,
     Latency,
     Memory,
@@ -36,9 +39,14 @@ from .profile import (
 from .runtimes import load_runtime
 from .session import Executor, Progress, Session, run_session
 from .verdicts import judge
-from .worker import TIME, MemoryRun, Request
+from .worker import TIME, EnergyRun, MemoryRun, Request
+
+T = TypeVar("T")
 
 _TIMEOUT_SECONDS = 120.0
+_ON_PROCESSOR = ("CPU", "Xnnpack")
+"""How the names of providers begin that run on the processor; all others take memory that is in no process's count, a
+Jetson's GPU too, though it shares the board's."""
 _MIB = 1 << 20
 
 
@@ -62,11 +70,13 @@ def profile(
     ``arms``: names, default all. ``baseline``: the arm all others are set against; by default the dense arm of the
     same precision, and dense@fp32 beside it. ``blocks``: processes an arm, rounded to a whole number of balanced
     cycles. ``seconds``: time for everything, as far as the fewest useful blocks allow. ``threads``: default what the
-    target asks for, at most the usable cores. ``evidence`` can only weaken what this machine would count as.
+    target asks for, at most the usable cores; 0: all of those. ``evidence`` can only weaken what this machine would
+    count as.
     ``memory``: also memory at each stage and by the runtime's settings, up to 30 processes an arm of about a second.
     ``energy``: also the energy of an inference, where a rail can be read; half a minute an arm. ``ops``: also the time
     of operators by the runtime's own profiler, six processes an arm of about a second. All three are beyond
-    ``seconds``. MeasurementError: a process failed. Engines that a runtime builds on the board are built first.
+    ``seconds``, and one that fails costs a warning. MeasurementError: a process of the session itself failed. Engines
+    that a runtime builds on the board are built first.
     """
     chosen = _arms(bundle, arms, baseline)
     pairs = default_pairs(chosen, baseline)
@@ -79,7 +89,8 @@ def profile(
     level, note = _evidence(system.evidence_for(bundle.manifest.target, host), evidence)
     caps = dict(bundle.manifest.target.get("proxy_env") or {}) if level == system.PROXY else {}
     # more threads than cores wait for one another, and would be timed waiting
-    used = min(bundle.manifest.runtime.threads, host.cores_usable) if threads is None else threads
+    asked = min(bundle.manifest.runtime.threads, host.cores_usable) if threads is None else threads
+    used = asked or host.cores_usable
     requests = {arm.name: _request(bundle, arm, used) for arm in chosen}
     requests[NULL] = requests[null_of]
 
@@ -87,14 +98,21 @@ def profile(
         load_checked(bundle)  # a runtime that is missing or too old is told here, not by a process that failed
         prepare(bundle, [arm.name for arm in chosen])
         executor = Processes(caps, _TIMEOUT_SECONDS)
-    session = run_session(requests, executor, rounds, budget_seconds, progress or _silent)
-    stages = footprint_runs(requests, executor, progress or _silent) if memory and system.counts(level) else {}
-    energy_note = _no_energy(host, level) if energy else NOT_ASKED
-    spent = {} if energy_note else energy_runs(requests, executor, progress or _silent)
-    operators_note = _no_operators(bundle, level) if ops else NOT_ASKED
-    parts = None
-    if not operators_note:
-        parts = operators(bundle, requests, pairs, null_of, executor, progress or _silent)
+    tell = progress or _silent
+    session = run_session(requests, executor, rounds, budget_seconds, tell)
+    requests = {name: _of_latency(request, session.blocks[name]) for name, request in requests.items()}
+    stages: Mapping[str, Runs] = {}
+    spent: Mapping[str, Sequence[EnergyRun]] = {}
+    parts: Operators | None = None
+    failed = {}
+    if memory and system.counts(level):
+        stages, failed["memory at each stage"] = _attempt(lambda: footprint_runs(requests, executor, tell), stages)
+    if not (energy_note := _no_energy(host, level) if energy else NOT_ASKED):
+        spent, energy_note = _attempt(lambda: energy_runs(requests, executor, tell), spent)
+        failed["energy"] = energy_note
+    if not (operators_note := _no_operators(bundle, level) if ops else NOT_ASKED):
+        parts, operators_note = _attempt(lambda: operators(bundle, requests, pairs, null_of, executor, tell), parts)
+        failed["operators"] = operators_note
     after = system.readings(system.environment())
     obstacle = (
         "" if len(session.versions) == 1 else f"the runtime changed in between: {', '.join(sorted(session.versions))}"
@@ -112,9 +130,10 @@ def profile(
     if spent and not any(arm.energy for arm in profiles.values()):
         energy_note = f"{', '.join(host.rails)} could not be read throughout"
     warnings = [
-        *_warnings(host, after, bundle.manifest.runtime.threads, used, profiles),
+        *_warnings(host, after, bundle.manifest.runtime, used, profiles),
         *session.warnings,
         *found.warnings,
+        *(f"{what}: not measured, {why}" for what, why in failed.items() if why),
     ]
     return Profile(
         bundle=bundle.manifest.name,
@@ -141,6 +160,18 @@ def profile(
         operators_note=operators_note,
         warnings=tuple(dict.fromkeys(warnings)),
     )
+
+
+def _of_latency(request: Request, blocks: Sequence[Block]) -> Request:
+    return replace(request, inference_seconds=stats.median([block.median_ns for block in blocks]) * 1e-9)
+
+
+def _attempt(measure: Callable[[], T], nothing: T) -> tuple[T, str]:
+    """An extra measurement, and why it failed, if it did: the session stands without it."""
+    try:
+        return measure(), ""
+    except RowcolError as e:
+        return nothing, str(e)
 
 
 def default_pairs(arms: Sequence[ArmEntry], baseline: str | None = None) -> list[tuple[str, str]]:
@@ -289,7 +320,7 @@ def _protocol(session: Session, budget_seconds: float) -> Protocol:
 def _warnings(
     before: system.Environment,
     after: system.Readings,
-    manifest_threads: int,
+    runtime: RuntimeEntry,
     threads: int,
     arms: Mapping[str, ArmProfile],
 ) -> list[str]:
@@ -306,11 +337,13 @@ def _warnings(
             warnings.append(
                 f"{what.replace('_', ' ')} changed while measuring ({was or 'none'} to {now or 'none'}): measure again"
             )
-    if threads != manifest_threads:
-        warnings.append(f"measured with {threads} thread(s), the target asks for {manifest_threads}")
+    if runtime.threads not in (0, threads):
+        warnings.append(f"measured with {threads} thread(s), the target asks for {runtime.threads}")
     memory = {name: arm.memory for name, arm in arms.items() if arm.memory is not None}
     if len(memory) < len(arms):
         warnings.append("memory was not measured: this system has no /proc/self/status")
+    if memory and (beside := [name for name in runtime.providers if not name.startswith(_ON_PROCESSOR)]):
+        warnings.append(f"memory is the process's as Linux counts it: what {', '.join(beside)} takes is not in it")
     if any(not reading.peak_reset for found in memory.values() for reading in found.runs):
         warnings.append("the peak of memory could not be reset (/proc/self/clear_refs): it may stem from the imports")
     warnings += [

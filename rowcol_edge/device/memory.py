@@ -1,4 +1,4 @@
-"""Memory of this process as Linux counts it.
+"""Memory of this process, and what is left of the machine's, as Linux counts it.
 
 ``VmRSS`` is what lies in memory now, pages of mapped files (the interpreter, the runtime's libraries) included.
 ``VmHWM`` is the highest value it ever had; writing 5 to ``/proc/self/clear_refs`` sets it back to the present value,
@@ -11,6 +11,7 @@ those that no other process has (``Private_Clean`` and ``Private_Dirty``), which
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,12 @@ def reset_peak(process: Path = _PROCESS) -> bool:
     except OSError:
         return False
     return True
+
+
+def available_bytes(proc: Path = Path("/proc")) -> int:
+    """What can be had without swapping, the page cache included (MemAvailable); free pages where /proc tells none."""
+    found = _kilobytes(sysfs.text(proc / "meminfo"), "MemAvailable")
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if found is None else found
 
 
 def _status(process: Path, key: str) -> int | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -33,9 +33,15 @@ _HWMON = "sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*/in*_label"
 _IIO = "sys/bus/i2c/drivers/ina3221*/*/iio:device*/rail_name_*"
 _POWERCAP = "sys/class/powercap/intel-rapl:*"
 _UNCONNECTED = "NC"
-_WHOLE = ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0", "psys", "package-0")
-"""Rails that stand for the most, and so come first: a Jetson module's input, its 5 V system rail, an Intel platform,
-the processor's package."""
+_WHOLE = ("VDD_IN", "POM_5V_IN", "psys", "package-0")
+"""Rails that stand for the most, and so come first: a Jetson module's input, an Intel platform, the processor's
+package."""
+_INPUTS = (("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"), ("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V"))
+"""Rails that are a module's inputs side by side, where no rail is behind another: their sum stands for the most.
+
+Jetson AGX Orin: the 5 V system rail supplies inputs and outputs and, by ``VDDQ_VDD2_1V8AO``, memory; GPU, SoC, CPU and
+accelerators are fed from the high voltage (NVIDIA, Jetson Linux Developer Guide, "Jetson Orin Nano Series, Jetson Orin
+NX Series and Jetson AGX Orin Series", power monitors). Jetson AGX Xavier: NVIDIA, DG-09840, figure 5-14."""
 
 Samples = Sequence[tuple[float, float]]
 """Readings of one rail: when, in seconds, and what (W, or J of a counter)."""
@@ -76,7 +82,8 @@ class Rails:
 
 @dataclass(frozen=True, slots=True)
 class RailRun:
-    """Mean power of a rail at rest and while inferences run, in W; ``samples`` readings stand behind the latter."""
+    """Mean power of a rail, or of several together (``A + B``), at rest and while inferences run, in W; ``samples``
+    readings stand behind the latter."""
 
     rail: str
     source: str
@@ -117,13 +124,28 @@ def mean_watts(rail: Rail, samples: Samples) -> float | None:
 
 
 def set_against(rails_read: Sequence[Rail], idle: Sequence[Samples], busy: Sequence[Samples]) -> tuple[RailRun, ...]:
-    """Each rail at rest and at work; one that could not be read throughout is left out."""
-    runs = []
+    """Each rail at rest and at work, before them the sum of those that are a module's inputs; one that could not be
+    read throughout is left out."""
+    runs: list[RailRun] = []
     for rail, at_rest, at_work in zip(rails_read, idle, busy, strict=True):
         idle_watts, watts = mean_watts(rail, at_rest), mean_watts(rail, at_work)
         if idle_watts is not None and watts is not None:
             runs.append(RailRun(rail.name, rail.source, idle_watts, watts, len(at_work)))
-    return tuple(runs)
+    return (*_sums(runs), *runs)
+
+
+def _sums(runs: Sequence[RailRun]) -> Iterator[RailRun]:
+    by_name = {run.rail: run for run in runs if run.source == INA3221}
+    for names in _INPUTS:
+        if all(name in by_name for name in names):
+            parts = [by_name[name] for name in names]
+            yield RailRun(
+                " + ".join(names),
+                INA3221,
+                sum(part.idle_watts for part in parts),
+                sum(part.watts for part in parts),
+                min(part.samples for part in parts),
+            )
 
 
 class Recorder:

@@ -60,8 +60,8 @@ class Processes:
     def _run(
         self, request: Request, where: str, watch: Callable[[int], AbstractContextManager[object]] = nullcontext
     ) -> Any:
-        # a bound on hanging, not on being slow: a slow model asks for its own time
-        timeout = self._timeout_seconds + 10 * request.run_seconds
+        # a bound on hanging, not on being slow
+        timeout = self._timeout_seconds + 10 * request.expected_seconds
         pipe = subprocess.PIPE
         with subprocess.Popen(
             self._command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, encoding="utf-8", errors="replace",

@@ -4,8 +4,9 @@ A roofline (Williams, Waterman & Patterson, "Roofline: an insightful visual perf
 takes at least the time of its multiply-accumulates at the peak, and at least that of its bytes at the bandwidth. The
 longer of the two is what binds it. Both peaks are measured, not those of a data sheet:
 
-- bandwidth: arrays of 64 MiB, less where memory is short, copied, one a thread, bytes read and written counted; what
-  the processor reads besides, to write, is not. A layer whose data lie in a cache can be faster than that.
+- bandwidth: arrays of 64 MiB, more where the caches are large and less where memory is short, copied, one a thread,
+  bytes read and written counted; what the processor reads besides, to write, is not. A layer whose data lie in a cache
+  can be faster than that.
 - arithmetic: a product of float32 matrices by numpy's BLAS, with as many threads. Kernels in int8 can be faster than
   that: then the fraction reached is over 100 %.
 """
@@ -13,15 +14,22 @@ longer of the two is what binds it. Both peaks are measured, not those of a data
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+from . import memory, sysfs
 
 SECONDS = 1.0
 """For each of the two; the best run counts."""
 _COPY_BYTES = 64 << 20
-"""Far more than a cache holds; all of them together take half of what is free at most."""
+"""All of them together take half of what is available at most."""
+_CACHES = 4
+"""How many times the last-level caches the arrays that are read should take together (McCalpin, STREAM's run rules)."""
+_CPUS = Path("/sys/devices/system/cpu")
 _SIZE = 512
 """Rows and columns of the matrices: large for a cache of the first level, small for a board's memory."""
 _VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
@@ -73,18 +81,33 @@ def peaks(threads: int, seconds: float = SECONDS, clock: Callable[[], float] = t
     """Measure both in this process, see `limit_threads`. MemoryError: not enough for the arrays."""
     import numpy as np
 
-    size = copy_bytes(threads, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    cache = cache_bytes(threads)
+    size = copy_bytes(threads, memory.available_bytes(), cache)
     copying = _copying(size, threads, seconds, clock)
     left = np.random.default_rng(0).standard_normal((_SIZE, _SIZE)).astype(np.float32)
     out = np.empty_like(left)
     working = _best(lambda: np.matmul(left, left, out=out), seconds, clock)
-    method = f"numpy: {size >> 20} MiB copied a thread; float32 product of {_SIZE}×{_SIZE} matrices"
+    # too little memory for more: what is copied may never leave the cache
+    within = f", which caches of {cache >> 20} MiB may hold: not the memory's" if threads * size <= cache else ""
+    method = f"numpy: {size >> 20} MiB copied a thread{within}; float32 product of {_SIZE}×{_SIZE} matrices"
     return Peaks(2 * threads * size / copying, _SIZE**3 / working, threads, method)
 
 
-def copy_bytes(threads: int, free_bytes: int) -> int:
+def copy_bytes(threads: int, available_bytes: int, cache: int) -> int:
     """For each of two arrays a thread, whole MiB."""
-    return max(1 << 20, min(_COPY_BYTES, free_bytes // (4 * threads) >> 20 << 20))
+    wanted = max(_COPY_BYTES, _CACHES * cache // threads)
+    return max(1 << 20, min(wanted, available_bytes // (4 * threads)) >> 20 << 20)
+
+
+def cache_bytes(threads: int, cpus: Path = _CPUS) -> int:
+    """What the last-level caches hold that so many threads can reach; 0 where the system does not tell."""
+    found: dict[tuple[int, str], int] = {}
+    for index in cpus.glob("cpu[0-9]*/cache/index*"):
+        level, size = sysfs.number(index / "level"), re.fullmatch(r"(\d+)K", sysfs.text(index / "size").strip())
+        if level and size and sysfs.text(index / "type").strip() != "Instruction":
+            found[level, sysfs.text(index / "shared_cpu_list").strip()] = int(size[1]) << 10
+    last = max((level for level, _ in found), default=0)
+    return sum(sorted((size for (level, _), size in found.items() if level == last), reverse=True)[:threads])
 
 
 def _copying(size: int, threads: int, seconds: float, clock: Callable[[], float]) -> float:

@@ -69,10 +69,11 @@ def run_session(
     real = [name for name in names if name != NULL]
     memory, overhead_seconds = _memory_runs(requests, real, executor, rounds * len(names), progress, clock)
     # the null arm runs another arm's file, whose name its request has
-    inference_seconds = [
-        min(run.inference_ns for run in memory[name if name in memory else requests[name].arm]) * 1e-9 for name in names
-    ]
-    plan = schedule.plan(inference_seconds, rounds, budget_seconds - (clock() - begin), overhead_seconds)
+    inference_seconds = {
+        name: min(run.inference_ns for run in memory[name if name in memory else requests[name].arm]) * 1e-9
+        for name in names
+    }
+    plan = schedule.plan(list(inference_seconds.values()), rounds, budget_seconds - (clock() - begin), overhead_seconds)
     warnings = []
     if plan.rounds < rounds:
         warnings.append(
@@ -93,7 +94,12 @@ def run_session(
             break
         for position, name in enumerate(row):
             progress("latency", done, total)
-            request = replace(requests[name], run_seconds=plan.run_seconds, warmup_seconds=plan.warmup_seconds)
+            request = replace(
+                requests[name],
+                run_seconds=plan.run_seconds,
+                warmup_seconds=plan.warmup_seconds,
+                inference_seconds=inference_seconds[name],
+            )
             run = executor.time(request, f"arm {name}, block {i + 1}")
             blocks[name].append(_block(run, i, position))
             versions.add(run.runtime_version)

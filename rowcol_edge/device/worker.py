@@ -66,7 +66,9 @@ SETTLE_SECONDS = 1.0
 class Request:
     """What a process is to do. ``batch`` gives the rows a feed takes of each golden input, 0: the whole array.
 
-    ``stamps`` are of the files whose digests were checked, by path: the process opens none that was changed since.
+    ``inference_seconds`` is what one inference is known to take, 0 before one was measured: it gives the process more
+    time, and changes nothing that it does. ``stamps`` are of the files whose digests were checked, by path: the process
+    opens none that was changed since.
     """
 
     mode: str
@@ -82,7 +84,13 @@ class Request:
     warmup_seconds: float = 0.3
     min_samples: int = 5
     max_samples: int = 500
+    inference_seconds: float = 0.0
     stamps: dict[str, Stamp] = field(default_factory=dict)
+
+    @property
+    def expected_seconds(self) -> float:
+        """For its inferences: the time it runs for, and the first, one to warm up and the fewest samples if slow."""
+        return self.run_seconds + (2 + self.min_samples) * self.inference_seconds
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -1,7 +1,7 @@
 """Gates on a profile: limits that a pipeline holds a bundle's arm to, each with what was found.
 
-A gate that cannot be judged is not one that holds: a ratio without an interval, memory that nobody measured or a drop
-that no manifest states ends as not comparable.
+A gate that cannot be judged is not one that holds: a ratio without an interval or no larger than what the null arm of
+its session shows, memory that nobody measured or a drop that no manifest states ends as not comparable.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..budgets import Budgets
 from ..device.bundle import Bundle
 from ..device.manifest import MANIFEST_NAME, PROFILES_FOLDER
 from ..device.profile import ArmProfile, Profile
-from ..device.stats import NOT_COMPARABLE
+from ..device.stats import NO_DIFFERENCE, NOT_COMPARABLE
 from ..device.table import times_count
 from ..errors import BudgetError, BundleError, ConfigError, NotComparableError, did_you_mean
 
@@ -205,9 +205,10 @@ def _latency(profile: Profile, arm: str, baseline: str, limit: float) -> Gate:
     if found.ratio is None or found.ci_low is None or found.ci_high is None:
         return Gate(what, "ratio", limit, None, expected, "no interval")
     text = f"{found.ratio:.4f} [{found.ci_low:.4f}, {found.ci_high:.4f}]"
-    if found.reason and limit < 1:
-        # a disturbed session shows gains that are not there; that it is not slower may still be read off it
-        return Gate(what, "ratio", limit, None, expected, f"{text}, {found.reason}")
+    # a disturbed session shows differences that are not there, and hides some that are
+    disturbed = found.verdict == NO_DIFFERENCE and profile.null.verdict not in (NO_DIFFERENCE, NOT_COMPARABLE)
+    if reason := found.reason or ("in a session whose null arm shows a difference" if disturbed else ""):
+        return Gate(what, "ratio", limit, None, expected, f"{text}, {reason}")
     return Gate(what, "ratio", limit, found.ci_high, expected, text)
 
 

@@ -1,11 +1,11 @@
-"""Time by layer in two arms: what is drawn as bars, and the rows of the table beside them."""
+"""Time by layer in two arms and by operator in each: what is drawn as bars, and the rows of the tables beside them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..device.layer_times import LayerComparison, LayerTime
+from ..device.layer_times import ArmOperators, LayerComparison, LayerTime, OperatorTime
 from .charts import WIDTH, Axis, Tick
 from .figures import ProfileFigures
 
@@ -17,6 +17,8 @@ _LABEL, _BAR, _GAP = 17, 15, 8
 _LETTERS = 40
 SHOWN = 12
 """Layers that are drawn; the table has all."""
+OPERATORS = 15
+"""Operators of an arm that are shown; the profile's JSON has all."""
 ELSEWHERE = "elsewhere"
 MS = 1e6
 _BEYOND = 2.0
@@ -72,6 +74,17 @@ class LayerTable:
     elsewhere_ns: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class OperatorBars:
+    """The operators of an arm that take longest, each with its share of all its operators' time; ``number`` is the
+    arm's in the report."""
+
+    number: int
+    arm: str
+    bars: Bars
+    rows: tuple[tuple[OperatorTime, float], ...]
+
+
 def table(profile: ProfileFigures) -> LayerTable | None:
     """The default arm beside the dense one of its precision, or alone; None where no operators were measured."""
     found = profile.operators
@@ -120,6 +133,36 @@ def bars(layers: LayerTable) -> Bars:
         "Time by layer", said + cut + (f" {left} more layers in the table." if left > 0 else ""), y + 26, "time, ms",
         axis.ticks(), tuple(rows),
     )  # fmt: skip
+
+
+def by_operator(profile: ProfileFigures) -> tuple[OperatorBars, ...]:
+    """One an arm; none where no operators were measured."""
+    arms = profile.operators.arms if profile.operators else {}
+    return tuple(
+        _operators(number, arm.arm, arms[arm.arm])
+        for number, arm in enumerate(profile.arms, 1)
+        if arm.arm in arms and arms[arm.arm].operators
+    )
+
+
+def _operators(number: int, name: str, arm: ArmOperators) -> OperatorBars:
+    shown = sorted(arm.operators, key=lambda operator: -operator.ns)[:OPERATORS]
+    whole = sum(operator.ns for operator in arm.operators) or 1.0
+    axis = Axis(0.0, 1.05 * max(1.0, shown[0].ns) / MS, LEFT, RIGHT)
+    rows, y = [], float(TOP)
+    for operator in shown:
+        end = axis.at(operator.ns / MS)
+        bar = Bar(number, y + _LABEL + 0.5 * _BAR, end, end, end)
+        said = f"{operator.name}, {operator.kind}: {operator.ns / MS:.3g} ms"
+        rows.append(Row(_short(operator.name), said, y + _LABEL - 5, (bar,)))
+        y += _LABEL + _BAR + _GAP
+    left = len(arm.operators) - len(shown)
+    said = "Time of an inference spent in each operator, as the runtime calls them, with its profiler on."
+    bars = Bars(
+        f"Time by operator, {name}", said + (f" {left} more in the profile's JSON." if left else ""), y + 26,
+        "time, ms", axis.ticks(), tuple(rows),
+    )  # fmt: skip
+    return OperatorBars(number, name, bars, tuple((operator, operator.ns / whole) for operator in shown))
 
 
 def _short(name: str) -> str:

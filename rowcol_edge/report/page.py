@@ -95,7 +95,8 @@ def _environment() -> Environment:
     environment.filters |= {
         "ms": milliseconds, "size": size, "mib": mebibytes, "joules": joules, "ratio": ratio_text, "drop": drop_text,
         "headline": headline, "evidence": evidence_text, "charts": charts.charts,
-        "layer_table": layer_bars.table, "layer_bars": layer_bars.bars, "peaks": operator_table.peaks_text,
+        "layer_table": layer_bars.table, "layer_bars": layer_bars.bars, "by_operator": layer_bars.by_operator,
+        "peaks": operator_table.peaks_text,
         "share": operator_table.share_text, "form": operator_table.form_text, "time": operator_table.time_text,
         "macs": operator_table.macs_text, "reached": operator_table.reached,
     }  # fmt: skip

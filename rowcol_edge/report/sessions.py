@@ -54,8 +54,8 @@ def compare(old: Path, new: Path, *, bundles: Sequence[Path] = (), allow: Collec
         allow: conditions that differ on purpose, of ALLOWED.
 
     BundleError: no profile, or one of another schema version. ConfigError: an exception that does not exist.
-    NotComparableError: every condition that differs, in one; one session twice; no arm in both; a bundle that neither
-    measured.
+    NotComparableError: every condition that differs, in one, and a session whose noise is not known; one session
+    twice; no arm in both; a bundle that neither measured.
     """
     for name in allow:
         if name not in ALLOWED:
@@ -141,6 +141,11 @@ def _refuse(sides: str, old: Profile, new: Profile, differing: dict[str, str]) -
     """NotComparableError with all that is in the way."""
     found = [f"{key}: {text}" for key, text in differing.items()]
     found += [f"{level} times, which are no latency" for level in {old.evidence, new.evidence} if not counts(level)]
+    found += [
+        f"null arm of the {which} one: {profile.null.reason or 'no interval'}, so that its noise is not known"
+        for which, profile in (("old", old), ("new", new))
+        if counts(profile.evidence) and profile.null.verdict == NOT_COMPARABLE
+    ]
     if not found:
         return
     hint = "measure again under the same conditions"
@@ -168,7 +173,8 @@ def _unpaired(arm: str, old: Sequence[Block], new: Sequence[Block], profile: Pro
 
 
 def _bound(check: Comparison) -> float:
-    """How far from 1, as a logarithm, a comparison of the same with the same may lie; 0 where there is none."""
+    """How far from 1, as a logarithm, a comparison of the same with the same may lie; 0 without an interval, as of an
+    arm with too few blocks."""
     return max((abs(math.log(value)) for value in (check.ci_low, check.ci_high) if value), default=0.0)
 
 

@@ -12,7 +12,7 @@ from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.measure import default_pairs, profile
 from rowcol_edge.device.profile import Profile
 from rowcol_edge.device.table import profile_table
-from rowcol_edge.device.worker import MemoryRun, Request, TimedRun
+from rowcol_edge.device.worker import TIME, MemoryRun, Request, TimedRun
 from rowcol_edge.errors import BudgetError, BundleError, MeasurementError
 
 from ..profiles import ENVIRONMENT, MIB, FakeExecutor, make_manifest
@@ -147,6 +147,8 @@ def test_threads(bundle: Bundle) -> None:
     assert found.warnings == ("measured with 2 thread(s), the target asks for 4",)
     found, _ = fake(bundle, threads=4)
     assert (found.threads, found.warnings) == (4, ("4 threads on 2 usable core(s): they wait for one another",))
+    found, executor = fake(bundle, threads=0)
+    assert (found.threads, {request.threads for request in executor.requests}) == (2, {2})  # all that there are
 
 
 class Silent(FakeExecutor):
@@ -165,12 +167,60 @@ def test_gaps_of_memory_are_told(bundle: Bundle) -> None:
     found.raise_if_over_budget()
 
 
+@pytest.mark.parametrize(
+    ("providers", "beside"),
+    [
+        (("CUDAExecutionProvider", "CPUExecutionProvider"), "CUDAExecutionProvider"),
+        (("cuda:0",), "cuda:0"),
+        (("GPU.0",), "GPU.0"),
+        (("XnnpackExecutionProvider", "CPUExecutionProvider"), ""),
+        ((), ""),
+    ],
+)
+def test_memory_of_an_accelerator_is_not_in_the_process(
+    bundle: Bundle, providers: tuple[str, ...], beside: str
+) -> None:
+    bundle.manifest = replace(bundle.manifest, runtime=replace(bundle.manifest.runtime, providers=providers))
+    said = f"memory is the process's as Linux counts it: what {beside} takes is not in it"
+    assert fake(bundle)[0].warnings == ((said,) if beside else ())
+    assert not any(said == warning for warning in fake(bundle, executor=Silent(LEVELS))[0].warnings)
+
+
 class Greedy(FakeExecutor):
     """The dense arm takes more than the factored one, which takes 70 MiB."""
 
     def memory(self, request: Request, where: str) -> MemoryRun:
         found = super().memory(request, where)
         return replace(found, peak_bytes=96 * MIB) if request.arm.startswith("dense") else found
+
+
+class OnlyLatency(FakeExecutor):
+    """Everything beyond latency and its memory fails."""
+
+    def fail(self, request: Request, where: str) -> Any:
+        self.requests.append(request)
+        raise MeasurementError(where, expected="a result within 125 s", got="none")
+
+    footprint = energy = operators = peaks = fail
+
+
+def test_an_extra_measurement_that_fails_costs_a_warning_and_not_the_session(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system, "environment", lambda: replace(ENVIRONMENT, rails=("VDD_IN",)))
+    found, executor = fake(bundle, executor=OnlyLatency(LEVELS), memory=True, energy=True, ops=True)
+    assert found.comparison("factored@fp32", "dense@fp32").verdict == "faster"
+    said = "expected a result within 125 s, got none"
+    assert [warning.partition(":")[0] for warning in found.warnings if warning.endswith(said)] == [
+        "memory at each stage", "energy", "operators"
+    ]  # fmt: skip
+    assert found.arms["dense@fp32"].footprints == ()
+    assert found.energy_note.endswith(said)
+    assert (found.operators, found.operators_note.endswith(said)) == (None, True)
+    assert Profile.from_json(found.to_json()) == found
+    extra = [request for request in executor.requests if request.mode != TIME]
+    assert len(extra) == 3
+    assert all(request.inference_seconds == pytest.approx(LEVELS[request.arm] / 1e3, rel=0.05) for request in extra)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,12 @@ def test_what_is_not_told_is_none(tmp_path: Path, text: str) -> None:
     assert memory.resident_bytes(tmp_path) is None
 
 
+def test_the_page_cache_is_available(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemFree:    100 kB\nMemAvailable:    700 kB\n")
+    assert memory.available_bytes(tmp_path) == 700 * 1024
+    assert memory.available_bytes(tmp_path / "none") >= 4096  # free pages instead
+
+
 ROLLUP = """556e44825000-7ffcb1ae6000 ---p 00000000 00:00 0                          [rollup]
 Rss:                1848 kB
 Pss:                 248 kB

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
@@ -27,9 +28,26 @@ def test_linuxs_driver_of_the_monitor_gives_millivolts_and_milliamperes(tmp_path
 
 
 def test_the_rail_that_stands_for_the_most_is_first_and_unconnected_channels_are_none(tmp_path: Path) -> None:
-    found = watts(lay(tmp_path, trees.ORIN_JETPACK_5))
-    assert list(found) == ["VIN_SYS_5V0", "VDD_GPU_SOC", "VDD_CPU_CV", "VDDQ_VDD2_1V8AO"]
-    assert found["VDD_GPU_SOC"] == pytest.approx(19.176 * 0.208)
+    lay(tmp_path, trees.ORIN_JETPACK_6, in2_label="VDD_IN\n", in1_label="VDD_SOC\n", in3_label="NC\n")
+    assert list(watts(tmp_path)) == ["VDD_IN", "VDD_SOC"]
+
+
+def test_where_a_module_has_several_inputs_their_sum_stands_for_the_most(tmp_path: Path) -> None:
+    found = power.rails(lay(tmp_path, trees.ORIN_JETPACK_5)).found
+    assert [rail.name for rail in found] == ["VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0", "VDDQ_VDD2_1V8AO"]
+    idle = {"VDD_GPU_SOC": 4.0, "VDD_CPU_CV": 1.0, "VIN_SYS_5V0": 4.0, "VDDQ_VDD2_1V8AO": 0.5}
+    busy = {"VDD_GPU_SOC": 14.0, "VDD_CPU_CV": 2.0, "VIN_SYS_5V0": 5.0, "VDDQ_VDD2_1V8AO": 1.5}
+
+    def taken(names: Sequence[str]) -> list[tuple[str, float, float]]:
+        rails = [rail for rail in found if rail.name in names]
+        times = (0.0, 1.0, 2.0)
+        at_rest, at_work = ([[(t, level[rail.name]) for t in times] for rail in rails] for level in (idle, busy))
+        return [(run.rail, run.idle_watts, run.watts) for run in set_against(rails, at_rest, at_work)]
+
+    # memory is behind the 5 V rail, and not counted twice
+    assert taken(list(idle))[0] == ("VDD_GPU_SOC + VDD_CPU_CV + VIN_SYS_5V0", 9.0, 21.0)
+    assert [rail for rail, *_ in taken(list(idle))[1:]] == list(idle)
+    assert taken(["VDD_GPU_SOC", "VIN_SYS_5V0"])[0] == ("VDD_GPU_SOC", 4.0, 14.0)  # no sum without all of them
 
 
 def test_nvidias_older_driver_gives_milliwatts(tmp_path: Path) -> None:

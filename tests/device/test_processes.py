@@ -69,6 +69,16 @@ def test_a_process_that_hangs_is_ended(request_: Request, monkeypatch: pytest.Mo
         Processes({}, 0.2).time(request_, "arm x, block 1")
 
 
+def test_a_slow_model_gets_the_time_that_its_inferences_are_known_to_take(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub(monkeypatch, "import time; time.sleep(2); print('[]')")
+    with pytest.raises(MeasurementError, match="arm x, block 1: expected a result within"):
+        Processes({}, 0.2).time(request_, "arm x, block 1")
+    with pytest.raises(MeasurementError, match="expected an object, got"):  # of the result, which came
+        Processes({}, 0.2).time(replace(request_, inference_seconds=1.0), "arm x, block 1")
+
+
 def test_a_process_that_was_stopped_is_ended_too(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped process takes no signal but the one that kills it."""
     stub(monkeypatch, "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rowcol_edge.device import roofline
@@ -35,10 +37,45 @@ def test_the_best_run_counts_and_there_are_at_least_three() -> None:
 
 
 @pytest.mark.parametrize(
-    ("threads", "free_mib", "mib"), [(2, 4096, 64), (4, 200, 12), (4, 1, 1), (1, 0, 1)], ids=["much", "some", "no", "0"]
+    ("threads", "available_mib", "mib"),
+    [(2, 4096, 64), (4, 200, 12), (4, 1, 1), (1, 0, 1)],
+    ids=["much", "some", "no", "0"],
 )
-def test_a_small_board_copies_less(threads: int, free_mib: int, mib: int) -> None:
-    assert roofline.copy_bytes(threads, free_mib << 20) == mib << 20
+def test_a_small_board_copies_less(threads: int, available_mib: int, mib: int) -> None:
+    assert roofline.copy_bytes(threads, available_mib << 20, 0) == mib << 20
+
+
+@pytest.mark.parametrize(("threads", "cache_mib", "mib"), [(1, 32, 128), (2, 32, 64), (2, 256, 512), (4, 4096, 1024)])
+def test_large_caches_make_it_copy_more(threads: int, cache_mib: int, mib: int) -> None:
+    assert roofline.copy_bytes(threads, 16 << 30, cache_mib << 20) == mib << 20
+
+
+def cpu(root: Path, number: int, *caches: tuple[int, str, str, str]) -> None:
+    """With its caches: level, type, size and the processors that share it."""
+    for i, values in enumerate(caches):
+        index = root / f"cpu{number}/cache/index{i}"
+        index.mkdir(parents=True)
+        for name, value in zip(("level", "type", "size", "shared_cpu_list"), values, strict=True):
+            (index / name).write_text(f"{value}\n")
+
+
+def test_the_last_level_caches_that_threads_can_reach_add_up(tmp_path: Path) -> None:
+    for number, shared in ((0, "0-1"), (1, "0-1"), (2, "2")):
+        own = [(1, "Data", "32K", str(number)), (1, "Instruction", "64K", str(number))]
+        cpu(tmp_path, number, *own, (2, "Unified", "1024K", shared))
+    assert roofline.cache_bytes(1, tmp_path) == 1 << 20
+    assert roofline.cache_bytes(2, tmp_path) == roofline.cache_bytes(3, tmp_path) == 2 << 20
+    assert roofline.cache_bytes(1, tmp_path / "none") == 0
+
+
+@pytest.mark.parametrize(("cache_mib", "said"), [(4, False), (8, True), (64, True)])
+def test_arrays_that_a_cache_may_hold_are_told(monkeypatch: pytest.MonkeyPatch, cache_mib: int, said: bool) -> None:
+    """Memory for arrays of 8 MiB, one thread."""
+    monkeypatch.setattr(roofline.memory, "available_bytes", lambda: 32 << 20)
+    monkeypatch.setattr(roofline, "cache_bytes", lambda threads: cache_mib << 20)
+    method = roofline.peaks(1, 0.0).method
+    assert method.startswith("numpy: 8 MiB copied a thread")
+    assert (f"which caches of {cache_mib} MiB may hold: not the memory's" in method) == said
 
 
 def test_a_process_of_its_own_measures_with_as_many_threads() -> None:

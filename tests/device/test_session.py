@@ -59,6 +59,12 @@ def test_memory_runs_come_first_and_every_block_is_a_process_of_its_own() -> Non
     assert {name: len(runs) for name, runs in session.memory.items()} == {"a": 3, "b": 3, "c": 3}
 
 
+def test_timed_processes_are_told_what_an_inference_took() -> None:
+    executor = FakeExecutor()
+    run(executor)
+    assert {(asked.mode, asked.inference_seconds) for _, asked in executor.asked} == {(MEMORY, 0.0), (TIME, 0.005)}
+
+
 def test_blocks_say_where_they_ran() -> None:
     executor = FakeExecutor()
     session, _ = run(executor)

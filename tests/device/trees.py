@@ -1,5 +1,5 @@
-"""What /proc and /sys of some boards hold, as far as it is read: paths and contents as their kernels write them, cut to
-a few cores."""
+"""What /proc and /sys of some boards hold, as far as it is read, cut to a few cores: put together by hand after the
+documentation of kernels and boards, not recorded on any of them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ ORIN_JETPACK_5 = {
     ),
     **ina3221(
         "sys/bus/i2c/drivers/ina3221/1-0041/hwmon/hwmon4",
-        in1=("NC", 19_192, 0), in2=("VDDQ_VDD2_1V8AO", 19_168, 24), in3=("NC", 19_176, 0),
+        in1=("NC", 19_192, 0), in2=("VDDQ_VDD2_1V8AO", 4_968, 80), in3=("NC", 19_176, 0),
     ),
 }  # fmt: skip
 NVPMODEL = """#!/bin/sh

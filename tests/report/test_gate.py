@@ -13,6 +13,7 @@ from rowcol_edge import cli
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.manifest import Manifest
 from rowcol_edge.device.profile import MemoryBudget, Profile
+from rowcol_edge.device.stats import NO_DIFFERENCE, SLOWER
 from rowcol_edge.errors import BundleError, ConfigError, NotComparableError
 
 from ..profiles import MIB, make_arm, make_bundle, make_manifest, make_profile
@@ -95,11 +96,16 @@ def test_a_ratio_that_cannot_be_judged_is_no_gate_that_holds(
     assert said in lines[0]
 
 
-def test_a_disturbed_session_may_still_show_that_nothing_is_slower(
-    gate: Callable[..., tuple[int, list[str]]],
+@pytest.mark.parametrize("reason", ["not larger than what the null arm shows", ""])
+def test_a_disturbed_session_does_not_show_that_nothing_is_slower(
+    reason: str, gate: Callable[..., tuple[int, list[str]]]
 ) -> None:
-    reason = "not larger than what the null arm shows"
-    assert gate(with_interval(make_profile(), reason=reason), "--max-latency-ratio", "1.02")[0] == 0
+    calm = with_interval(make_profile(), ratio=1.0, ci_low=0.99, ci_high=1.01, verdict=NO_DIFFERENCE)
+    assert gate(calm, "--max-latency-ratio", "1.02")[0] == 0
+    disturbed = replace(with_interval(calm, reason=reason), null=replace(calm.null, verdict=SLOWER))
+    code, lines = gate(disturbed, "--max-latency-ratio", "1.02")
+    assert (code, lines[0].partition(":")[0]) == (3, "not comparable")
+    assert "null arm" in lines[0]
 
 
 def test_memory_that_was_not_measured(gate: Callable[..., tuple[int, list[str]]]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from rowcol_edge.device.profile import Profile
 from rowcol_edge.report import reading
 from rowcol_edge.report.figures import ProfileFigures
-from rowcol_edge.report.layer_bars import LEFT, RIGHT, SHOWN, bars, table
+from rowcol_edge.report.layer_bars import LEFT, OPERATORS, RIGHT, SHOWN, bars, by_operator, table
 from rowcol_edge.report.page import page
 
 from ..profiles import MS, make_operators, make_profile
@@ -101,6 +101,35 @@ def test_a_layer_that_one_arm_lacks_has_no_time_there(tmp_path: Path) -> None:
     assert [(row.layer, row.times[0] is None) for row in found.rows if row.times[0] is None] == [("body.0", True)]
     [drawn] = [row for row in bars(found).rows if row.label == "body.0"]
     assert drawn.bars[0].end == LEFT < drawn.bars[1].end
+
+
+def test_the_operators_that_take_longest_are_drawn_and_tabled_for_each_arm(tmp_path: Path) -> None:
+    found = by_operator(figures(tmp_path, make_profile(operators=make_operators(layers=20), operators_note="")))
+    assert [(each.number, each.arm) for each in found] == [(1, "factored@int8"), (2, "dense@int8"), (3, "dense@fp32")]
+    dense = found[1]
+    assert len(dense.rows) == len(dense.bars.rows) == OPERATORS
+    assert dense.bars.description.endswith(f"{21 - OPERATORS} more in the profile's JSON.")
+    assert [operator.name for operator, _ in dense.rows[:2]] == ["body.0_nchwc", "body.1_nchwc"]
+    whole = sum(1 / (i + 1) for i in range(20)) + 0.1 / 1.025
+    assert dense.rows[0][1] == pytest.approx(1 / whole)
+    first, second = (row.bars[0].end - LEFT for row in dense.bars.rows[:2])
+    assert first == pytest.approx(2 * second, abs=0.2)
+    assert dense.bars.rows[0].said == "body.0_nchwc, Conv: 1.02 ms"
+    text = page(reading.load([tmp_path / "p.json"]))
+    assert text.count("<h3>Time by operator</h3>") == 1
+    assert "Time by operator, dense@fp32" in text
+
+
+def test_an_operators_name_is_escaped(tmp_path: Path) -> None:
+    hostile = "<script>alert('x')</script>"
+    operators = make_operators()
+    dense = operators.arms["dense@int8"]
+    renamed = tuple(replace(each, name=hostile, kind=hostile, layer=hostile) for each in dense.operators)
+    arms = {**operators.arms, "dense@int8": replace(dense, operators=renamed)}
+    figures(tmp_path, make_profile(operators=replace(operators, arms=arms), operators_note=""))
+    text = page(reading.load([tmp_path / "p.json"]))
+    assert "&lt;script&gt;" in text
+    assert "<script" not in text
 
 
 def test_why_there_is_none_is_said_where_it_was_asked_for(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def test_the_page_has_every_section_and_the_numbers(tmp_path: Path) -> None:
         "Arms",
         "Distribution, memory and trade-offs",
         "Time by layer",
+        "Time by operator",
         "Plan by layer",
         "Environment and protocol",
     ]
@@ -134,7 +135,7 @@ def test_the_page_is_made_for_keyboards_and_screen_readers(tmp_path: Path) -> No
     ids = [attributes["id"] for _, attributes in document.tags if attributes.get("id")]
     assert len(ids) == len(set(ids))
     pictures = [attributes for tag, attributes in document.tags if tag == "svg"]
-    assert len(pictures) == 10  # the second profile has no footprint, so no memory over time
+    assert len(pictures) == 13  # the second profile has no footprint, so no memory over time, and no operators
     labels = [region["aria-label"] for region in regions]
     assert len(labels) == len(set(labels))
     titles = [text for tag, text in document.texts if tag == "title" and " of tiny" in text]

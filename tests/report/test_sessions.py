@@ -172,6 +172,17 @@ def test_emulated_times_are_never_compared(tmp_path: Path) -> None:
         change(tmp_path, session(evidence="emulated"), session(evidence="emulated", created=LATER))
 
 
+@pytest.mark.parametrize("which", ["old", "new"])
+def test_a_session_whose_own_noise_is_not_known_is_refused(tmp_path: Path, which: str) -> None:
+    reason = "the runtime changed in between: 1.20, 1.21"
+    unknown = Comparison("null", "dense@int8", None, None, None, "not comparable", "target", 12, reason)
+    null = {"old": CALM, "new": CALM, which: unknown}
+    with pytest.raises(NotComparableError) as e:
+        change(tmp_path, session(null=null["old"]), session(0.9, null=null["new"], created=LATER))
+    assert e.value.got == f"null arm of the {which} one: {reason}, so that its noise is not known"
+    assert "--allow" not in e.value.hint
+
+
 def test_one_session_is_not_two(tmp_path: Path) -> None:
     with pytest.raises(NotComparableError, match="the same one twice"):
         change(tmp_path, session(), session())
