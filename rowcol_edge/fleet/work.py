@@ -75,11 +75,15 @@ class _Child:
         self._told: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 – open as long as the process
         package = Path(__file__).resolve().parents[1]
         environment = child_environment(str(package.parent))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", f"{package.name}.fleet.child"],
-            env={key: value for key, value in environment.items() if key not in unset},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._told, start_new_session=True,
-        )  # fmt: skip
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", f"{package.name}.fleet.child"],
+                env={key: value for key, value in environment.items() if key not in unset},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._told, start_new_session=True,
+            )  # fmt: skip
+        except OSError:
+            self._told.close()
+            raise
         self._answered = threading.Event()
         self._messages: queue.Queue[dict[str, Any]] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -118,6 +122,8 @@ class _Child:
         assert self._process.stdout is not None
         with self._process.stdout as lines:
             for line in lines:
+                if not line.endswith(b"\n"):
+                    break  # it was killed while it wrote
                 message = json.loads(line)
                 if _outcome(message) is not None:
                     self._answered.set()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rowcol_edge.fleet.boards import Board
 from rowcol_edge.fleet.gather import FAILED, KEPT, MEASURED
 from rowcol_edge.fleet.queueing import DONE
 
-from .conftest import OPTIONS, Home, Sshd, kill, processes, until
+from .conftest import OPTIONS, Home, Sshd, kill, processes, script, until
 
 LOCAL = Board("here", "generic-x86", "local", "here")
 
@@ -90,6 +91,37 @@ def test_the_parent_reports_a_job_whose_process_was_killed(bundle_path: Path) ->
     killing.join()
     assert outcome.state == "failed"
     assert "killed by SIGKILL: out of memory?" in outcome.reason
+
+
+def test_a_job_that_is_killed_while_it_answers_is_reported_at_once(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_short = script(tmp_path / "python", """printf '{"say": "a"}\\n{"done": "{'; kill -9 $$""")
+    monkeypatch.setattr(sys, "executable", str(cut_short))
+    told: list[dict[str, Any]] = []
+    outcome = work.run(request(bundle_path), limit_seconds=100, tell=told.append, wanted=lambda: True)
+    assert told == [{"say": "a"}]
+    assert outcome.state == "failed"
+    assert "killed by SIGKILL" in outcome.reason
+
+
+def test_a_process_that_cannot_be_started_fails_its_job_and_no_other(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    starts = iter([OSError(28, "No space left on device")])
+    popen = subprocess.Popen
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        if "start_new_session" in options:
+            for error in starts:
+                raise error
+        return popen(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    there = replace(LOCAL, name="there")
+    found = campaign.profile([bundle_path], [LOCAL, there], out=tmp_path / "out", say=said.append, **OPTIONS)
+    assert [entry.state for entry in found.entries] == [FAILED, MEASURED]
+    assert "could not be started: OSError: [Errno 28] No space left" in found.entries[0].reason
 
 
 @pytest.mark.parametrize(
