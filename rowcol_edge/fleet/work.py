@@ -105,15 +105,15 @@ class _Child:
             return {}
 
     def close(self) -> None:
-        """End it if it has not answered: in an orderly way, and after the grace in the other."""
+        """End it if it has not answered: in an orderly way, and after the grace in the other. Then what it has left."""
         if not self._answered.is_set():
             self._process.send_signal(signal.SIGINT)
             self._answered.wait(GRACE_SECONDS)
         with contextlib.suppress(BrokenPipeError):
             self._stdin.close()  # by which it ends
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._reader.join()
         self._told.close()

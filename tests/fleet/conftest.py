@@ -216,7 +216,7 @@ class Sshd:
     def sessions(self) -> list[int]:
         """Processes of sshd that carry connections."""
         assert self.process is not None
-        parents = {pid: _parent(pid) for pid in processes(lambda entry: _name(entry).startswith("sshd"))}
+        parents = {pid: parent(pid) for pid in processes(lambda entry: _name(entry).startswith("sshd"))}
         family = {self.process.pid}
         while more := {pid for pid, parent in parents.items() if parent in family} - family:
             family |= more
@@ -240,7 +240,7 @@ class Sshd:
         until(lambda: not kill(self.home.running()) and not self.home.running())
 
 
-def _parent(pid: int) -> int:
+def parent(pid: int) -> int:
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:

@@ -24,7 +24,7 @@ from rowcol_edge.fleet.boards import Board
 from rowcol_edge.fleet.gather import FAILED, KEPT, MEASURED
 from rowcol_edge.fleet.queueing import DONE
 
-from .conftest import OPTIONS, Home, Sshd, kill, processes, script, until
+from .conftest import OPTIONS, Home, Sshd, kill, parent, processes, script, until
 
 LOCAL = Board("here", "generic-x86", "local", "here")
 
@@ -103,6 +103,40 @@ def test_a_job_that_is_killed_while_it_answers_is_reported_at_once(
     assert told == [{"say": "a"}]
     assert outcome.state == "failed"
     assert "killed by SIGKILL" in outcome.reason
+
+
+def group(leader: int) -> list[int]:
+    """The processes of a group that have not ended."""
+
+    def wanted(entry: Path) -> bool:
+        state, _, led_by, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
+        return led_by == str(leader) and state != "Z"
+
+    return processes(wanted)
+
+
+def test_what_a_job_has_started_ends_with_its_process(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = script(tmp_path / "python", f"sleep 600 > /dev/null &\necho $$ > {tmp_path}/leader\nkill -9 $$")
+    monkeypatch.setattr(sys, "executable", str(left))
+    outcome = work.run(request(bundle_path), limit_seconds=100, tell=lambda _: None, wanted=lambda: True)
+    assert "killed by SIGKILL" in outcome.reason
+    until(lambda: not group(int((tmp_path / "leader").read_text())), 20)
+
+
+def test_what_a_job_has_started_ends_with_whoever_asked(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "import subprocess, time\ndef build():\n    subprocess.Popen(['sleep', '600'])\n    time.sleep(600)\n"
+    )
+    job = {"kind": "build", "options": {"model": "net.py:build"}, "folder": str(tmp_path)}
+    program = f"from rowcol_edge.fleet import work\nwork.run({job}, limit_seconds=600, tell=print, wanted=lambda: True)"
+    asker = subprocess.Popen([sys.executable, "-c", program], cwd=Path(cli.__file__).parents[1])
+    [leader] = until(lambda: [pid for pid in children() if parent(pid) == asker.pid])
+    until(lambda: len(group(leader)) == 2)
+    asker.kill()
+    asker.wait()
+    until(lambda: not group(leader), 20)
 
 
 def test_a_process_that_cannot_be_started_fails_its_job_and_no_other(
