@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -18,7 +20,7 @@ import pytest
 from rowcol_edge import cli
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.profile import Profile
-from rowcol_edge.errors import ConfigError, FleetError
+from rowcol_edge.errors import BundleError, ConfigError, FleetError
 from rowcol_edge.fleet import campaign, work
 from rowcol_edge.fleet.boards import Board
 from rowcol_edge.fleet.gather import FAILED, KEPT, MEASURED
@@ -257,6 +259,56 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
     (tmp_path / "results").write_text("a file")
     with pytest.raises(ConfigError, match="a folder that can be written"):
         campaign.profile([bundle_path], [LOCAL], out=tmp_path / "results")
+
+
+def test_a_place_without_room_is_refused_before_anything_is_measured(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(BundleError, match=r"room for the profile, 4 MiB, got 1\.0 MiB free"):
+        campaign.profile([bundle_path], [LOCAL], out=tmp_path / "results")
+
+
+def test_a_disk_that_fills_up_meanwhile_costs_no_measurement(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    there = replace(LOCAL, name="there")
+    (tmp_path / "spare").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spare"))
+    full, _ = campaign.making.profiles([bundle_path], [LOCAL, there], OPTIONS)
+    out = tmp_path / "results"
+    (out / "profiles").mkdir(parents=True)
+    (out / "profiles" / f"tiny--here-{full.id}.json").symlink_to("/dev/full")
+    found = campaign.profile([bundle_path], [LOCAL, there], out=out, say=said.append, **OPTIONS)
+    assert [entry.state for entry in found.entries] == [FAILED, MEASURED]
+    [kept] = (tmp_path / "spare").glob("rowcol-edge-*/tiny--here-*.json")
+    assert Profile.load(kept).digest == full.work["digest"]
+    assert found.entries[0].reason.endswith(f"No space left on device – nothing is lost: the profile is kept in {kept}")
+
+    (out / "fleet.json").unlink()
+    (out / "fleet.json").symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match=r"a folder that can be written, got .*No space left on device"):
+        campaign.profile([bundle_path], [there], out=out, say=said.append, **OPTIONS)
+
+    def interrupted(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        campaign.profile([bundle_path], [there], out=out, say=interrupted, again=True, **OPTIONS)
+
+
+def test_what_was_not_begun_is_listed_with_its_reason(bundle_path: Path, tmp_path: Path) -> None:
+    def interrupted(line: str) -> None:
+        raise KeyboardInterrupt
+
+    boards = [LOCAL, replace(LOCAL, name="there")]
+    with pytest.raises(KeyboardInterrupt):
+        campaign.profile([bundle_path], boards, out=tmp_path, say=interrupted, **OPTIONS)
+    written = json.loads((tmp_path / "fleet.json").read_text())["entries"]
+    assert [(entry["board"], entry["state"], entry["reason"]) for entry in written] == [
+        ("here", MEASURED, ""), ("there", FAILED, "interrupted"),
+    ]  # fmt: skip
 
 
 def run(*arguments: object) -> int:

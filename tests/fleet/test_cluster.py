@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -220,7 +221,9 @@ def test_a_scheduler_that_goes_is_one_error_and_loses_nothing(
         campaign.profile([bundle_path], [LOCAL, other], out=out, scheduler=scheduler(dask), say=over, **OPTIONS)
     assert "repeat the command" in raised.value.hint
     assert len(list((out / "profiles").glob("*.json"))) == 1
-    assert '"measured"' in (out / "fleet.json").read_text()
+    one, other_one = json.loads((out / "fleet.json").read_text())["entries"]
+    assert {one["state"], other_one["state"]} == {MEASURED, FAILED}
+    assert "is gone" in one["reason"] + other_one["reason"]
     until(lambda: not children())
     found = campaign.profile([bundle_path], [LOCAL, other], out=out, say=said.append, **OPTIONS)
     assert sorted(entry.state for entry in found.entries) == [KEPT, MEASURED]
