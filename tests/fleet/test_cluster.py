@@ -246,6 +246,26 @@ def test_a_scheduler_that_has_forgotten_its_jobs_is_gone_too(
     until(lambda: not children())
 
 
+def test_a_scheduler_that_goes_before_results_are_fetched_is_gone(
+    dask: LocalCluster, bundle_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [job] = campaign.making.profiles([bundle_path], [LOCAL], {"arms": ("dense@fp32",), "blocks": 600})
+    engine = cluster.Cluster(dask.scheduler_address, {"here": LOCAL}, 0.1, said.append)
+    gather = engine._client.gather
+
+    def too_late(*arguments: Any, **options: Any) -> Any:
+        dask.close()
+        return gather(*arguments, **options)
+
+    monkeypatch.setattr(engine._client, "gather", too_late)
+    try:
+        engine.start(job, "here")
+        with pytest.raises(SchedulerError, match="is gone"):
+            until(lambda: engine.events(0.1) and False)
+    finally:
+        engine.close()
+
+
 def test_a_scheduler_that_is_not_there(
     bundle_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
