@@ -85,14 +85,14 @@ class Folder:
 
     def kept(self, job: Job) -> Entry | None:
         """What an earlier run measured for this very job; a file that is damaged is measured again."""
-        for path in sorted((self.path / "profiles").glob(f"*-{job.id}.json")):
-            try:
-                measured = Profile.load(path)
-            except BundleError:
-                continue
-            if measured.digest == job.work["digest"]:
-                board = path.name.removesuffix(f"-{job.id}.json").partition("--")[2]
-                return self._entry(job, board, measured, path, KEPT)
+        for board in sorted(job.places, key=len, reverse=True):  # the name of a bundle may end like another board's
+            for path in sorted((self.path / "profiles").glob(f"*--{board}-{job.id}.json")):
+                try:
+                    measured = Profile.load(path)
+                except BundleError:
+                    continue
+                if measured.digest == job.work["digest"]:
+                    return self._entry(job, board, measured, path, KEPT)
         return None
 
     def keep(self, ended: Ended) -> Entry:

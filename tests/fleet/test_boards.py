@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.errors import BundleError, ConfigError, RowcolError, TargetError
-from rowcol_edge.fleet import boards, jobs, sweep
+from rowcol_edge.fleet import boards, gather, jobs, sweep
 from rowcol_edge.fleet.boards import Board
 from rowcol_edge.fleet.queueing import Ended, Job, Outcome
+
+from ..profiles import make_profile
 
 GOOD = """
 schema = 1
@@ -116,6 +119,25 @@ def test_a_job_is_known_by_all_that_decides_its_result(bundle_path: Path) -> Non
 
     assert ids(board("a")) == ids(board("a"), blocks=None)
     assert len({ids(board("a")), ids(board("b")), ids(board("a"), blocks=6), ids(board("a"), seconds=6)}) == 4
+    a, bench = board("a"), Board("bench", "generic-x86", "local", "bench")
+    assert len({ids(a), ids(replace(a, python="venv/bin/python3")), ids(replace(a, folder="/mnt/ssd"))}) == 3
+    assert ids(a) == ids(replace(a, tag="near", known_hosts="a"))  # it is the same board
+    assert ids(bench) != ids(replace(bench, tag="bench-2"))  # and this another machine
+
+
+def test_a_kept_profile_is_of_the_board_that_it_was_taken_on(bundle_path: Path, tmp_path: Path) -> None:
+    with Bundle.open(bundle_path) as bundle:
+        digest = bundle.digest
+    [job] = jobs.profiles([bundle_path], [board("a"), board("x--a")], {}, once=True)
+    measured = replace(make_profile(), digest=digest)
+    for number, place in enumerate(job.places):
+        for name in ("net", "net--int8"):
+            folder = gather.Folder(tmp_path / f"{number}-{name}")
+            named = replace(job, work={**job.work, "name": name})
+            folder.keep(Ended(named, place, Outcome("done", measured.to_json()), 1, 1.0))
+            kept = folder.kept(job)
+            assert kept is not None
+            assert (kept.state, kept.board) == (gather.KEPT, place)
 
 
 def test_jobs_that_cannot_be_done_are_refused(bundle_path: Path, tmp_path: Path) -> None:
