@@ -11,6 +11,8 @@ import dask
 from distributed import Scheduler, Semaphore, get_worker
 
 from . import parcels, work
+from .addresses import machine
+from .boards import LOCAL
 from .queueing import Outcome
 
 _TRY_SECONDS = 5.0
@@ -58,7 +60,7 @@ def _machine(job: dict[str, Any], worker: str) -> str:
     if "board" not in job:
         return ""
     on = str(job["board"]["on"])
-    return worker.rpartition(":")[0] if on == "local" else on
+    return worker.rpartition(":")[0] if on == LOCAL else machine(on)
 
 
 @contextlib.contextmanager

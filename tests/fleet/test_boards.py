@@ -78,6 +78,7 @@ def test_the_lines_that_start_everything(file: Path) -> None:
         (('on = "adb:0123"', "on = 3"), "text that is not empty"),
         (('name = "pi-b"', 'name = "pi-a"'), "each board once, got pi-a twice"),
         (("ssh://pi@10.0.0.8:2222", "ssh://pi@10.0.0.7"), "each board once, got ssh://pi@10.0.0.7 twice"),
+        (("ssh://pi@10.0.0.8:2222", "ssh://10.0.0.7:22"), "each board once, got ssh://10.0.0.7:22 twice"),
         (('"hosts"', '"nowhere"'), "known hosts"),
         (('tag = "n100-bench"', 'python = "python3"'), "a board that is elsewhere"),
         (("[[boards]]", "[boards]"), ""),
@@ -90,6 +91,17 @@ def test_a_file_of_boards_that_is_wrong_says_where(file: Path, change: tuple[str
         boards.read(file)
     assert message in str(raised.value)
     assert str(file) in str(raised.value) or "of a board" in str(raised.value) or "known hosts" in str(raised.value)
+
+
+@pytest.mark.parametrize(("data", "message"), [(b"10.0.0.8 \xff\n", "text in UTF-8"), (None, "a readable file")])
+def test_host_keys_that_cannot_be_read_are_refused(file: Path, data: bytes | None, message: str) -> None:
+    if data is None:
+        (file.parent / "hosts").unlink()
+        (file.parent / "hosts").symlink_to("/proc/self/mem")  # a file that says no to whoever reads it
+    else:
+        (file.parent / "hosts").write_bytes(data)
+    with pytest.raises(ConfigError, match=f"known hosts: expected {message}, got .*hosts"):
+        boards.read(file)
 
 
 def test_a_file_of_boards_that_is_not_there(tmp_path: Path) -> None:
