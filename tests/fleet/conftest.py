@@ -26,6 +26,8 @@ from rowcol_edge.fleet.keeper import MARK
 
 from ..device.conftest import bundle_parts, bundle_path  # noqa: F401 – fixtures
 
+TESTS = "ROWCOL_EDGE_TESTS"
+"""A variable of all that the tests start: their process."""
 OPTIONS: dict[str, Any] = {"arms": ("dense@fp32",), "blocks": 6, "seconds": 2.0, "threads": 1}
 """A run of a few seconds."""
 
@@ -309,6 +311,12 @@ def second_sshd(sshd: Sshd, tmp_path: Path) -> Iterator[Sshd]:
 def said() -> list[str]:
     """What a run has told; hand its ``append`` over as ``say``."""
     return []
+
+
+@pytest.fixture(autouse=True)
+def marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What these tests start can be told from what others start meanwhile."""
+    monkeypatch.setenv(TESTS, str(os.getpid()))
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ from rowcol_edge.fleet.boards import Board
 from rowcol_edge.fleet.gather import FAILED, KEPT, MEASURED
 from rowcol_edge.fleet.queueing import DONE
 
-from .conftest import OPTIONS, Home, Sshd, kill, parent, processes, script, until
+from .conftest import OPTIONS, TESTS, Home, Sshd, kill, parent, processes, script, until
 
 LOCAL = Board("here", "generic-x86", "local", "here")
 
@@ -47,7 +47,7 @@ def request(bundle: Path, /, **changes: Any) -> dict[str, Any]:
 
 def children() -> list[int]:
     """Of this process of the tests; another one may have its own at the same time."""
-    mine = os.environ.get("PYTEST_XDIST_WORKER", "").encode()
+    mine = f"{TESTS}={os.getpid()}\0".encode()
 
     def wanted(entry: Path) -> bool:
         job = b"rowcol_edge.fleet.child" in (entry / "cmdline").read_bytes()
