@@ -44,7 +44,7 @@ _LOOK_SECONDS = 5.0
 _SENDS = 5
 """How often a bundle is sent for one job, to workers that die or lose it."""
 _SLACK_SECONDS = 600.0
-"""What a job may take beyond its limit, its bundle on its way and other clients on its board."""
+"""What a job that has its board may take beyond its limit, to clean it and to bring back what was measured."""
 
 
 def tls(ca: Path | None, cert: Path | None, key: Path | None) -> Security | None:

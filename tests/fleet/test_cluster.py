@@ -113,6 +113,30 @@ def test_two_who_ask_for_one_board_get_it_one_after_the_other(
     assert sum("is in use by another run" in line for line in said) == 1
 
 
+def test_a_job_that_waits_for_its_board_is_not_overdue(
+    dask: LocalCluster, bundle_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_SLACK_SECONDS", -100.0)  # whatever has begun is overdue
+    monkeypatch.setattr(cluster, "_LOOK_SECONDS", 0.0)
+    [job] = campaign.making.profiles([bundle_path], [LOCAL], {"seconds": 600.0, "blocks": 600})
+    with Client(dask.scheduler_address) as client:
+        lease = Semaphore(1, "rowcol-edge tcp://127.0.0.1", scheduler_rpc=client.scheduler, loop=client.loop)
+        assert lease.acquire()
+        engine = cluster.Cluster(dask.scheduler_address, {"here": LOCAL}, 100.0, said.append)
+        try:
+            engine.start(job, "here")
+            [waits] = until(lambda: engine.events(0.1))
+            assert "is in use by another run" in waits.message["say"]
+            assert engine.events(0.1) == []
+            lease.release()
+            [over] = until(lambda: engine.events(0.1))
+            assert over.outcome is not None
+            assert "its worker has said nothing" in over.outcome.reason
+        finally:
+            engine.close()
+    until(lambda: not children())
+
+
 def test_a_job_whose_process_dies_costs_itself_and_no_worker(
     dask: LocalCluster, bundle_path: Path, tmp_path: Path, said: list[str]
 ) -> None:
