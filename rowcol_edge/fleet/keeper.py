@@ -48,6 +48,7 @@ def keep(folder: str) -> None:
     for name, arguments, limit_seconds in read(path / "job.json"):
         if (path / f"{name}.done").exists():
             continue
+        (path / PROFILE).unlink(missing_ok=True)  # of a step that was lost and is repeated
         result = {"step": name, **_step(path, name, arguments, limit_seconds)}
         if result["code"] != 0:
             break

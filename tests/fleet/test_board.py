@@ -179,8 +179,9 @@ def test_a_step_that_hangs_is_ended(
 def test_a_profile_that_crashes_is_not_one_of_arms_that_are_too_large(
     pipe: Pipe, home: Home, opened: Bundle, program: Callable[[str], None]
 ) -> None:
-    """Though both end by 1."""
-    program(NOTHING_FOUND + "if step == 'profile': raise KeyError('x')")
+    """Though both end by 1, and though one may lie there of an earlier try."""
+    earlier = "if step == 'verify': open('profile.json', 'w').write('earlier')\n"
+    program(NOTHING_FOUND + earlier + "if step == 'profile': raise KeyError('x')")
     error = fails(opened, BoardError)
     assert (error.what, error.got) == ("profile on board", "KeyError: 'x'")
     assert home.is_clean()
