@@ -101,5 +101,5 @@ class Here:
                 tell=lambda message: self._events.put(Event(job, None, message)), wanted=lambda: self._wanted,
             )  # fmt: skip
         except Exception as e:  # noqa: BLE001 – a job without an end would be waited for for ever
-            outcome = Outcome(FAILED, reason=f"its process could not be started: {type(e).__name__}: {e}")
+            outcome = Outcome(FAILED, reason=f"its process could not be started or followed: {type(e).__name__}: {e}")
         self._events.put(Event(job, outcome))

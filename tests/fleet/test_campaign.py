@@ -157,7 +157,7 @@ def test_a_process_that_cannot_be_started_fails_its_job_and_no_other(
     there = replace(LOCAL, name="there")
     found = campaign.profile([bundle_path], [LOCAL, there], out=tmp_path / "out", say=said.append, **OPTIONS)
     assert [entry.state for entry in found.entries] == [FAILED, MEASURED]
-    assert "could not be started: OSError: [Errno 28] No space left" in found.entries[0].reason
+    assert "could not be started or followed: OSError: [Errno 28] No space left" in found.entries[0].reason
 
 
 @pytest.mark.parametrize(
