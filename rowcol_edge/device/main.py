@@ -323,7 +323,6 @@ def profile_path(out: str | Path | None, bundle: Bundle, machine: str) -> Path:
     BundleError, before the measurement, if that place cannot be written or is full.
     """
     import re
-    import shutil
     import time
     from contextlib import suppress
     from pathlib import Path
@@ -345,15 +344,23 @@ def profile_path(out: str | Path | None, bundle: Bundle, machine: str) -> Path:
             got="neither",
             hint="name another place with --out",
         )
+    if path.is_file() or not path.exists():
+        check_room(path)
+    return path
+
+
+def check_room(path: Path) -> None:
+    """BundleError where there is no room for a profile beside ``path``."""
+    import shutil
+
     free_bytes = shutil.disk_usage(path.parent).free
-    if free_bytes < _ROOM_BYTES and (path.is_file() or not path.exists()):
+    if free_bytes < _ROOM_BYTES:
         raise BundleError(
             str(path),
             expected=f"room for the profile, {_ROOM_BYTES >> 20} MiB",
             got=f"{free_bytes / (1 << 20):.1f} MiB free",
             hint="make room, or name another place with --out",
         )
-    return path
 
 
 def write_profile(measured: Profile, path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..tables import Table
-from .addresses import parse
+from .addresses import machine, parse
 from .connection import remote_command
 
 SCHEMA = 1
@@ -101,14 +101,27 @@ def _board(table: Table, folder: Path) -> Board:
         tag=table.text("tag", _NAME, _A_NAME) if "tag" in has else usual,
         python=python,
         folder=table.text("folder") if "folder" in has else None,
-        known_hosts=known_hosts.read_text(encoding="utf-8") if known_hosts is not None else None,
+        known_hosts=_text(known_hosts) if known_hosts is not None else None,
     )
+
+
+def _text(known_hosts: Path) -> str:
+    """What a file of host keys holds. ConfigError: it cannot be read, or is no text."""
+    try:
+        return known_hosts.read_text(encoding="utf-8")
+    except OSError as e:
+        raise ConfigError("known hosts", expected="a readable file", got=f"{known_hosts}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError("known hosts", expected="text in UTF-8", got=f"{known_hosts}: {e}") from e
 
 
 def _check_once(boards: Sequence[Board], path: Path) -> None:
     """One address is one board, and may not be measured by two jobs at once; ``local`` is a machine for each tag."""
-    places = [(board.on, board.tag) if board.local else board.on for board in boards]
+    places = [(board.on, board.tag) if board.local else machine(board.on) for board in boards]
     for key, values in (("name", [board.name for board in boards]), ("on", places)):
         twice = next((board for i, board in enumerate(boards) if values[i] in values[:i]), None)
         if twice is not None:
-            raise ConfigError(f"{path}: {key}", expected="each board once", got=f"{getattr(twice, key)} twice")
+            hint = "host and port are the board's, whoever logs in" if key == "on" else ""
+            raise ConfigError(
+                f"{path}: {key}", expected="each board once", got=f"{getattr(twice, key)} twice", hint=hint
+            )

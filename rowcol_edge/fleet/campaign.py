@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from . import jobs as making
 from . import sweep as sweeping
 from .boards import Board
 from .engine import Engine, Here, drive
-from .gather import Entry, Folder, Gathered
+from .gather import Entry, Folder, Gathered, unmeasured
 from .queueing import REST_SECONDS, RETRIES, Ended, Queue
 from .remote import Say, on_stderr
 from .sweep import Sweep
@@ -76,7 +76,8 @@ def profile(
         options: as for `rowcol_edge.fleet.remote.profile`.
 
     Raises:
-        RowcolError: bad input, before anything is measured. SchedulerError: it is gone; what was measured is written.
+        RowcolError: bad input, before anything is measured. SchedulerError: it is gone; what was measured is written,
+        and of the rest why it was not.
         What a board did not measure is no error here: `Gathered.raise_if_incomplete` makes it one.
     """
     wanted = making.profiles(bundles, boards, options, once=once)
@@ -96,12 +97,17 @@ def profile(
         entry = entries[ended.job.id] = folder.keep(ended)
         return f"{entry.bundle} on {entry.board}: {entry.reason or f'{entry.ratio} ({entry.evidence})'}"
 
+    def gathered(why_not: str = "") -> Gathered:
+        return folder.write([entries.get(job.id) or unmeasured(job, why_not) for job in wanted])
+
     try:
         with _engine(scheduler, by_name, limit_seconds, say) as engine:
             _run(queue, engine, over, progress or _silent, say)
-    finally:
-        gathered = folder.write([entries[job.id] for job in wanted if job.id in entries])
-    return gathered
+    except BaseException as e:
+        with suppress(ConfigError):  # it would hide why it ended
+            gathered(str(e) or "interrupted")
+        raise
+    return gathered()
 
 
 def sweep(
@@ -129,9 +135,11 @@ def sweep(
     try:
         with _engine(scheduler, {}, limit_seconds, say) as engine:
             _run(queue, engine, over, progress or _silent, say)
-    finally:
-        done = asked.write(cells)
-    return done
+    except BaseException:
+        with suppress(OSError):  # it would hide why it ended
+            asked.write(cells)
+        raise
+    return asked.write(cells)
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 The first line of stdin is the job. Answers are one JSON object a line: ``{"progress": [label, done, total]}`` and
 ``{"say": text}`` meanwhile, and at last ``{"done": result}``, or ``{"failed": reason, "lost": whether the same may go
-well a little later}``. When stdin ends, whoever asked is gone, and so is this process, at once: what goes on on a board
-is left to whoever takes the job up again. SIGINT ends it in an orderly way, the board is cleaned first.
+well a little later}``. When stdin ends, whoever asked is gone, and so is this process, at once, with the group of
+processes that it leads: what goes on on a board is left to whoever takes the job up again. SIGINT ends it in an orderly
+way, the board is cleaned first.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _until_alone(folder: str) -> None:
     while os.read(0, 1024):
         pass
     shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

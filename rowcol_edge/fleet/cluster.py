@@ -15,6 +15,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,7 @@ _LOOK_SECONDS = 5.0
 _SENDS = 5
 """How often a bundle is sent for one job, to workers that die or lose it."""
 _SLACK_SECONDS = 600.0
-"""What a job may take beyond its limit, its bundle on its way and other clients on its board."""
+"""What a job that has its board may take beyond its limit, to clean it and to bring back what was measured."""
 
 
 def tls(ca: Path | None, cert: Path | None, key: Path | None) -> Security | None:
@@ -97,7 +98,6 @@ class Cluster:
 
     def events(self, seconds: float) -> list[Event]:
         happened = self._happened(seconds)
-        self._check_connected()
         if any("cancelled" in event.message and event.job in self._placed for event in happened):
             raise _gone(self._address, "a new one: the old one's jobs are lost")
         found = [event for event in happened for event in self._taken(event)]
@@ -114,8 +114,13 @@ class Cluster:
             happened.append(self._events.get(timeout=seconds))
             while True:
                 happened.append(self._events.get_nowait())
+        self._check_connected()
         done = {e.job for e in happened if "finished" in e.message} & set(self._placed)
-        results = self._client.gather({job: self._placed[job].future for job in done}, errors="skip") if done else {}
+        futures = {job: self._placed[job].future for job in done}
+        try:
+            results = self._client.gather(futures, errors="skip") if futures else {}
+        except (OSError, RuntimeError, CancelledError) as e:
+            raise _gone(self._address, _first_line(e) or type(e).__name__) from e
         return [self._result(e.job, results[e.job]) if e.job in results else e for e in happened]
 
     def _result(self, job: str, returned: dict[str, Any] | None) -> Event:

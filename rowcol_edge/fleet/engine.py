@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from . import work
 from .boards import Board
-from .queueing import Ended, Job, Outcome, Queue
+from .queueing import FAILED, Ended, Job, Outcome, Queue
 
 POLL_SECONDS = 1.0
 
@@ -95,8 +95,11 @@ class Here:
             thread.join()
 
     def _do(self, job: str, told: dict[str, Any]) -> None:
-        outcome = work.run(
-            told, limit_seconds=self._limit_seconds, tell=lambda message: self._events.put(Event(job, None, message)),
-            wanted=lambda: self._wanted,
-        )  # fmt: skip
+        try:
+            outcome = work.run(
+                told, limit_seconds=self._limit_seconds,
+                tell=lambda message: self._events.put(Event(job, None, message)), wanted=lambda: self._wanted,
+            )  # fmt: skip
+        except Exception as e:  # noqa: BLE001 – a job without an end would be waited for for ever
+            outcome = Outcome(FAILED, reason=f"its process could not be started or followed: {type(e).__name__}: {e}")
         self._events.put(Event(job, outcome))

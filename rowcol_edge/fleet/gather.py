@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..device.files import write_whole
+from ..device.main import check_room, write_profile
 from ..device.profile import Profile
 from ..device.table import NONE, milliseconds, ratio_text, times_count
 from ..errors import BundleError, ConfigError, FleetError
@@ -70,7 +71,7 @@ class Gathered:
 
 
 class Folder:
-    """The results of a campaign. ConfigError: a place that cannot be written."""
+    """The results of a campaign. ConfigError: a place that cannot be written. BundleError: one without room."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,39 +79,50 @@ class Folder:
             (path / "profiles").mkdir(parents=True, exist_ok=True)
             write_whole(path / "profiles" / ".written", "")
             (path / "profiles" / ".written").unlink()
+            check_room(path / "profiles")
         except OSError as e:
-            raise ConfigError("--out", expected="a folder that can be written", got=f"{path}: {e.strerror}") from e
+            raise _not_written(path, e) from e
 
     def kept(self, job: Job) -> Entry | None:
         """What an earlier run measured for this very job; a file that is damaged is measured again."""
-        for path in sorted((self.path / "profiles").glob(f"*-{job.id}.json")):
-            try:
-                measured = Profile.load(path)
-            except BundleError:
-                continue
-            if measured.digest == job.work["digest"]:
-                board = path.name.removesuffix(f"-{job.id}.json").partition("--")[2]
-                return self._entry(job, board, measured, path, KEPT)
+        for board in sorted(job.places, key=len, reverse=True):  # the name of a bundle may end like another board's
+            for path in sorted((self.path / "profiles").glob(f"*--{board}-{job.id}.json")):
+                try:
+                    measured = Profile.load(path)
+                except BundleError:
+                    continue
+                if measured.digest == job.work["digest"]:
+                    return self._entry(job, board, measured, path, KEPT)
         return None
 
     def keep(self, ended: Ended) -> Entry:
-        """Write the profile of a job that was done; the entry of one that was not."""
+        """Write the profile of a job that was done; the entry of one that was not.
+
+        Where it cannot be written the entry says where it is kept: the other boards go on.
+        """
+        return replace(self._kept_or_not(ended), attempts=ended.attempts, seconds=round(ended.seconds, 1))
+
+    def _kept_or_not(self, ended: Ended) -> Entry:
         job, outcome = ended.job, ended.outcome
         if outcome.state != DONE:
-            failed = _named(job, ended.place or ", ".join(job.places), FAILED)
-            return replace(failed, reason=outcome.reason, attempts=ended.attempts, seconds=round(ended.seconds, 1))
+            return unmeasured(job, outcome.reason, ended.place)
         measured = Profile.from_json(outcome.result, f"profile from {ended.place}")
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", job.work["name"])
         path = self.path / "profiles" / f"{name}--{ended.place}-{job.id}.json"
-        write_whole(path, outcome.result)
-        entry = self._entry(job, ended.place, measured, path, MEASURED)
-        return replace(entry, attempts=ended.attempts, seconds=round(ended.seconds, 1))
+        try:
+            write_profile(measured, path)
+        except BundleError as e:
+            return unmeasured(job, f"measured, but not written: {e}", ended.place)
+        return self._entry(job, ended.place, measured, path, MEASURED)
 
     def write(self, entries: Sequence[Entry]) -> Gathered:
-        """Write ``fleet.json``."""
+        """Write ``fleet.json``. ConfigError: it cannot be written any more."""
         found = Gathered(self.path, tuple(entries))
         text = json.dumps(found.to_dict(), indent=1, ensure_ascii=False)
-        write_whole(self.path / "fleet.json", text + "\n")
+        try:
+            write_whole(self.path / "fleet.json", text + "\n")
+        except OSError as e:
+            raise _not_written(self.path / "fleet.json", e) from e
         return found
 
     def _entry(self, job: Job, board: str, measured: Profile, path: Path, state: str) -> Entry:
@@ -124,6 +136,15 @@ class Folder:
             ratio=ratio_text(against) if against else NONE,
             evidence=measured.evidence,
         )
+
+
+def unmeasured(job: Job, reason: str, place: str = "") -> Entry:
+    """The entry of a job that gave no profile; without a ``place``: on none of those that would have done."""
+    return replace(_named(job, place or ", ".join(job.places), FAILED), reason=reason)
+
+
+def _not_written(path: Path, error: OSError) -> ConfigError:
+    return ConfigError("--out", expected="a folder that can be written", got=f"{path}: {error.strerror}")
 
 
 def _named(job: Job, board: str, state: str) -> Entry:

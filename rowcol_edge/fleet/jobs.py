@@ -37,7 +37,7 @@ def profiles(
                 got=f"boards of {', '.join(sorted(known))}", hint=did_you_mean(target, known) or "add one to the file",
             )  # fmt: skip
         groups = [fitting] if once else [[board] for board in fitting]
-        found += [_job(work, [board.name for board in group], [board.on for board in group]) for group in groups]
+        found += [_job(work, group) for group in groups]
     return found
 
 
@@ -65,7 +65,9 @@ def identity(*what: Any) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _job(work: dict[str, Any], names: list[str], addresses: list[str]) -> Job:
-    key = identity(work["digest"], work["options"], names, addresses)
-    place = names[0] if len(names) == 1 else work["target"]
-    return Job(key, f"{work['name']} on {place}", work, tuple(names))
+def _job(work: dict[str, Any], boards: Sequence[Board]) -> Job:
+    """The machine of a ``local`` board is that of its tag's worker."""
+    reached = [(b.name, b.on, b.python, b.folder, b.tag if b.local else "") for b in boards]
+    key = identity(work["digest"], work["options"], reached)
+    place = boards[0].name if len(boards) == 1 else work["target"]
+    return Job(key, f"{work['name']} on {place}", work, tuple(board.name for board in boards))

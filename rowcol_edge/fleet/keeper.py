@@ -5,7 +5,7 @@ temporary folder:
 
     lock         held by the keeper as long as it lives, and by nothing after a reboot
     lease        holds the seconds after which nobody is waiting any more; its mtime is the last contact
-    job.json     the steps that are to run: [name, arguments of the device program] each
+    job.json     the steps that are to run: [name, arguments of the device program, seconds it may take] each
     NAME.done    a step that ended well and is not repeated
     log          what the steps wrote to stderr
     result.json  how the job ended
@@ -16,6 +16,7 @@ if the other side lost its power.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -43,15 +44,17 @@ def keep(folder: str) -> None:
     threading.Thread(target=_watch, args=(path,), daemon=True).start()
     while not (path / "job.json").exists():
         time.sleep(0.1)
-    result: dict[str, Any] = {}
-    for name, arguments in read(path / "job.json"):
+    result: dict[str, Any] = {"step": "", "code": 0, "told": ""}  # where a keeper before this one had done them all
+    for name, arguments, limit_seconds in read(path / "job.json"):
         if (path / f"{name}.done").exists():
             continue
-        result = {"step": name, **_step(path, name, arguments)}
+        (path / PROFILE).unlink(missing_ok=True)  # of a step that was lost and is repeated
+        result = {"step": name, **_step(path, name, arguments, limit_seconds)}
         if result["code"] != 0:
             break
         (path / f"{name}.done").touch()
-    if (path / PROFILE).exists():
+    result["profile"] = (path / PROFILE).exists()
+    if result["profile"]:
         with (path / PROFILE).open("rb") as file:
             os.fsync(file)  # a result that is on the disk stands for a profile that is
     write(path / "result.json", result)
@@ -59,18 +62,27 @@ def keep(folder: str) -> None:
         time.sleep(60)  # the other thread ends this process
 
 
-def _step(path: Path, name: str, arguments: list[str]) -> dict[str, Any]:
-    """Run the device program: its exit code (minus the signal that ended it), and the end of what it told."""
+def _step(path: Path, name: str, arguments: list[str], limit_seconds: float) -> dict[str, Any]:
+    """Run the device program: its exit code (minus the signal that ended it), and the end of what it told.
+
+    The code is None where it took longer than ``limit_seconds`` and was ended, with all that it had started.
+    """
     with (path / "log").open("ab") as log:
         log.write(f"{name} 0/1\n".encode())
         log.flush()
         begin = log.tell()
         command = [sys.executable, str(path / PROGRAM), name, *arguments]
-        code = subprocess.run(
+        process = subprocess.Popen(
             command, cwd=path, env=environment(str(path)), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=log, check=False,
-        ).returncode  # fmt: skip
-    return {"code": code, "told": tail(path / "log", begin)}
+            stderr=log,
+        )  # fmt: skip
+        code: int | None = None
+        try:
+            code = process.wait(limit_seconds)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(TimeoutError):  # one that the kernel holds: nothing could be done about it
+                end(str(path), keep=os.getpid())
+    return {"code": code, "told": tail(path / "log", begin), "limit_seconds": limit_seconds}
 
 
 def environment(folder: str) -> dict[str, str]:

@@ -11,6 +11,8 @@ import dask
 from distributed import Scheduler, Semaphore, get_worker
 
 from . import parcels, work
+from .addresses import machine
+from .boards import LOCAL
 from .queueing import Outcome
 
 _TRY_SECONDS = 5.0
@@ -39,11 +41,11 @@ def do(job_id: str, job: dict[str, Any], topic: str, limit_seconds: float) -> di
         if path is None:
             return {"lacks": job["digest"], "worker": worker.address}
         job = {**job, "bundle": path}
-    tell({"begun": True})
     place = _machine(job, worker.address)
     with contextlib.ExitStack() as held:
         if place and not held.enter_context(_alone(place, tell, wanted)):
             return _told(Outcome("failed", reason="interrupted"))
+        tell({"begun": True})  # not before: another run may hold the board for as long as it likes
         return _told(work.run(job, limit_seconds=limit_seconds, tell=tell, wanted=wanted, unset=_of_dask()))
 
 
@@ -54,11 +56,11 @@ def _of_dask() -> list[str]:
 
 
 def _machine(job: dict[str, Any], worker: str) -> str:
-    """What is measured, and so must do nothing else meanwhile."""
+    """What is measured, by one job at a time; a worker's machine may still build, or reach boards elsewhere."""
     if "board" not in job:
         return ""
     on = str(job["board"]["on"])
-    return worker.rpartition(":")[0] if on == "local" else on
+    return worker.rpartition(":")[0] if on == LOCAL else machine(on)
 
 
 @contextlib.contextmanager

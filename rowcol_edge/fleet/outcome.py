@@ -16,6 +16,7 @@ _ERROR = re.compile(
     r"error: (?P<what>.+?)(?:: expected (?P<expected>.+?))?(?:(?:, |: )got (?P<got>.+?))?(?: – (?P<hint>.+))?"
 )
 _BY_HAND = "try it there: copy the bundle and run its rowcol-edge-device.pyz"
+_HANGS = f"does its runtime or a driver hang? {_BY_HAND}"
 _KILLED = "out of memory? dmesg on the board says who was ended, and why"
 _BY_CODE: dict[int, type[RowcolError]] = {1: VerifyError, 3: NotComparableError}
 
@@ -23,12 +24,15 @@ _BY_CODE: dict[int, type[RowcolError]] = {1: VerifyError, 3: NotComparableError}
 def check_step(board: str, result: dict[str, Any]) -> None:
     """The error of a step that did not end well, in the board's own words.
 
-    A profile whose arms take too much memory ends by 1 and is there: it says so itself.
+    A profile whose arms take too much memory ends by 1 and says so itself; a crash ends by 1 too and leaves no profile.
     """
-    code, told = int(result["code"]), str(result["told"])
-    if code == 0 or (code == BudgetError.exit_code and result["step"] == "profile"):
+    code, told = result["code"], str(result["told"])
+    if code == 0 or (code == BudgetError.exit_code and result["step"] == "profile" and result["profile"]):
         return
     what = f"{result['step']} on {board}"
+    if code is None:
+        expected = f"an end within {result['limit_seconds']:g} s"
+        raise BoardError(what, expected=expected, got=last_line(told) or "nothing", hint=_HANGS)
     if code < 0:
         raise BoardError(
             what, expected="a process that ends well", got=f"killed by {_signal(-code)}",

@@ -37,6 +37,8 @@ STARTS = 3
 """How often a run may begin: more, and it is the run that takes the board down."""
 LEASE_SECONDS = 900.0
 """After that time without contact the board removes everything itself."""
+STEP_SECONDS = 4 * 3600.0
+"""What a step on the board may take beyond the time that was asked for: a bound on hanging, not on being slow."""
 CLEAN_SECONDS = 30.0
 
 _OPTIONS = ("arms", "baseline", "blocks", "seconds", "threads")
@@ -118,9 +120,10 @@ class _Run:
         self._name = name
         self._transport, self._python, self._places, self._cargo = transport, python, places, cargo
         self._target = target
+        limit_seconds = STEP_SECONDS + 2 * (options.get("seconds") or 0.0)
         self._steps = [
-            ["verify", [BUNDLE, *arguments({"threads": options.get("threads")})]],
-            ["profile", [BUNDLE, f"--out={PROFILE}", *arguments(options)]],
+            ["verify", [BUNDLE, *arguments({"threads": options.get("threads")})], STEP_SECONDS],
+            ["profile", [BUNDLE, f"--out={PROFILE}", *arguments(options)], limit_seconds],
         ]
         self._progress = progress or (lambda *_: None)
         self._say = say

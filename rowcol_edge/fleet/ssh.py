@@ -40,6 +40,9 @@ _OPTIONS = (
     "ServerAliveInterval=10",
     "ServerAliveCountMax=3",
 )
+#: with a file of host keys: no key is taken from elsewhere. OpenSSH before 8.5 does not know the first, and skips it;
+#: the list of what may be skipped stands in the place of the user's own, so all that is in that has to be on it.
+_ONLY_FROM_FILE = ("IgnoreUnknown=*", "KnownHostsCommand=none", "VerifyHostKeyDNS=no", "GlobalKnownHostsFile=/dev/null")
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*")
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*|\[(?P<v6>[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?)\]")
 _ADDRESS = re.compile(r"(?:(?P<user>.*)@)?(?P<host>\[[^\]]*\]|[^:]*)(?::(?P<port>.*))?")
@@ -80,9 +83,10 @@ class Ssh:
         return f"{self.user}@{self.host}" if self.user else self.host
 
     def command(self, remote: str) -> list[str]:
-        options = [part for option in _OPTIONS for part in ("-o", option)]
+        settings = [*_OPTIONS]
         if self.known_hosts is not None:
-            options += ["-o", f"UserKnownHostsFile={_quoted(self.known_hosts)}", "-o", "GlobalKnownHostsFile=/dev/null"]
+            settings += [*_ONLY_FROM_FILE, f"UserKnownHostsFile={_quoted(self.known_hosts)}"]
+        options = [part for setting in settings for part in ("-o", setting)]
         if self.user:
             options += ["-l", self.user]
         if self.port is not None:

@@ -75,11 +75,15 @@ class _Child:
         self._told: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 – open as long as the process
         package = Path(__file__).resolve().parents[1]
         environment = child_environment(str(package.parent))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", f"{package.name}.fleet.child"],
-            env={key: value for key, value in environment.items() if key not in unset},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._told, start_new_session=True,
-        )  # fmt: skip
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", f"{package.name}.fleet.child"],
+                env={key: value for key, value in environment.items() if key not in unset},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._told, start_new_session=True,
+            )  # fmt: skip
+        except OSError:
+            self._told.close()
+            raise
         self._answered = threading.Event()
         self._messages: queue.Queue[dict[str, Any]] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -101,15 +105,15 @@ class _Child:
             return {}
 
     def close(self) -> None:
-        """End it if it has not answered: in an orderly way, and after the grace in the other."""
+        """End it if it has not answered: in an orderly way, and after the grace in the other. Then what it has left."""
         if not self._answered.is_set():
             self._process.send_signal(signal.SIGINT)
             self._answered.wait(GRACE_SECONDS)
         with contextlib.suppress(BrokenPipeError):
             self._stdin.close()  # by which it ends
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._reader.join()
         self._told.close()
@@ -118,6 +122,8 @@ class _Child:
         assert self._process.stdout is not None
         with self._process.stdout as lines:
             for line in lines:
+                if not line.endswith(b"\n"):
+                    break  # it was killed while it wrote
                 message = json.loads(line)
                 if _outcome(message) is not None:
                     self._answered.set()

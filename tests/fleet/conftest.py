@@ -26,6 +26,8 @@ from rowcol_edge.fleet.keeper import MARK
 
 from ..device.conftest import bundle_parts, bundle_path  # noqa: F401 – fixtures
 
+TESTS = "ROWCOL_EDGE_TESTS"
+"""A variable of all that the tests start: their process."""
 OPTIONS: dict[str, Any] = {"arms": ("dense@fp32",), "blocks": 6, "seconds": 2.0, "threads": 1}
 """A run of a few seconds."""
 
@@ -216,7 +218,7 @@ class Sshd:
     def sessions(self) -> list[int]:
         """Processes of sshd that carry connections."""
         assert self.process is not None
-        parents = {pid: _parent(pid) for pid in processes(lambda entry: _name(entry).startswith("sshd"))}
+        parents = {pid: parent(pid) for pid in processes(lambda entry: _name(entry).startswith("sshd"))}
         family = {self.process.pid}
         while more := {pid for pid, parent in parents.items() if parent in family} - family:
             family |= more
@@ -240,7 +242,7 @@ class Sshd:
         until(lambda: not kill(self.home.running()) and not self.home.running())
 
 
-def _parent(pid: int) -> int:
+def parent(pid: int) -> int:
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
@@ -309,6 +311,12 @@ def second_sshd(sshd: Sshd, tmp_path: Path) -> Iterator[Sshd]:
 def said() -> list[str]:
     """What a run has told; hand its ``append`` over as ``say``."""
     return []
+
+
+@pytest.fixture(autouse=True)
+def marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What these tests start can be told from what others start meanwhile."""
+    monkeypatch.setenv(TESTS, str(os.getpid()))
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 
 from rowcol_edge.errors import ConfigError
 from rowcol_edge.fleet.adb import Adb
-from rowcol_edge.fleet.addresses import parse
+from rowcol_edge.fleet.addresses import machine, parse
 from rowcol_edge.fleet.connection import remote_command
 from rowcol_edge.fleet.ssh import Ssh
 
@@ -45,6 +45,24 @@ def test_what_is_no_address_is_refused(address: str) -> None:
         parse(address)
     assert caught.value.expected
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "same"),
+    [
+        ("ssh://pi@10.0.0.7", "ssh://10.0.0.7:22"),
+        ("ssh://Board.local", "ssh://me@board.local"),
+        ("ssh://[FE80::1]", "ssh://[fe80::1]:22"),
+        ("adb:0123", "adb:0123"),
+    ],
+)
+def test_the_spellings_of_an_address_are_one_board(address: str, same: str) -> None:
+    assert machine(address) == machine(same)
+
+
+def test_other_ports_hosts_and_serials_are_other_boards() -> None:
+    others = ["ssh://board", "ssh://board:2222", "ssh://board-2", "adb:ab", "adb:AB"]
+    assert len({machine(address) for address in others}) == 5
 
 
 def test_known_hosts_are_a_file_and_for_ssh(tmp_path: Path) -> None:

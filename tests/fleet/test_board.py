@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import venv
+import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from rowcol_edge.fleet.connection import Connection
 from rowcol_edge.package import write_bundle
 
 from ..profiles import make_profile
-from .conftest import OPTIONS, Home, Pipe, until
+from .conftest import OPTIONS, Home, Pipe, kill, until
 
 Parts = dict[str, Any]
 Say = remote.Say
@@ -143,6 +146,57 @@ def test_arms_that_verify_otherwise_are_an_error_of_their_own(
         error = fails(bundle, VerifyError)
     assert (error.what, error.expected) == ("board: arm dense@fp32", "a relative error ≤ 1e-05")
     assert "another version of onnxruntime" in error.hint
+    assert home.is_clean()
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Put another device program in the place of ours: these lines, for which ``step`` is the command."""
+
+    def put(lines: str) -> None:
+        made = io.BytesIO()
+        with zipfile.ZipFile(made, "w") as archive:
+            archive.writestr("__main__.py", f"import subprocess, sys, time\nstep = sys.argv[1]\n{lines}\n")
+        monkeypatch.setattr(cargo, "device_archive_bytes", made.getvalue)
+
+    return put
+
+
+NOTHING_FOUND = "if step == 'doctor': print('{\"findings\": []}')\n"
+
+
+def test_a_step_that_hangs_is_ended(
+    pipe: Pipe, home: Home, opened: Bundle, program: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hang = "if step == 'verify': subprocess.Popen(['sleep', '600']); print('waits', file=sys.stderr); time.sleep(600)"
+    program(NOTHING_FOUND + hang)
+    monkeypatch.setattr(remote, "STEP_SECONDS", 5.0)
+    error = fails(opened, BoardError)
+    assert (error.what, error.expected, error.got) == ("verify on board", "an end within 5 s", "waits")
+    assert home.is_clean()
+
+
+def test_a_profile_that_crashes_is_not_one_of_arms_that_are_too_large(
+    pipe: Pipe, home: Home, opened: Bundle, program: Callable[[str], None]
+) -> None:
+    """Though both end by 1, and though one may lie there of an earlier try."""
+    earlier = "if step == 'verify': open('profile.json', 'w').write('earlier')\n"
+    program(NOTHING_FOUND + earlier + "if step == 'profile': raise KeyError('x')")
+    error = fails(opened, BoardError)
+    assert (error.what, error.got) == ("profile on board", "KeyError: 'x'")
+    assert home.is_clean()
+
+
+def test_a_keeper_that_was_lost_after_its_last_step_loses_no_profile(
+    pipe: Pipe, home: Home, opened: Bundle, program: Callable[[str], None]
+) -> None:
+    program(NOTHING_FOUND + "if step == 'profile': open('profile.json', 'w').write('content')")
+    run = remote._Run(pipe, "python3", [], {}, cargo.Cargo.pack(opened, home.root), {}, None, remote.on_stderr)
+    assert run.result() == b"content"
+    kill(home.keepers())
+    (Path(run._folder) / "result.json").unlink()
+    assert run.result() == b"content"
+    run.clean()
     assert home.is_clean()
 
 

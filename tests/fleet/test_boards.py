@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.errors import BundleError, ConfigError, RowcolError, TargetError
-from rowcol_edge.fleet import boards, jobs, sweep
+from rowcol_edge.fleet import boards, gather, jobs, sweep
 from rowcol_edge.fleet.boards import Board
 from rowcol_edge.fleet.queueing import Ended, Job, Outcome
+
+from ..profiles import make_profile
 
 GOOD = """
 schema = 1
@@ -75,6 +78,7 @@ def test_the_lines_that_start_everything(file: Path) -> None:
         (('on = "adb:0123"', "on = 3"), "text that is not empty"),
         (('name = "pi-b"', 'name = "pi-a"'), "each board once, got pi-a twice"),
         (("ssh://pi@10.0.0.8:2222", "ssh://pi@10.0.0.7"), "each board once, got ssh://pi@10.0.0.7 twice"),
+        (("ssh://pi@10.0.0.8:2222", "ssh://10.0.0.7:22"), "each board once, got ssh://10.0.0.7:22 twice"),
         (('"hosts"', '"nowhere"'), "known hosts"),
         (('tag = "n100-bench"', 'python = "python3"'), "a board that is elsewhere"),
         (("[[boards]]", "[boards]"), ""),
@@ -87,6 +91,17 @@ def test_a_file_of_boards_that_is_wrong_says_where(file: Path, change: tuple[str
         boards.read(file)
     assert message in str(raised.value)
     assert str(file) in str(raised.value) or "of a board" in str(raised.value) or "known hosts" in str(raised.value)
+
+
+@pytest.mark.parametrize(("data", "message"), [(b"10.0.0.8 \xff\n", "text in UTF-8"), (None, "a readable file")])
+def test_host_keys_that_cannot_be_read_are_refused(file: Path, data: bytes | None, message: str) -> None:
+    if data is None:
+        (file.parent / "hosts").unlink()
+        (file.parent / "hosts").symlink_to("/proc/self/mem")  # a file that says no to whoever reads it
+    else:
+        (file.parent / "hosts").write_bytes(data)
+    with pytest.raises(ConfigError, match=f"known hosts: expected {message}, got .*hosts"):
+        boards.read(file)
 
 
 def test_a_file_of_boards_that_is_not_there(tmp_path: Path) -> None:
@@ -116,6 +131,25 @@ def test_a_job_is_known_by_all_that_decides_its_result(bundle_path: Path) -> Non
 
     assert ids(board("a")) == ids(board("a"), blocks=None)
     assert len({ids(board("a")), ids(board("b")), ids(board("a"), blocks=6), ids(board("a"), seconds=6)}) == 4
+    a, bench = board("a"), Board("bench", "generic-x86", "local", "bench")
+    assert len({ids(a), ids(replace(a, python="venv/bin/python3")), ids(replace(a, folder="/mnt/ssd"))}) == 3
+    assert ids(a) == ids(replace(a, tag="near", known_hosts="a"))  # it is the same board
+    assert ids(bench) != ids(replace(bench, tag="bench-2"))  # and this another machine
+
+
+def test_a_kept_profile_is_of_the_board_that_it_was_taken_on(bundle_path: Path, tmp_path: Path) -> None:
+    with Bundle.open(bundle_path) as bundle:
+        digest = bundle.digest
+    [job] = jobs.profiles([bundle_path], [board("a"), board("x--a")], {}, once=True)
+    measured = replace(make_profile(), digest=digest)
+    for number, place in enumerate(job.places):
+        for name in ("net", "net--int8"):
+            folder = gather.Folder(tmp_path / f"{number}-{name}")
+            named = replace(job, work={**job.work, "name": name})
+            folder.keep(Ended(named, place, Outcome("done", measured.to_json()), 1, 1.0))
+            kept = folder.kept(job)
+            assert kept is not None
+            assert (kept.state, kept.board) == (gather.KEPT, place)
 
 
 def test_jobs_that_cannot_be_done_are_refused(bundle_path: Path, tmp_path: Path) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,13 @@ import pytest
 from rowcol_edge import cli
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.profile import Profile
-from rowcol_edge.errors import ConfigError, FleetError
+from rowcol_edge.errors import BundleError, ConfigError, FleetError
 from rowcol_edge.fleet import campaign, work
 from rowcol_edge.fleet.boards import Board
 from rowcol_edge.fleet.gather import FAILED, KEPT, MEASURED
 from rowcol_edge.fleet.queueing import DONE
 
-from .conftest import OPTIONS, Home, Sshd, kill, processes, until
+from .conftest import OPTIONS, TESTS, Home, Sshd, kill, parent, processes, script, until
 
 LOCAL = Board("here", "generic-x86", "local", "here")
 
@@ -44,7 +47,7 @@ def request(bundle: Path, /, **changes: Any) -> dict[str, Any]:
 
 def children() -> list[int]:
     """Of this process of the tests; another one may have its own at the same time."""
-    mine = os.environ.get("PYTEST_XDIST_WORKER", "").encode()
+    mine = f"{TESTS}={os.getpid()}\0".encode()
 
     def wanted(entry: Path) -> bool:
         job = b"rowcol_edge.fleet.child" in (entry / "cmdline").read_bytes()
@@ -90,6 +93,71 @@ def test_the_parent_reports_a_job_whose_process_was_killed(bundle_path: Path) ->
     killing.join()
     assert outcome.state == "failed"
     assert "killed by SIGKILL: out of memory?" in outcome.reason
+
+
+def test_a_job_that_is_killed_while_it_answers_is_reported_at_once(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_short = script(tmp_path / "python", """printf '{"say": "a"}\\n{"done": "{'; kill -9 $$""")
+    monkeypatch.setattr(sys, "executable", str(cut_short))
+    told: list[dict[str, Any]] = []
+    outcome = work.run(request(bundle_path), limit_seconds=100, tell=told.append, wanted=lambda: True)
+    assert told == [{"say": "a"}]
+    assert outcome.state == "failed"
+    assert "killed by SIGKILL" in outcome.reason
+
+
+def group(leader: int) -> list[int]:
+    """The processes of a group that have not ended."""
+
+    def wanted(entry: Path) -> bool:
+        state, _, led_by, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
+        return led_by == str(leader) and state != "Z"
+
+    return processes(wanted)
+
+
+def test_what_a_job_has_started_ends_with_its_process(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = script(tmp_path / "python", f"sleep 600 > /dev/null &\necho $$ > {tmp_path}/leader\nkill -9 $$")
+    monkeypatch.setattr(sys, "executable", str(left))
+    outcome = work.run(request(bundle_path), limit_seconds=100, tell=lambda _: None, wanted=lambda: True)
+    assert "killed by SIGKILL" in outcome.reason
+    until(lambda: not group(int((tmp_path / "leader").read_text())), 20)
+
+
+def test_what_a_job_has_started_ends_with_whoever_asked(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "import subprocess, time\ndef build():\n    subprocess.Popen(['sleep', '600'])\n    time.sleep(600)\n"
+    )
+    job = {"kind": "build", "options": {"model": "net.py:build"}, "folder": str(tmp_path)}
+    program = f"from rowcol_edge.fleet import work\nwork.run({job}, limit_seconds=600, tell=print, wanted=lambda: True)"
+    asker = subprocess.Popen([sys.executable, "-c", program], cwd=Path(cli.__file__).parents[1])
+    [leader] = until(lambda: [pid for pid in children() if parent(pid) == asker.pid])
+    until(lambda: len(group(leader)) == 2)
+    asker.kill()
+    asker.wait()
+    until(lambda: not group(leader), 20)
+
+
+def test_a_process_that_cannot_be_started_fails_its_job_and_no_other(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    starts = iter([OSError(28, "No space left on device")])
+    popen = subprocess.Popen
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        if "start_new_session" in options:
+            for error in starts:
+                raise error
+        return popen(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    there = replace(LOCAL, name="there")
+    found = campaign.profile([bundle_path], [LOCAL, there], out=tmp_path / "out", say=said.append, **OPTIONS)
+    assert [entry.state for entry in found.entries] == [FAILED, MEASURED]
+    assert "could not be started or followed: OSError: [Errno 28] No space left" in found.entries[0].reason
 
 
 @pytest.mark.parametrize(
@@ -191,6 +259,56 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
     (tmp_path / "results").write_text("a file")
     with pytest.raises(ConfigError, match="a folder that can be written"):
         campaign.profile([bundle_path], [LOCAL], out=tmp_path / "results")
+
+
+def test_a_place_without_room_is_refused_before_anything_is_measured(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(BundleError, match=r"room for the profile, 4 MiB, got 1\.0 MiB free"):
+        campaign.profile([bundle_path], [LOCAL], out=tmp_path / "results")
+
+
+def test_a_disk_that_fills_up_meanwhile_costs_no_measurement(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    there = replace(LOCAL, name="there")
+    (tmp_path / "spare").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spare"))
+    full, _ = campaign.making.profiles([bundle_path], [LOCAL, there], OPTIONS)
+    out = tmp_path / "results"
+    (out / "profiles").mkdir(parents=True)
+    (out / "profiles" / f"tiny--here-{full.id}.json").symlink_to("/dev/full")
+    found = campaign.profile([bundle_path], [LOCAL, there], out=out, say=said.append, **OPTIONS)
+    assert [entry.state for entry in found.entries] == [FAILED, MEASURED]
+    [kept] = (tmp_path / "spare").glob("rowcol-edge-*/tiny--here-*.json")
+    assert Profile.load(kept).digest == full.work["digest"]
+    assert found.entries[0].reason.endswith(f"No space left on device – nothing is lost: the profile is kept in {kept}")
+
+    (out / "fleet.json").unlink()
+    (out / "fleet.json").symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match=r"a folder that can be written, got .*No space left on device"):
+        campaign.profile([bundle_path], [there], out=out, say=said.append, **OPTIONS)
+
+    def interrupted(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        campaign.profile([bundle_path], [there], out=out, say=interrupted, again=True, **OPTIONS)
+
+
+def test_what_was_not_begun_is_listed_with_its_reason(bundle_path: Path, tmp_path: Path) -> None:
+    def interrupted(line: str) -> None:
+        raise KeyboardInterrupt
+
+    boards = [LOCAL, replace(LOCAL, name="there")]
+    with pytest.raises(KeyboardInterrupt):
+        campaign.profile([bundle_path], boards, out=tmp_path, say=interrupted, **OPTIONS)
+    written = json.loads((tmp_path / "fleet.json").read_text())["entries"]
+    assert [(entry["board"], entry["state"], entry["reason"]) for entry in written] == [
+        ("here", MEASURED, ""), ("there", FAILED, "interrupted"),
+    ]  # fmt: skip
 
 
 def run(*arguments: object) -> int:

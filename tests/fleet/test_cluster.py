@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -112,6 +113,30 @@ def test_two_who_ask_for_one_board_get_it_one_after_the_other(
     assert sum("is in use by another run" in line for line in said) == 1
 
 
+def test_a_job_that_waits_for_its_board_is_not_overdue(
+    dask: LocalCluster, bundle_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_SLACK_SECONDS", -100.0)  # whatever has begun is overdue
+    monkeypatch.setattr(cluster, "_LOOK_SECONDS", 0.0)
+    [job] = campaign.making.profiles([bundle_path], [LOCAL], {"seconds": 600.0, "blocks": 600})
+    with Client(dask.scheduler_address) as client:
+        lease = Semaphore(1, "rowcol-edge tcp://127.0.0.1", scheduler_rpc=client.scheduler, loop=client.loop)
+        assert lease.acquire()
+        engine = cluster.Cluster(dask.scheduler_address, {"here": LOCAL}, 100.0, said.append)
+        try:
+            engine.start(job, "here")
+            [waits] = until(lambda: engine.events(0.1))
+            assert "is in use by another run" in waits.message["say"]
+            assert engine.events(0.1) == []
+            lease.release()
+            [over] = until(lambda: engine.events(0.1))
+            assert over.outcome is not None
+            assert "its worker has said nothing" in over.outcome.reason
+        finally:
+            engine.close()
+    until(lambda: not children())
+
+
 def test_a_job_whose_process_dies_costs_itself_and_no_worker(
     dask: LocalCluster, bundle_path: Path, tmp_path: Path, said: list[str]
 ) -> None:
@@ -220,7 +245,9 @@ def test_a_scheduler_that_goes_is_one_error_and_loses_nothing(
         campaign.profile([bundle_path], [LOCAL, other], out=out, scheduler=scheduler(dask), say=over, **OPTIONS)
     assert "repeat the command" in raised.value.hint
     assert len(list((out / "profiles").glob("*.json"))) == 1
-    assert '"measured"' in (out / "fleet.json").read_text()
+    one, other_one = json.loads((out / "fleet.json").read_text())["entries"]
+    assert {one["state"], other_one["state"]} == {MEASURED, FAILED}
+    assert "is gone" in one["reason"] + other_one["reason"]
     until(lambda: not children())
     found = campaign.profile([bundle_path], [LOCAL, other], out=out, say=said.append, **OPTIONS)
     assert sorted(entry.state for entry in found.entries) == [KEPT, MEASURED]
@@ -241,6 +268,26 @@ def test_a_scheduler_that_has_forgotten_its_jobs_is_gone_too(
     finally:
         engine.close()
     until(lambda: not children())
+
+
+def test_a_scheduler_that_goes_before_results_are_fetched_is_gone(
+    dask: LocalCluster, bundle_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [job] = campaign.making.profiles([bundle_path], [LOCAL], {"arms": ("dense@fp32",), "blocks": 600})
+    engine = cluster.Cluster(dask.scheduler_address, {"here": LOCAL}, 0.1, said.append)
+    gather = engine._client.gather
+
+    def too_late(*arguments: Any, **options: Any) -> Any:
+        dask.close()
+        return gather(*arguments, **options)
+
+    monkeypatch.setattr(engine._client, "gather", too_late)
+    try:
+        engine.start(job, "here")
+        with pytest.raises(SchedulerError, match="is gone"):
+            until(lambda: engine.events(0.1) and False)
+    finally:
+        engine.close()
 
 
 def test_a_scheduler_that_is_not_there(

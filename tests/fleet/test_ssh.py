@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -53,6 +54,24 @@ def test_the_users_configuration_does_not_switch_the_check_off(
     lax.write_text("Host *\n StrictHostKeyChecking no\n NoHostAuthenticationForLocalhost yes\n")
     script(tmp_path / "bin" / "ssh", f'exec {real} -F {lax} "$@"')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    sshd.known_hosts.write_text("")
+    with pytest.raises(HostKeyError):
+        sshd.profile(opened)
+
+
+def test_no_key_is_taken_from_elsewhere_than_the_file(
+    sshd: Sshd, opened: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = next(path for folder in os.get_exec_path() if (path := Path(folder, "ssh")).is_file())
+    shutil.copy(sshd.known_hosts, tmp_path / "elsewhere")
+    config = tmp_path / "config"
+    config.write_text(
+        f"Host *\n KnownHostsCommand {shutil.which('cat')} {tmp_path}/elsewhere\n VerifyHostKeyDNS yes\n"
+        " IgnoreUnknown OfAnotherSsh\n OfAnotherSsh yes\n"
+    )
+    script(tmp_path / "bin" / "ssh", f'exec {real} -F {config} "$@"')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert sshd.profile(opened).digest == opened.digest
     sshd.known_hosts.write_text("")
     with pytest.raises(HostKeyError):
         sshd.profile(opened)
