@@ -1,14 +1,17 @@
 """Which form pays where: plans of one model at one cost, each with other forms, as int8 files in every runtime.
 
     python tools/benchmark_forms.py            # writes tools/results/forms.json and prints a table
-    python tools/benchmark_forms.py --samples fmnist-vit --share 0.3 --runtimes openvino
+    python tools/benchmark_forms.py --models fmnist-vit --share 0.3 --runtimes openvino
+    python tools/benchmark_forms.py --only build && python tools/benchmark_forms.py --only time
 
-What the file holds of samples that were not asked for stays in it.
+What the file holds of models that were not asked for stays in it. The models, and what they need, are those of
+`benchmark_factoring.py`.
 
-The cost is the mean of the shares of the model's parameters and MACs, as `rowcol-edge` searches for a drop. All plans
-get the second pass. Files of one runtime take turns in one session beside the dense int8 file and a null arm; OpenVINO
-is held to older instruction sets too (evidence `proxy`), which is as near as this machine comes to an edge CPU. `kl` is
-that of the int8 file's answers from the dense float network's on the selection split, in nats.
+The cost is the mean of the shares of the parameters and MACs of the layers that can be factored. All plans get the
+second pass. Files of one runtime take turns in one session beside the dense int8 file and a null arm; OpenVINO is held
+to older instruction sets too (evidence `proxy`), which is as near as this machine comes to an edge CPU. `kl` is that of
+the int8 file's answers from the dense float network's, in nats: on the selection split, of EfficientNet-Lite0 on new
+crops of the photos that it was calibrated on.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,10 +28,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmark_factoring import SUBJECTS
 from benchmark_machine import machine, settle
 from int8_files import RUNTIMES, TARGET, compiled, logits, scores
 from markdown_table import interval
-from rowcol_edge import arms, config, evaluation, job, search, targets
+from rowcol_edge import arms, evaluation, job, search, targets
 from rowcol_edge.backends import load_backend
 from rowcol_edge.device import schedule, stats, system
 from rowcol_edge.device.processes import Processes
@@ -55,7 +59,8 @@ _TIMEOUT_SECONDS = 300.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", nargs="+", default=["elpv-resnet18", "fmnist-vit"])
+    parser.add_argument("--models", nargs="+", default=list(SUBJECTS), choices=SUBJECTS)
+    parser.add_argument("--only", choices=("build", "time"), help="the files, or the sessions of files that are there")
     parser.add_argument("--share", type=float, default=0.35, help="of the cost that a plan may have")
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
     parser.add_argument("--rounds", type=int, default=stats.MIN_ROUNDS, help="fresh processes for each file")
@@ -63,32 +68,38 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("dist/forms"), help="the files that are measured")
     parser.add_argument("--out", type=Path, default=RESULTS / "forms.json")
     options = parser.parse_args()
-    written = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"samples": {}}
-    with reporter() as progress:
-        made = {name: files(name, options, progress) for name in options.samples}
-    settle()
-    for name, (said, paths, example) in made.items():
-        sessions = [
-            timed(runtime, cap, paths[runtime], example, options)
-            for runtime in options.runtimes
-            for cap in CAPS.get(runtime, ("",))
-        ]
-        written["samples"][name] = said | {
-            "command": shlex.join(["python", *sys.argv]), "machine": machine(), "tools": job.tool_versions(),
-            "share": options.share, "sessions": sessions,
-        }  # fmt: skip
-        print(table(name, written["samples"][name]), flush=True)
+    written = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"models": {}}
+
+    def keep(name: str, found: dict[str, Any]) -> None:
+        commands = [*found.get("commands", ()), shlex.join(["python", *sys.argv])]
+        made = {"commands": commands, "machine": machine(), "tools": job.tool_versions(), "share": options.share}
+        written["models"][name] = found | made
         options.out.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    if options.only != "time":
+        with reporter() as progress:
+            for name in options.models:
+                keep(name, files(name, options, progress) | {"sessions": []})
+    if options.only != "build":
+        settle()
+        for name in options.models:
+            found = written["models"][name]
+            settings = [(runtime, cap) for runtime in options.runtimes for cap in CAPS.get(runtime, ("",))]
+            sessions = [timed(name, runtime, cap, found["rows"], options) for runtime, cap in settings]
+            keep(name, {**found, "sessions": sessions})
+            print(table(name, written["models"][name]), flush=True)
     print(f"written to {options.out}")
 
 
 def plans(known: Study, share: float) -> dict[str, FactorPlan | None]:
     """By forms; None where they cannot save so much."""
 
-    def cost(info: LayerInfo, split: Split | None) -> float:
-        return (ranks.parameters(info, split) / known.parameters + ranks.macs(info, split) / known.macs) / 2
+    free = [known.infos[name] for name in known.spaces]
+    parameters, macs = sum(info.parameters for info in free), sum(info.macs for info in free)
 
-    # OpenVINO crashes under AVX2 in a layer norm over a number of channels that 16 does not divide
+    def cost(info: LayerInfo, split: Split | None) -> float:
+        return (ranks.parameters(info, split) / parameters + ranks.macs(info, split) / macs) / 2
+
     multiple = targets.load(TARGET).rank_multiple
     widths = Widths(known.infos, known.channels)
     losses = {name: space.losses for name, space in known.channel_spaces.items()}
@@ -112,16 +123,15 @@ def plans(known: Study, share: float) -> dict[str, FactorPlan | None]:
     return found
 
 
-def files(
-    name: str, options: argparse.Namespace, progress: job.Progress
-) -> tuple[dict[str, Any], dict[str, dict[str, Path]], Path]:
-    """What is known of each plan's files, where they are by runtime and plan, and an input for them."""
-    work = job.prepare(config.make({"model": f"sample:{name}"}), progress=progress)
+def files(name: str, options: argparse.Namespace, progress: job.Progress) -> dict[str, Any]:
+    """What is known of each plan's files, which lie at `_file`, and of an input for them beside."""
+    subject = SUBJECTS[name](options.work / "data", progress)
+    work = subject.work
+    judged = next(iter(subject.tests.values())).feeds if work.selection is None else list(work.selection.batches())
     known = study(work.model.module, work.calibration, classify=True, progress=progress)
-    reference = logits(torch_run(known.dense), work)
+    reference = logits(torch_run(known.dense), judged)
     target = targets.load(TARGET)
     rows = []
-    paths: dict[str, dict[str, Path]] = {runtime: {} for runtime in options.runtimes}
     dense = FactorPlan((), made_by="dense")
     for form, plan in {"dense": dense, **plans(known, options.share)}.items():
         if plan is None:
@@ -132,23 +142,26 @@ def files(
                              None, None)  # fmt: skip
         row: dict[str, Any] = {
             "forms": form, "parameters": spent.parameters, "macs": spent.macs, "predicted": plan.loss, "gap": plan.gap,
-            "layers": _counted(plan), "fp32_kl": scores(logits(torch_run(module), work), reference)["kl"], "files": {},
+            "layers": _counted(plan), "fp32_kl": scores(logits(torch_run(module), judged), reference)["kl"],
+            "files": {},
         }  # fmt: skip
-        folder = options.work / name / form.replace(", ", "-")
+        folder = _folder(options, name, form)
         folder.mkdir(parents=True, exist_ok=True)
         for runtime, path in compiled(module, options.runtimes, work, folder, partial(progress, f"{form} at int8")):
             with evaluation.opened(
                 path, load_backend(runtime).host_runtime, arms.runtime_options(target, target.runtime(runtime))
             ) as run:
-                judged = scores(logits(run, work), reference)
+                found = scores(logits(run, judged), reference)
             size = sum(file.stat().st_size for file in (path, path.with_suffix(".bin")) if file.is_file())
-            row["files"][runtime] = {"size_bytes": size, **judged}
-            paths[runtime][form] = path
+            row["files"][runtime] = {"size_bytes": size, **found}
         rows.append(row)
-    example = options.work / name / "input.npz"
-    np.savez(example, allow_pickle=False, **{key: array[:1] for key, array in work.calibration.example().items()})
-    said = {"dense_parameters": known.parameters, "dense_macs": known.macs, "rows": rows}
-    return said, paths, example
+    example = {key: array[:1] for key, array in work.calibration.example().items()}
+    np.savez(options.work / name / "input.npz", allow_pickle=False, **example)
+    return {"dense_parameters": known.parameters, "dense_macs": known.macs, "rows": rows}
+
+
+def _folder(options: argparse.Namespace, name: str, form: str) -> Path:
+    return Path(options.work) / name / form.replace(", ", "-")
 
 
 def _counted(plan: FactorPlan) -> dict[str, int]:
@@ -157,9 +170,13 @@ def _counted(plan: FactorPlan) -> dict[str, int]:
     return {name: names.count(name) for name in dict.fromkeys(names)}
 
 
-def timed(runtime: str, cap: str, paths: dict[str, Path], example: Path, options: argparse.Namespace) -> dict[str, Any]:
+def timed(
+    name: str, runtime: str, cap: str, rows: Sequence[dict[str, Any]], options: argparse.Namespace
+) -> dict[str, Any]:
     """All files of a runtime, held to an instruction set or not, in one session."""
-    target = targets.load(TARGET)
+    target, example = targets.load(TARGET), Path(options.work) / name / "input.npz"
+    file = f"{runtime}{load_backend(runtime).suffix}"
+    paths = {row["forms"]: _folder(options, name, row["forms"]) / file for row in rows if "files" in row}
     spec, host = target.runtime(runtime), system.environment()
     with np.load(example) as found:
         batch = dict.fromkeys(found.files, 1)

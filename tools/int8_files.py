@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import nn
 from rowcol_edge import evaluation, job, sources, targets
 from rowcol_edge.backends import load_backend
 from rowcol_edge.backends.base import Batch, QuantSpec, Source
+from rowcol_edge.datasets import Feeds
 
 TARGET = "generic-x86"
 RUNTIMES = ("onnxruntime", "openvino", "tflite")
@@ -56,10 +57,8 @@ def _ranges(work: job.Job) -> Iterator[Batch]:
         yield {name: array[start : start + _AT_ONCE] for name, array in samples.items()}
 
 
-def logits(run: evaluation.Run, work: job.Job) -> np.ndarray:
-    """Of the selection split."""
-    assert work.selection is not None
-    return np.concatenate([next(iter(run(feeds).values())) for feeds in work.selection.batches()])
+def logits(run: evaluation.Run, batches: Iterable[Feeds]) -> np.ndarray:
+    return np.concatenate([next(iter(run(feeds).values())) for feeds in batches])
 
 
 def scores(got: np.ndarray, reference: np.ndarray) -> dict[str, float]:

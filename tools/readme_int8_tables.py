@@ -38,14 +38,14 @@ def ties(found: dict[str, Any]) -> str:
 
 def forms(found: dict[str, Any]) -> str:
     """What each choice of forms gives as int8 files at one cost, beside the dense int8 file."""
-    heads = ["sample, forms", "parameters, MACs", "KL at fp32"]
-    sessions = [session for sample in found["samples"].values() for session in sample["sessions"]]
+    heads = ["model, forms", "parameters, MACs", "KL at fp32"]
+    sessions = [session for model in found["models"].values() for session in model["sessions"]]
     settings = list(dict.fromkeys((session["runtime"], session["cap"]) for session in sessions))
     heads += [f"{runtime}{', ' + cap if cap else ''}: time / dense [95 %]; KL" for runtime, cap in settings]
     rows = []
-    for name, sample in found["samples"].items():
-        timed = {(session["runtime"], session["cap"]): session for session in sample["sessions"]}
-        for row in sample["rows"]:
+    for name, model in found["models"].items():
+        timed = {(session["runtime"], session["cap"]): session for session in model["sessions"]}
+        for row in model["rows"]:
             if row.get("unreachable"):
                 rows.append([f"`{name}`, {row['forms']}", *["cannot save so much"] * (len(heads) - 1)])
                 continue
@@ -59,12 +59,16 @@ def forms(found: dict[str, Any]) -> str:
                 cells.append(f"{time}; {file['kl']:.2g}")
             costs = f"{row['parameters'] / 1e6:.2f} M, {row['macs'] / 1e6:.0f} M"
             rows.append([f"`{name}`, {row['forms']}", costs, f"{row['fp32_kl']:.2g}", *cells])
-    first = next(iter(found["samples"].values()))
+    first = next(iter(found["models"].values()))
     levels = {f"{each['runtime']} {each['cap']}".strip(): each["evidence"] for each in first["sessions"]}
-    commands = dict.fromkeys(f"`{sample['command']}`, {_machine(sample)}" for sample in found["samples"].values())
+    commands = dict.fromkeys(
+        f"{', '.join(f'`{command}`' for command in model['commands'])}, {_machine(model)}"
+        for model in found["models"].values()
+    )
     foot = (
-        f"Plans of {first['share']:.0%} of the dense cost (mean of parameters and MACs), second pass, no fine-tuning; "
-        "KL in nats from the dense float network on the selection split. Evidence: "
+        f"Plans of {first['share']:.0%} of what the layers that can be factored cost (mean of parameters and MACs), "
+        "second pass, no fine-tuning; KL in nats from the dense float network, on the selection split "
+        "(EfficientNet-Lite0: on new crops of the photos that it was calibrated on). Evidence: "
         f"{', '.join(f'{name} {level}' for name, level in levels.items())}. {'; '.join(commands)}."
     )
     return "\n\n".join([table(heads, rows), foot])
