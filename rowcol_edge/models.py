@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -307,24 +308,38 @@ def digest(module: nn.Module) -> str:
         sha.update(f"{name}{_plain(vars(each))}".encode())
     for key, value in sorted(tensors.items()):
         sha.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
-        if value.numel():
-            sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        sha.update(_bytes(value))
     return sha.hexdigest()
 
 
 _OWN_TO_MODULES = frozenset(vars(nn.Module()))
+_DEEPEST = 8  # of containers in containers: one may hold itself
+
+
+def _bytes(value: torch.Tensor) -> bytes:
+    found: bytes = (
+        value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+    )
+    return found
 
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, str]:
-    """Numbers, texts and functions that a module keeps, also in tuples, lists and dictionaries, which no repr shows."""
+    """Numbers, texts, arrays and functions that a module keeps, also in tuples, lists and dictionaries, which no repr
+    shows. Where on this machine it was loaded from has no part in it."""
 
-    def shown(value: object) -> str:
-        if isinstance(value, bool | int | float | str | None):
+    def shown(value: object, depth: int = 0) -> str:
+        if isinstance(value, str):
+            return "a path" if Path(value).is_absolute() else repr(value)
+        if isinstance(value, bool | int | float | None):
             return repr(value)
-        if isinstance(value, tuple | list):
-            return f"[{', '.join(map(shown, value))}]"
-        if isinstance(value, Mapping):
-            return shown([(key, value[key]) for key in sorted(value, key=str)])
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            value = torch.from_numpy(np.array(value))
+        if type(value) is torch.Tensor and value.layout is torch.strided:
+            return f"{value.dtype}{tuple(value.shape)}{hashlib.sha256(_bytes(value)).hexdigest()}"
+        if isinstance(value, tuple | list) and depth < _DEEPEST:
+            return f"[{', '.join(shown(each, depth + 1) for each in value)}]"
+        if isinstance(value, Mapping) and depth < _DEEPEST:
+            return shown([(key, value[key]) for key in sorted(value, key=str)], depth + 1)
         return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
 
     return {name: shown(attributes[name]) for name in sorted(attributes) if name not in _OWN_TO_MODULES}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -96,16 +97,32 @@ def test_what_no_representation_shows_is_in_the_digest() -> None:
     torch.manual_seed(0)
     model = Sized(2)
     model.second.load_state_dict(model.first.state_dict())
-    weight_twice, module_twice, other_act, other_mask, other_sizes = (copy.deepcopy(model) for _ in range(5))
+    model.table, model.array = torch.ones(2), np.ones(2)
+    weight_twice, module_twice, other_act, other_mask, other_sizes, other_table, other_array = (
+        copy.deepcopy(model) for _ in range(7)
+    )
     weight_twice.second.weight = weight_twice.first.weight
     module_twice.second = module_twice.first
     other_act.act = torch.tanh
     other_mask.mask[0] = 0.0
     other_sizes.sizes["heads"] = (1, 4)
-    every = (model, weight_twice, module_twice, other_act, other_mask, other_sizes)
+    other_table.table[0], other_array.array[0] = 2.0, 2.0
+    every = (model, weight_twice, module_twice, other_act, other_mask, other_sizes, other_table, other_array)
     assert len({repr(each) for each in every}) == 1
     assert len({models.digest(each) for each in every}) == len(every)
     assert models.digest(copy.deepcopy(module_twice)) == models.digest(module_twice)
+
+
+def test_a_list_in_itself_and_a_place_on_this_machine_are_no_part_of_a_digest() -> None:
+    torch.manual_seed(0)
+    model = Sized(2)
+    model.loop, model.name_or_path = [1], "/here/model"
+    model.loop.append(model.loop)
+    moved = copy.deepcopy(model)
+    moved.name_or_path = "/there/model"
+    assert models.digest(moved) == models.digest(model)
+    moved.loop[0] = 2
+    assert models.digest(moved) != models.digest(model)
 
 
 def test_the_callers_module_is_copied() -> None:

@@ -85,9 +85,9 @@ def step(size: int, multiple: int, *, normed: bool = False) -> int:
     return max(1, multiple)
 
 
-def _choices(size: int, step: int) -> list[int]:
-    """All channels, and the multiples of ``step`` below."""
-    return [size, *range((size - 1) // step * step, 0, -step)]
+def _choices(size: int, multiple: int) -> list[int]:
+    """All channels, and the multiples below."""
+    return [size, *range((size - 1) // multiple * multiple, 0, -multiple)]
 
 
 class Allocator:

@@ -139,6 +139,7 @@ def test_what_a_job_has_started_ends_with_whoever_asked(tmp_path: Path) -> None:
     asker.kill()
     asker.wait()
     until(lambda: not group(leader), 20)
+    assert group(leader) == []
 
 
 def test_a_process_that_cannot_be_started_fails_its_job_and_no_other(
