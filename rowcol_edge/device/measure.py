@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -48,6 +48,7 @@ _ON_PROCESSOR = ("CPU", "Xnnpack")
 """How the names of providers begin that run on the processor; all others take memory that is in no process's count, a
 Jetson's GPU too, though it shares the board's."""
 _MIB = 1 << 20
+_TITLES = {"memory": "memory at each stage", "energy": "energy", "operators": "operators"}
 
 
 def profile(
@@ -101,18 +102,12 @@ def profile(
     tell = progress or _silent
     session = run_session(requests, executor, rounds, budget_seconds, tell)
     requests = {name: _of_latency(request, session.blocks[name]) for name, request in requests.items()}
-    stages: Mapping[str, Runs] = {}
-    spent: Mapping[str, Sequence[EnergyRun]] = {}
-    parts: Operators | None = None
-    failed = {}
-    if memory and system.counts(level):
-        stages, failed["memory at each stage"] = _attempt(lambda: footprint_runs(requests, executor, tell), stages)
-    if not (energy_note := _no_energy(host, level) if energy else NOT_ASKED):
-        spent, energy_note = _attempt(lambda: energy_runs(requests, executor, tell), spent)
-        failed["energy"] = energy_note
-    if not (operators_note := _no_operators(bundle, level) if ops else NOT_ASKED):
-        parts, operators_note = _attempt(lambda: operators(bundle, requests, pairs, null_of, executor, tell), parts)
-        failed["operators"] = operators_note
+    why_not = {
+        "memory": "" if memory and system.counts(level) else NOT_ASKED,
+        "energy": _no_energy(host, level) if energy else NOT_ASKED,
+        "operators": _no_operators(bundle, level) if ops else NOT_ASKED,
+    }
+    extras = _measured_too(why_not, bundle, requests, pairs, null_of, executor, tell)
     after = system.readings(system.environment())
     obstacle = (
         "" if len(session.versions) == 1 else f"the runtime changed in between: {', '.join(sorted(session.versions))}"
@@ -122,18 +117,18 @@ def profile(
     profiles = {
         name: replace(
             _arm_profile(bundle, arm, name, session),
-            footprints=footprints(runtime, stages[name], level) if name in stages else (),
-            energy=by_rail(spent.get(name, ())),
+            footprints=footprints(runtime, extras.stages[name], level) if name in extras.stages else (),
+            energy=by_rail(extras.spent.get(name, ())),
         )
         for name, arm in ((arm.name, arm) for arm in chosen)
     }
-    if spent and not any(arm.energy for arm in profiles.values()):
-        energy_note = f"{', '.join(host.rails)} could not be read throughout"
+    unread = extras.spent and not any(arm.energy for arm in profiles.values())
+    energy_note = f"{', '.join(host.rails)} could not be read throughout" if unread else extras.notes["energy"]
     warnings = [
         *_warnings(host, after, bundle.manifest.runtime, used, profiles),
         *session.warnings,
         *found.warnings,
-        *(f"{what}: not measured, {why}" for what, why in failed.items() if why),
+        *extras.warnings,
     ]
     return Profile(
         bundle=bundle.manifest.name,
@@ -156,8 +151,8 @@ def profile(
         null_arm=_arm_profile(bundle, bundle.arm(null_of), NULL, session),
         memory_budget=_memory_budget(bundle, profiles, level),
         energy_note=energy_note,
-        operators=parts,
-        operators_note=operators_note,
+        operators=extras.operators,
+        operators_note=extras.notes["operators"],
         warnings=tuple(dict.fromkeys(warnings)),
     )
 
@@ -166,12 +161,56 @@ def _of_latency(request: Request, blocks: Sequence[Block]) -> Request:
     return replace(request, inference_seconds=stats.median([block.median_ns for block in blocks]) * 1e-9)
 
 
-def _attempt(measure: Callable[[], T], nothing: T) -> tuple[T, str]:
-    """An extra measurement, and why it failed, if it did: the session stands without it."""
-    try:
-        return measure(), ""
-    except RowcolError as e:
-        return nothing, str(e)
+@dataclass(frozen=True, slots=True)
+class _Extras:
+    """What was measured beside latency.
+
+    Attributes:
+        stages: memory at each stage, by arm.
+        spent: energy, by arm.
+        operators: their time by the runtime's own profiler.
+        notes: by what was to be measured, why it was not; empty where it was.
+        warnings: of those that were tried and failed.
+    """
+
+    stages: Mapping[str, Runs]
+    spent: Mapping[str, Sequence[EnergyRun]]
+    operators: Operators | None
+    notes: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+
+def _measured_too(
+    why_not: Mapping[str, str],
+    bundle: Bundle,
+    requests: Mapping[str, Request],
+    pairs: Sequence[tuple[str, str]],
+    null_of: str,
+    executor: Executor,
+    tell: Progress,
+) -> _Extras:
+    """All for which ``why_not`` holds no reason; the session stands without what fails."""
+    notes, warnings = dict(why_not), []
+
+    def attempt(what: str, measure: Callable[[], T], nothing: T) -> T:
+        if notes[what]:
+            return nothing
+        try:
+            return measure()
+        except RowcolError as e:
+            notes[what] = str(e)
+            warnings.append(f"{_TITLES[what]}: not measured, {e}")
+            return nothing
+
+    none: Mapping[str, Runs] = {}
+    unspent: Mapping[str, Sequence[EnergyRun]] = {}
+    return _Extras(
+        attempt("memory", lambda: footprint_runs(requests, executor, tell), none),
+        attempt("energy", lambda: energy_runs(requests, executor, tell), unspent),
+        attempt("operators", lambda: operators(bundle, requests, pairs, null_of, executor, tell), None),
+        notes,
+        tuple(warnings),
+    )
 
 
 def default_pairs(arms: Sequence[ArmEntry], baseline: str | None = None) -> list[tuple[str, str]]:
