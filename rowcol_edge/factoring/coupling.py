@@ -16,17 +16,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rowcol_edge.factoring import axes
 from rowcol_edge.factoring.axes import Axis, Digit, Part, Trail
 from rowcol_edge.factoring.channels import ChannelSet, Index, Slot
-from rowcol_edge.factoring.graph import LayerGraph, exported, weight_owners
+from rowcol_edge.factoring.graph import LayerGraph, weight_owners
 from rowcol_edge.factoring.layers import held
 
 
-def find(model: nn.Module, graph: LayerGraph, example: Mapping[str, torch.Tensor]) -> tuple[ChannelSet, ...]:
+def find(model: nn.Module, graph: LayerGraph, program: torch.export.ExportedProgram) -> tuple[ChannelSet, ...]:
     """All sets of ``model`` (batch norms folded), in call order, those that must stay as they are with the reason.
 
-    Raises:
-        ModelError, UnsupportedOpError: as `graph.trace`.
+    ``program`` is of this model, or of one with other modules of the same structure.
     """
-    program = exported(model, example)
     reasons = held(model, graph)
     owners = weight_owners(model, program)
     parts = {

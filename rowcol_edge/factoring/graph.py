@@ -89,6 +89,11 @@ class LayerGraph:
 
 
 def trace(model: nn.Module, example: Mapping[str, torch.Tensor]) -> LayerGraph:
+    """What `traced` reads."""
+    return traced(model, example)[0]
+
+
+def traced(model: nn.Module, example: Mapping[str, torch.Tensor]) -> tuple[LayerGraph, torch.export.ExportedProgram]:
     """Traces one forward pass with ``torch.export`` (eval mode, no gradient); the model is left as it was.
 
     Args:
@@ -115,7 +120,7 @@ def trace(model: nn.Module, example: Mapping[str, torch.Tensor]) -> LayerGraph:
                     hint="hand over what it was trained on: floats scaled as then, or pictures with --preprocess",
                 ) from error
         program = _export(model, args, kwargs)
-    return _Reader(model, program, calls, _batch_size(example)).read()
+    return _Reader(model, program, calls, _batch_size(example)).read(), program
 
 
 def exported(model: nn.Module, example: Mapping[str, torch.Tensor]) -> torch.export.ExportedProgram:

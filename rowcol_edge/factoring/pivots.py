@@ -102,29 +102,50 @@ def _subtract(matrix: Array, left: Array, right: Array) -> None:
 
 
 def _among(candidates: NDArray[np.int64], readers: Sequence[_Reader], count: int) -> list[int]:
-    """The best ``count`` of a few channels, exactly: only what is between them is brought up to date after each."""
-    inside = np.ix_(candidates, candidates)
-    variances = [each.residual[inside] for each in readers]
-    # Rᵀ F R: taking a channel in takes its part off on both sides
-    products = [product(each.residual[candidates], each.weighed[:, candidates]) for each in readers]
+    """The best ``count`` of a few channels, exactly: of what is between them a row is brought up to date when its
+    channel is taken in."""
+    inside = [_Inside(each, candidates) for each in readers]
     open_ = np.ones(len(candidates), dtype=bool)
     taken: list[int] = []
     for _ in range(count):
-        every = zip(readers, variances, products, strict=True)
-        gains = np.sum([each.share(own.diagonal(), seen.diagonal()) for each, own, seen in every], axis=0)
+        gains = np.sum([each.gains() for each in inside], axis=0)
         gains[~open_] = -1.0
         best = int(gains.argmax())
         if gains[best] <= 0.0 and taken:
             break
         open_[best] = False
         taken.append(int(candidates[best]))
-        for each, variance, seen in zip(readers, variances, products, strict=True):
-            if variance[best, best] > each.floor:
-                share = variance[best] / variance[best, best]
-                cross = np.outer(seen[:, best] - 0.5 * seen[best, best] * share, share)
-                seen -= cross + cross.T
-                variance -= np.outer(variance[:, best].copy(), share)
+        for each in inside:
+            each.take(best)
     return taken
+
+
+class _Inside:
+    """A reader's candidates: ``R`` and ``Rᵀ F R`` between them, as they were and what was taken off since."""
+
+    def __init__(self, reader: _Reader, candidates: NDArray[np.int64]) -> None:
+        self._reader = reader
+        rows = reader.residual[candidates]
+        self._residual = rows[:, candidates]
+        self._seen = product(rows, reader.weighed[:, candidates])
+        self._variances, self._products = self._residual.diagonal().copy(), self._seen.diagonal().copy()
+        self._factor = np.zeros((0, len(candidates)))  # R has lost factorᵀ · factor,
+        self._cross = np.zeros((0, len(candidates)))  # and Rᵀ F R crossᵀ · factor and its transpose
+
+    def gains(self) -> Array:
+        return self._reader.share(self._variances, self._products)
+
+    def take(self, channel: int) -> None:
+        if self._variances[channel] <= self._reader.floor:
+            return
+        factor, cross = self._factor, self._cross
+        row = self._residual[channel] - factor[:, channel] @ factor
+        row /= np.sqrt(row[channel])
+        seen = self._seen[channel] - cross[:, channel] @ factor - factor[:, channel] @ cross
+        seen = (seen - 0.5 * seen[channel] / row[channel] * row) / row[channel]
+        self._variances -= row * row
+        self._products -= 2.0 * seen * row
+        self._factor, self._cross = np.vstack([factor, row]), np.vstack([cross, seen])
 
 
 def innovations(moments: Array, ordered: NDArray[np.int64], shrinkage: float) -> tuple[Array, Array]:

@@ -109,11 +109,11 @@ def _leading(covariance: torch.Tensor, root: torch.Tensor, rank: int) -> tuple[t
         values, vectors = torch.linalg.eigh(root.T @ (covariance @ root))
         return values.flip(0), vectors.flip(1)
     random = torch.randn(size, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    inside = torch.linalg.qr(root.T @ (covariance @ random)).Q
+    every = torch.linalg.qr(root.T @ (covariance @ random), mode="complete").Q
+    inside, outside = every[:, :rank], every[:, rank:]
     part = root @ inside
     values, vectors = torch.linalg.eigh(part.T @ (covariance @ part))
-    every = torch.linalg.qr(inside @ vectors.flip(1), mode="complete").Q
-    return torch.cat([values.flip(0), values.new_zeros(size - rank)]), every
+    return torch.cat([values.flip(0), values.new_zeros(size - rank)]), torch.cat([inside @ vectors.flip(1), outside], 1)
 
 
 def blended(metric: Array, prior: Array | None = None) -> Array:

@@ -46,7 +46,7 @@ _T = TypeVar("_T")
 Keep = Callable[[Callable[[], Arrays]], Arrays]
 
 
-_GRADIENTS, _GRADIENT_MACS = (32, 64), 128e9
+_GRADIENTS, _GRADIENT_MACS = (24, 64), 112e9
 """Samples that spaces are weighed with, and as many again, but not more than a quarter of all, that they are judged on
 and do not come from: the more, the less a model calculates for each."""
 _ROWS, _POSITIONS = 16384, (64, 1024)  # pixels or tokens of all samples that spaces come from, and of each
@@ -125,13 +125,15 @@ def study(
         DataError: calibration inputs that the model cannot take, or (at the first look) NaN on the way.
     """
     example = calling.feed(module, calibration.example())
-    traced = graph.trace(module, example)
+    traced, first = graph.traced(module, example)
+    program: torch.export.ExportedProgram | None = None if traced.batchnorms else first
     dense = fold.fold_batchnorm(module, traced)
     found = opening.open_all(dense, example)
     folded = found.model
     if found.names:
         # the batch norms are folded by now: what is known of them is known from the first look
-        traced = replace(graph.trace(folded, example), batchnorms=traced.batchnorms)
+        opened, program = graph.traced(folded, example)
+        traced = replace(opened, batchnorms=traced.batchnorms)
     infos = layers.survey(folded, traced)
     names = [name for name, info in infos.items() if not info.skip]
     for name, reason in standins.refused(folded, names, example).items():
@@ -142,7 +144,8 @@ def study(
 
     @cache
     def coupled() -> tuple[ChannelSet, ...]:
-        return narrow.checked(folded, coupling.find(folded, traced, example), example)
+        known = program or graph.exported(folded, example)
+        return narrow.checked(folded, coupling.find(folded, traced, known), example)
 
     def measured() -> Arrays:
         # gradients are needed, whatever the caller who looks first is in

@@ -17,7 +17,7 @@ def sets(model: nn.Module, shape: tuple[int, ...]) -> dict[str, ChannelSet]:
     example = {"x": torch.randn(2, *shape, dtype=parameter.dtype)}
     traced = graph.trace(model, example)
     folded = fold.fold_batchnorm(model, traced)
-    found = narrow.checked(folded, coupling.find(folded, traced, example), example)
+    found = narrow.checked(folded, coupling.find(folded, traced, graph.exported(folded, example)), example)
     return {each.name: each for each in found}
 
 
@@ -278,7 +278,7 @@ def test_a_stream_of_tied_embeddings_stays_with_the_name_of_its_layer() -> None:
             return logits
 
     model, example = Words().eval(), {"ids": torch.arange(12).reshape(2, 6)}
-    found = coupling.find(model, graph.trace(model, example), example)
+    found = coupling.find(model, *graph.traced(model, example))
     fixed = {each.name: each.fixed for each in found}
     assert fixed["contract"] == "read by told: its weight is tied to another module"
     assert fixed["expand"] == ""
@@ -300,7 +300,7 @@ def test_a_linear_bottleneck_is_factored_already_and_can_still_get_narrower() ->
         both.bias.copy_(second.weight.flatten(1) @ first.bias + second.bias)
         x = torch.randn(2, 12, 5, 5)
         torch.testing.assert_close(second(first(x)), both(x))
-    found = {each.name: each for each in coupling.find(model, traced, example)}
+    found = {each.name: each for each in coupling.find(model, traced, graph.exported(model, example))}
     assert (found["2"].size, found["2"].linear, found["2"].fixed) == (4, True, "")
 
 

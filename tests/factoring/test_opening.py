@@ -20,7 +20,7 @@ from rowcol_edge.errors import ModelError
 from rowcol_edge.factoring import coupling, narrow
 from rowcol_edge.factoring.apply import factored
 from rowcol_edge.factoring.channels import ChannelSet
-from rowcol_edge.factoring.graph import trace
+from rowcol_edge.factoring.graph import traced
 from rowcol_edge.factoring.opening import open_all, opened, reasons
 from rowcol_edge.factoring.plan import FactorPlan
 from rowcol_edge.factoring.study import Study, study
@@ -415,7 +415,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]
 
 
 def sets_of(model: nn.Module, example: dict[str, Tensor]) -> tuple[ChannelSet, ...]:
-    found = coupling.find(model, trace(model, example), example)
+    found = coupling.find(model, *traced(model, example))
     return narrow.checked(model, found, example)
 
 

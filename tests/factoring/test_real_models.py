@@ -103,7 +103,7 @@ def test_channels_of_real_models(name: str) -> None:
                 parameter.add_(0.1 * torch.randn_like(parameter))  # scales of one and shifts of zero
     traced = graph.trace(model, case.example)
     model = opening.opened(fold.fold_batchnorm(model, traced), case.example)
-    found = narrow.checked(model, coupling.find(model, graph.trace(model, case.example), case.example), case.example)
+    found = narrow.checked(model, coupling.find(model, *graph.traced(model, case.example)), case.example)
     free = [each for each in found if not each.fixed]
     assert (len(free), sorted({each.fixed for each in found if each.fixed})) == (case.sets, sorted(case.fixed))
     by_name = {each.name: each for each in found}
