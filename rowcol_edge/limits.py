@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from .budgets import Budgets
 from .errors import BudgetError, ModelError
 from .factoring import ranks, remainder
-from .factoring.costs import LayerInfo, Split
-from .factoring.options import Cost
+from .factoring.options import Cost, Options
 from .factoring.plan import FactorPlan
 from .factoring.study import Study
 
-_HALVINGS, _ATTEMPTS = 6, 14
+_HALVINGS, _ATTEMPTS = 4, 8
+_NEAR = 0.998  # of a limit: what is left of it is worth no more attempts
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +72,20 @@ def cheapest(study: Study, found: Sequence[Limit], multiple: int, model: str) ->
     With two, each cost counts as a share of its limit, and the mixture of both is sought at which neither is exceeded:
     the Lagrangian of two constraints, of whose multipliers only the ratio is left to choose (H. Everett, Generalized
     Lagrange multiplier method, 1963). Ranks are whole, so the mixture may be missed by a step: its limit is then
-    tightened by what the plan exceeds.
+    tightened by what the plan exceeds. Beside it stands the plan that costs no more than each limit's own.
 
     Raises:
         BudgetError: which limit cannot be met, and by how much.
     """
     allocator = study.allocator(multiple, 1.0)
 
-    def plan(shares: Sequence[float], limit: float = 1.0) -> FactorPlan:
-        def cost(info: LayerInfo, split: Split | None) -> float:
-            return sum(share * each.cost(info, split) / each.most for share, each in zip(shares, found, strict=True))
+    @cache  # the allocator knows a cost again
+    def mixed(shares: tuple[float, ...]) -> Cost:
+        counted = [(share, each) for share, each in zip(shares, found, strict=True) if share]
+        return lambda info, split: sum([share * each.cost(info, split) / each.most for share, each in counted])
 
+    def plan(shares: tuple[float, ...], limit: float = 1.0) -> FactorPlan:
+        cost = mixed(shares)
         total = sum(share * each.dense / each.most for share, each in zip(shares, found, strict=True))
         return ranks.plan_by_cost(
             study.infos, study.spaces, cost, total=total, limit=limit, rank_multiple=multiple,
@@ -93,20 +97,33 @@ def cheapest(study: Study, found: Sequence[Limit], multiple: int, model: str) ->
         saved = {"parameters": made.saved_parameters, "macs": made.saved_macs}
         return [(each.dense - saved[each.kind]) / each.most for each in found]
 
+    alone = []
     for index, each in enumerate(found):
         try:
-            alone = plan([float(place == index) for place in range(len(found))])
+            alone.append(plan(tuple(float(place == index) for place in range(len(found)))))
         except ranks.OverBudgetError as e:
             what, least, why = f"budget {each.text}", e.least * each.most, remainder.told(study)
             raise ranks.missed(what, each.kind, each.most, least, multiple, why) from e
-        if max(used(alone)) <= 1.0:
-            return alone
-    return _mixed(plan, used, study, found)
+        if max(used(alone[-1])) <= 1.0:
+            return alone[-1]
+    options = Options(study.spaces, study.input_spaces, multiple) if allocator is None else allocator.options
+    both = ranks.no_dearer(alone, study.infos, study.spaces, options, allocator=allocator, inputs=study.input_spaces)
+    mixture, least = _mixed(plan, used)
+    fitting = [made for made in (both, mixture) if made is not None and max(used(made)) <= 1.0]
+    if fitting:
+        return min(fitting, key=lambda made: made.loss or 0.0)
+    raise BudgetError(
+        f"budgets {' and '.join(each.text for each in found)}",
+        expected=" and ".join(f"at most {each.most:,.0f} {each.kind}" for each in found),
+        got=f"{least:.3f} times one of them in the plan that comes nearest; each can be met without the other",
+        hint=remainder.told(study),
+    )
 
 
 def _mixed(
-    plan: Callable[..., FactorPlan], used: Callable[[FactorPlan], list[float]], study: Study, found: Sequence[Limit]
-) -> FactorPlan:
+    plan: Callable[..., FactorPlan], used: Callable[[FactorPlan], list[float]]
+) -> tuple[FactorPlan | None, float]:
+    """The best plan found within both limits, and what the last one tried uses of the limit that it misses most."""
     low, high = 0.0, 1.0  # shares of the first cost: with the low one it is too large, with the high one the other is
     limit, tight, loose, least = 1.0, 0.0, 1.0, 0.0  # with the tight one both hold
     best: FactorPlan | None = None
@@ -122,18 +139,13 @@ def _mixed(
         if least > 1.0:
             low, high, loose = (share, high, limit) if first > second else (low, share, limit)
         elif limit == 1.0:
-            return made
+            return made, least
         else:
             best, tight = min(best or made, made, key=lambda found: found.loss or 0.0), limit
+            if least > _NEAR:
+                break
         if best is not None:  # the step that was taken back may have been one of widths, and more than was needed
             limit = (tight + loose) / 2
         elif attempt >= _HALVINGS:
             limit /= least
-    if best is not None:
-        return best
-    raise BudgetError(
-        f"budgets {' and '.join(each.text for each in found)}",
-        expected=" and ".join(f"at most {each.most:,.0f} {each.kind}" for each in found),
-        got=f"{least:.3f} times one of them in the plan that comes nearest; each can be met without the other",
-        hint=remainder.told(study),
-    )
+    return best, least

@@ -121,6 +121,13 @@ def test_a_limit_that_cannot_be_met_is_named_with_the_gap(known: Study, kind: st
         planned(known, f"{other}<=0.9x,{kind}<=0.001x")
 
 
+def test_the_least_parameters_that_a_refusal_names_can_be_had(known: Study) -> None:
+    with pytest.raises(BudgetError) as refused:
+        planned(known, "params<=1")
+    least = int(refused.value.hint.split("allow at least ")[1].split(";")[0].replace(",", ""))
+    assert known.parameters - planned(known, f"params<={least}").saved_parameters == least
+
+
 class Grouped(nn.Module):
     """Nothing but a grouped convolution and an embedding, which no form takes."""
 
@@ -179,6 +186,7 @@ def test_limits_that_hold_only_one_by_one_are_both_named(known: Study, monkeypat
         return replace(plan, layers=tuple(one for one in plan.layers if (one.name in ("wide", "head")) == heavy))
 
     monkeypatch.setattr(limits.ranks, "plan_by_cost", one_sided)
+    monkeypatch.setattr(limits.ranks, "no_dearer", lambda *_, **__: None)
     with pytest.raises(BudgetError, match=r"budgets params<=0\.3x and macs<=0\.3x.* times one of them"):
         planned(known, "params<=0.3x,macs<=0.3x")
 

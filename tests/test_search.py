@@ -71,11 +71,11 @@ def test_budgets_are_not_refused_where_quality_falls_and_rises_again(
     known: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def drop(share: float) -> float:
-        return 1.0 if 0.15 < share < 0.8 else 0.1
+        return 1.0 if 0.12 < share < 0.8 else 0.1
 
-    found = chosen(known, "drop<=0.5pp,params<=0.14x", drop, monkeypatch)
+    found = chosen(known, "drop<=0.5pp,params<=0.11x", drop, monkeypatch)
     left = known.parameters - found.plans[-1].saved_parameters
-    assert left <= 0.14 * known.parameters
+    assert left <= 0.11 * known.parameters
     assert drop(left / known.parameters) == 0.1
     assert [trial.parameters for trial in found.trials] == sorted((t.parameters for t in found.trials), reverse=True)
     assert any(trial.drop == 1.0 for trial in found.trials)

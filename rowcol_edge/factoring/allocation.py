@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rowcol_edge.factoring.channels import ChannelSet
 from rowcol_edge.factoring.costs import LayerInfo
-from rowcol_edge.factoring.options import Cost, Options, thinned
+from rowcol_edge.factoring.options import Cost, Option, Options, thinned
 
 Array = NDArray[np.float64]
 
@@ -26,6 +26,7 @@ _SPAN = 1e-12  # the lowest price is no smaller a share of the highest
 _CAREFUL = 0.01  # of all that can be saved: what is cheaper is no trade-off yet
 _CLOSER = 3  # prices between the two that save too little and enough
 _SWEEPS = 2
+_FILLED = 0.05  # of the whole cost: what a step saves too much, in models of few steps
 _OPTIONS = 24  # widths of a set that are looked at
 _RANKS = 12  # ranks of a layer, in each form
 _MEETINGS = 300  # of sets and layers: where there are more, fewer widths are looked at, _FEWEST of them at least
@@ -33,11 +34,17 @@ _FEWEST = 8  # steps that a set should have
 
 
 class Widths:
-    """What layers cost where sets are narrower."""
+    """What layers cost where sets are narrower.
+
+    Attributes:
+        infos: by layer; what of a set belongs to none (norms, positions that are added) is one more, without MACs.
+        sets: those that can be narrowed, by name.
+    """
 
     def __init__(self, infos: Mapping[str, LayerInfo], sets: Sequence[ChannelSet]) -> None:
-        self.infos = infos
         self.sets = {each.name: each for each in sets if not each.fixed}
+        self._loose = {name: f"{name}: loose" for name, each in self.sets.items() if each.loose}
+        self.infos = {**infos, **{own: _loose_info(own, self.sets[name]) for name, own in self._loose.items()}}
         self._gives: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
         self._takes: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
         for name, each in self.sets.items():
@@ -45,6 +52,8 @@ class Widths:
                 self._gives[slot.name].append((name, each.size, each.groups))
             for slot in (*each.uses, *each.carriers):
                 self._takes[slot.name].append((name, each.size, each.groups * slot.index.shape[2]))
+        for name, own in self._loose.items():
+            self._gives[own].append((name, self.sets[name].size, 1))
 
     def info(self, name: str, widths: Mapping[str, int]) -> LayerInfo:
         """The layer with the channels that are left; sets without a width keep theirs."""
@@ -63,11 +72,16 @@ class Widths:
 
     def layers(self, name: str) -> list[str]:
         """Those that a set's width changes."""
-        return [layer for layer in self.sets[name].layers if layer in self.infos]
+        own = [self._loose[name]] if name in self._loose else []
+        return [layer for layer in self.sets[name].layers if layer in self.infos] + own
 
     def loose(self, widths: Mapping[str, int]) -> int:
         """Parameters saved outside of layers: norms, and what is added to channels."""
         return sum(self.sets[name].loose * (self.sets[name].size - width) for name, width in widths.items())
+
+
+def _loose_info(name: str, channels: ChannelSet) -> LayerInfo:
+    return LayerInfo(name, "loose", channels.loose, channels.size, bias=False, positions=0, skip="no layer")
 
 
 def _lost(entries: Sequence[tuple[str, int, int]], widths: Mapping[str, int]) -> int:
@@ -96,9 +110,10 @@ class Allocator:
     def __init__(self, widths: Widths, options: Options, losses: Mapping[str, Array]) -> None:
         """``losses``: set → (size + 1,), predicted by width; a set that is not here keeps its channels."""
         self.widths = widths
-        self._layers = options
+        self.options = options
         self._losses = losses
         self._paths: dict[Cost, _Path] = {}
+        self._known: _Known = {}
         self._touched = {name: widths.layers(name) for name in widths.sets}
         meetings = sum(map(len, self._touched.values()))
         count = max(_FEWEST, min(_OPTIONS, _OPTIONS * _MEETINGS // max(1, meetings)))
@@ -115,7 +130,7 @@ class Allocator:
         if path is None:
             path = self._paths[cost] = _Path(self._bought(cost), self._settled)
         found: list[dict[str, int]] = [{}]
-        for widths in path.around(total - limit):
+        for widths in (*path.around(total - limit), *path.filled(total - limit, self._losses)):
             narrowed = {name: width for name, width in widths.items() if width < self.widths.sets[name].size}
             if narrowed not in found:
                 found.append(narrowed)
@@ -123,7 +138,8 @@ class Allocator:
 
     def _bought(self, cost: Cost) -> _Layers:
         found = {name: self._losses[name] for name in self._options}
-        return _Layers(self.widths, self._layers, cost, {name: (self._options[name], found[name]) for name in found})
+        sets = {name: (self._options[name], found[name]) for name in found}
+        return _Layers(self.widths, self.options, cost, sets, self._known)
 
     def lost(self, widths: Mapping[str, int]) -> float:
         """Predicted for the widths alone."""
@@ -140,18 +156,11 @@ class Allocator:
                 break
         return widths
 
-    def _best(
-        self, name: str, options: Sequence[int], widths: dict[str, int], layers: _Layers, price: float
-    ) -> int:  # fmt: skip
-        losses, touched = self._losses[name], self._touched[name]
-        trial = dict(widths)
-        best, least = widths[name], np.inf
-        for width in options:
-            trial[name] = width
-            value = float(losses[width]) + sum(layers.value(layer, trial, price) for layer in touched)
-            if value < least:
-                best, least = width, value
-        return best
+    def _best(self, name: str, options: Sequence[int], widths: Mapping[str, int], layers: _Layers, price: float) -> int:
+        values = np.zeros(len(options))
+        for layer in self._touched[name]:
+            values += layers.values(layer, name, options, widths, price)
+        return options[int((self._losses[name][list(options)] + values).argmin())]
 
 
 class _Path:
@@ -161,21 +170,44 @@ class _Path:
         self._layers = layers
         self._settle = settle
         self._steps: list[_Step] = []
-        widths: Mapping[str, int] = {}
-        for price in layers.prices.tolist():
-            self._steps.append(self._at(price, widths))
-            widths = self._steps[-1].widths
+        self._prices = layers.prices.tolist()
+        self._between: tuple[_Step, _Step]
 
     def around(self, saving: float) -> list[dict[str, int]]:
         """Widths at prices that save about so much."""
-        place = next((i for i, step in enumerate(self._steps) if step.saved >= saving), len(self._steps) - 1)
-        found = self._steps[max(0, place - 2) : place + 3]
-        careful, bold = self._steps[max(0, place - 1)], self._steps[place]
+        place = next((i for i in range(len(self._prices)) if self._step(i).saved >= saving), len(self._prices) - 1)
+        found = [self._step(i) for i in range(max(0, place - 2), min(place + 3, len(self._prices)))]
+        self._between = careful, bold = self._step(max(0, place - 1)), self._step(place)
         for _ in range(_CLOSER):
             between = self._at((careful.price * bold.price) ** 0.5, careful.widths)
             found.append(between)
-            careful, bold = (careful, between) if between.saved >= saving else (between, bold)
+            self._between = careful, bold = (careful, between) if between.saved >= saving else (between, bold)
         return [step.widths for step in found]
+
+    def filled(self, saving: float, losses: Mapping[str, Array]) -> Iterator[dict[str, int]]:
+        """Widths behind a step that saves far more than it should, with sets given back what fits, the dearest first: a
+        small model has few steps."""
+        careful, bold = self._between
+        if bold.saved - saving <= _FILLED * self._layers.dense:
+            return
+        for price in (careful.price, bold.price):
+            widths = dict(bold.widths)
+            if self._layers.saved(widths, price) < saving:
+                continue
+            for name in sorted(widths, key=lambda name: -losses[name][widths[name]]):
+                for width in self._layers.options(name):
+                    if width <= widths[name]:
+                        break
+                    if self._layers.saved(trial := {**widths, name: width}, price) >= saving:
+                        widths = trial
+                        break
+            yield widths
+
+    def _step(self, place: int) -> _Step:
+        """At the price at that place; each begins with the widths of the price before."""
+        for price in self._prices[len(self._steps) : place + 1]:
+            self._steps.append(self._at(price, self._steps[-1].widths if self._steps else {}))
+        return self._steps[place]
 
     def _at(self, price: float, start: Mapping[str, int]) -> _Step:
         widths = self._settle(self._layers, price, start)
@@ -213,47 +245,71 @@ def _prices(options: Iterable[tuple[Array, Array]]) -> Array:
     return np.geomspace(max(0.5 * float(paid[order][careful]), _SPAN * highest), 2.0 * highest, _PRICES)
 
 
-@dataclass(frozen=True, slots=True)
 class _Entry:
     """The options of a layer at its channels, and the best of them by price."""
 
-    costs: Array
-    losses: Array
-    best: dict[float, tuple[float, float]]  # price → the least loss + λ · cost, and the cost of the option that has it
+    __slots__ = ("_at", "_costs", "_losses", "_prices")
 
-    def at(self, price: float) -> tuple[float, float]:
-        found = self.best.get(price)
-        if found is None:
-            values = self.losses + price * self.costs
-            place = int(values.argmin())
-            found = self.best[price] = float(values[place]), float(self.costs[place])
-        return found
+    def __init__(self, costs: Array, losses: Array, prices: Array) -> None:
+        """``prices``: those that will be asked for, all at once: one by one would take most of the time."""
+        values = losses + prices[:, None] * costs
+        places = values.argmin(axis=1)
+        self._at: list[tuple[float, float]] = list(
+            zip(values[np.arange(len(prices)), places].tolist(), costs[places].tolist(), strict=True)
+        )
+        self._costs, self._losses = costs, losses
+
+    def at(self, price: float, place: int | None) -> tuple[float, float]:
+        """The least ``loss + λ · cost``, and the cost of the option that has it; ``place``: that of the price."""
+        if place is not None:
+            return self._at[place]
+        values = self._losses + price * self._costs
+        best = int(values.argmin())
+        return float(values[best]), float(self._costs[best])
+
+
+#: of a layer, and the widths of the sets that it meets: its channels and its options
+_Known = dict[tuple[str, tuple[int, ...]], tuple[LayerInfo, list[Option]]]
+
+
+def _worth(info: LayerInfo, options: Sequence[Option], cost: Cost) -> tuple[Array, Array]:
+    """Costs and losses of a layer's options."""
+    found = np.array([(cost(info, option.split), option.loss) for option in options])
+    return found[:, 0], found[:, 1]
 
 
 class _Layers:
     """``min over forms and ranks of loss + λ · cost`` of layers at their channels; options are looked up once."""
 
     def __init__(
-        self, widths: Widths, options: Options, cost: Cost, sets: Mapping[str, tuple[Sequence[int], Array]]
+        self,
+        widths: Widths,
+        options: Options,
+        cost: Cost,
+        sets: Mapping[str, tuple[Sequence[int], Array]],
+        known: _Known,
     ) -> None:
-        """``sets``: those whose widths are asked about, with these from the widest down, and the losses by width."""
+        """``sets``: those whose widths are asked about, with these from the widest down, and the losses by width;
+        ``known``: what is the same for any cost."""
         self._widths = widths
         self._options = options
         self._cost = cost
+        self._known = known
         self.dense = sum(cost(info, None) for info in widths.infos.values())
         self.prices = _prices([*self._of_layers(), *self._of_sets(sets)])
+        self._widest = {name: options for name, (options, _) in sets.items()}
         self._sets: dict[str, list[str]] = {name: [] for name in widths.infos}
         for each in sets:
             for layer in widths.layers(each):
                 self._sets[layer].append(each)
         self._entries: dict[str, dict[tuple[int, ...], _Entry]] = {name: {} for name in widths.infos}
+        self._places = {price: place for place, price in enumerate(self.prices.tolist())}
 
     def _of_layers(self) -> Iterator[tuple[Array, Array]]:
         """What each layer's options save and lose, the layer as it is first."""
         for info in self._widths.infos.values():
-            found = self._options.of(info, _RANKS)
-            costs = np.array([self._cost(info, option.split) for option in found])
-            yield costs[0] - costs, np.array([option.loss for option in found])
+            costs, losses = _worth(info, self._options.of(info, _RANKS), self._cost)
+            yield costs[0] - costs, losses
 
     def _of_sets(self, sets: Mapping[str, tuple[Sequence[int], Array]]) -> Iterator[tuple[Array, Array]]:
         """The same of each set's widths, its layers as they are."""
@@ -262,23 +318,36 @@ class _Layers:
             costs = [sum(self._cost(self._widths.info(each, {name: w}), None) for each in layers) for w in widths]
             yield costs[0] - np.array(costs), losses[list(widths)]
 
-    def value(self, name: str, widths: Mapping[str, int], price: float) -> float:
-        return self._entry(name, widths).at(price)[0]
+    def options(self, name: str) -> Sequence[int]:
+        """Widths of a set, from the widest down."""
+        return self._widest[name]
+
+    def values(
+        self, layer: str, name: str, options: Iterable[int], widths: Mapping[str, int], price: float
+    ) -> list[float]:
+        """The least ``loss + λ · cost`` of a layer for each of these widths of one set, beside those of the others."""
+        sets, place = self._sets[layer], self._places.get(price)
+        key = [widths[each] for each in sets]
+        own = sets.index(name)
+        found = []
+        for width in options:
+            key[own] = width
+            found.append(self._entry(layer, tuple(key)).at(price, place)[0])
+        return found
 
     def saved(self, widths: Mapping[str, int], price: float) -> float:
         """Of the whole model's cost, against all dense and full."""
-        return self.dense - sum(self._entry(name, widths).at(price)[1] for name in self._entries)
+        place, total = self._places.get(price), self.dense
+        for name, sets in self._sets.items():
+            total -= self._entry(name, tuple([widths[each] for each in sets])).at(price, place)[1]
+        return total
 
-    def _entry(self, name: str, widths: Mapping[str, int]) -> _Entry:
-        key = tuple([widths[each] for each in self._sets[name]])
-        entries = self._entries[name]
-        if key not in entries:
-            info = self._widths.info(name, widths)
-            found = self._options.of(info, _RANKS)
-            costs = np.array([self._cost(info, option.split) for option in found])
-            entries[key] = entry = _Entry(costs, np.array([option.loss for option in found]), {})
-            values = entry.losses + self.prices[:, None] * costs  # all at once: one by one would take most of the time
-            best = values.argmin(axis=1).tolist()
-            pairs = zip(values.min(axis=1).tolist(), costs[best].tolist(), strict=True)
-            entry.best.update(zip(self.prices.tolist(), pairs, strict=True))
-        return entries[key]
+    def _entry(self, name: str, key: tuple[int, ...]) -> _Entry:
+        entry = self._entries[name].get(key)
+        if entry is None:
+            known = self._known.get((name, key))
+            if known is None:
+                info = self._widths.info(name, dict(zip(self._sets[name], key, strict=True)))
+                known = self._known[name, key] = info, self._options.of(info, _RANKS)
+            entry = self._entries[name][key] = _Entry(*_worth(*known, self._cost), self.prices)
+        return entry

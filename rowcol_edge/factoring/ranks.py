@@ -18,6 +18,8 @@ from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan, LayerPlan, neare
 
 Array = NDArray[np.float64]
 
+_ROUNDING = 1e-10
+
 
 def plan_by_energy(
     infos: Mapping[str, LayerInfo],
@@ -108,7 +110,8 @@ def plan_by_cost(
     above the best forms and ranks at its widths.
 
     Args:
-        allocator: proposes widths of channels; of those the one is taken whose widths and ranks lose least in all.
+        allocator: proposes widths of channels; of those the one is taken whose widths and ranks lose least in all. It
+            has options of its own, which must be those of the same spaces, multiple and break-even.
         inputs: what layers take, of those for which other forms than `column` are to be thought of.
 
     Raises:
@@ -117,15 +120,16 @@ def plan_by_cost(
     """
     _check_options(rank_multiple, break_even)
     rows = inputs or {}
-    options = Options(spaces, rows, rank_multiple, break_even)
+    options = Options(spaces, rows, rank_multiple, break_even) if allocator is None else allocator.options
+    full = infos if allocator is None else allocator.widths.infos
     proposals = [{}] if allocator is None else allocator.candidates(cost, total, limit)
-    best: FactorPlan | None = None
+    best: tuple[float, float, Mapping[str, int], dict[str, _Step]] | None = None
     over: list[OverBudgetError] = []
     for widths in proposals:
-        known = {name: infos[name] if allocator is None else allocator.widths.info(name, widths) for name in infos}
+        known = full if allocator is None else {name: allocator.widths.info(name, widths) for name in full}
         ladders = {name: _ladder(info, options, cost) for name, info in known.items()}
         saved = sum(
-            cost(infos[name], None) - cost(known[name], None) for name in infos if known[name] is not infos[name]
+            cost(info, None) - cost(known[name], None) for name, info in full.items() if known[name] is not info
         )
         try:
             chosen, gap = _allocate(ladders, total - saved, limit)
@@ -135,13 +139,55 @@ def plan_by_cost(
         lost = sum(step.option.loss for step in chosen.values())
         if allocator is not None:
             lost += allocator.lost(widths)
-        if best is None or lost < (best.loss or 0.0):
-            taken = {name: step.option.split for name, step in chosen.items()}
-            plan = _planned(infos, spaces, rows, taken, widths, None if allocator is None else allocator.widths)
-            best = replace(plan, loss=lost, gap=gap)
+        if best is None or lost < best[0]:
+            best = lost, gap, widths, chosen
     if best is None:
         raise min(over, key=lambda error: error.least)
-    return replace(best, rank_multiple=rank_multiple, made_by=made_by, model=model)
+    lost, gap, taken_widths, chosen = best
+    taken = {name: step.option.split for name, step in chosen.items()}
+    plan = _planned(infos, spaces, rows, taken, taken_widths, None if allocator is None else allocator.widths)
+    return replace(plan, loss=lost, gap=gap, rank_multiple=rank_multiple, made_by=made_by, model=model)
+
+
+def no_dearer(
+    plans: Sequence[FactorPlan],
+    infos: Mapping[str, LayerInfo],
+    spaces: Mapping[str, Spectrum],
+    options: Options,
+    *,
+    allocator: Allocator | None = None,
+    inputs: Mapping[str, Spectrum] | None = None,
+) -> FactorPlan | None:
+    """Of each set the least width in these plans, of each layer the option of least loss that has no more parameters or
+    MACs than in any of them; None where a layer has no such option."""
+    asked = [{each.name: each.width for each in plan.channels} for plan in plans]
+    widths = {
+        name: min(each[name] for each in asked if name in each)
+        for name in ([] if allocator is None else allocator.widths.sets)
+        if any(name in each for each in asked)
+    }
+    most = [{layer.name: (layer.parameters_after, layer.macs_after) for layer in plan.layers} for plan in plans]
+    taken: dict[str, Split | None] = {}
+    lost = 0.0 if allocator is None else allocator.lost(widths)
+    for name, own in infos.items():
+        info = own if allocator is None else allocator.widths.info(name, widths)
+        limits = [each.get(name, (own.parameters, own.macs)) for each in most]
+        fitting = [
+            option
+            for option in options.of(info)
+            if all(
+                parameters(info, option.split) <= weights and macs(info, option.split) <= products
+                for weights, products in limits
+            )
+        ]
+        if not fitting:
+            return None
+        best = min(fitting, key=lambda option: option.loss)
+        taken[name], lost = best.split, lost + best.loss
+    plan = _planned(infos, spaces, inputs or {}, taken, widths, None if allocator is None else allocator.widths)
+    return replace(
+        plan, loss=lost, rank_multiple=plans[0].rank_multiple, made_by=plans[0].made_by, model=plans[0].model
+    )
 
 
 def _planned(
@@ -334,6 +380,7 @@ def _allocate(ladders: Mapping[str, list[_Step]], total: float, limit: float) ->
     That least is bounded by Lagrange duality: ``Σ min (loss + λ cost) − λ · limit`` for any price λ ≥ 0, here that of
     the last step taken.
     """
+    limit *= 1.0 + _ROUNDING  # sums of shares are no whole numbers, even where what they count is
     least = total - sum(ladder[0].cost - ladder[-1].cost for ladder in ladders.values())
     if least > limit:
         raise OverBudgetError("the budget cannot be met by factoring", least)
