@@ -12,7 +12,7 @@ import rowcol_edge
 from rowcol_edge import cli
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.manifest import Manifest
-from rowcol_edge.device.profile import MemoryBudget, Profile
+from rowcol_edge.device.profile import WITHIN, MemoryBudget, Profile
 from rowcol_edge.device.stats import NO_DIFFERENCE, SLOWER
 from rowcol_edge.errors import BundleError, ConfigError, NotComparableError
 
@@ -74,14 +74,14 @@ def test_the_arm_and_its_baseline_can_be_named(gate: Callable[..., tuple[int, li
 
 
 def test_the_default_arm_is_the_one_that_decides_about_memory(gate: Callable[..., tuple[int, list[str]]]) -> None:
-    budget = MemoryBudget(99 * MIB, {}, ("dense@int8",))
+    budget = MemoryBudget(99 * MIB, {"dense@int8": WITHIN}, ("dense@int8",))
     assert "peak memory of dense@int8" in gate(make_profile(memory_budget=budget), "--max-memory", "70MiB")[1][0]
 
 
 @pytest.mark.parametrize(
     ("profile", "said"),
     [
-        (with_interval(make_profile(), ci_high=None), "no interval"),
+        (with_interval(make_profile(), ratio=None, ci_low=None, ci_high=None), "no interval"),
         (make_profile(evidence="emulated"), "emulated times are no latency"),
         (replace(make_profile(), comparisons=()), "not measured"),
         (with_interval(make_profile(), reason="not larger than what the null arm shows"), "what the null arm shows"),
