@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from rowcol_edge.device.profile import Profile
 from rowcol_edge.errors import BudgetError
 
 from .nets import small_net, write_splits
+from .profiles import make_bundle, make_manifest
 
 
 def run(*arguments: str) -> int:
@@ -255,6 +257,21 @@ def test_profile_is_kept_with_the_bundle_and_compared(bundle: Path, capsys: pyte
     rows = json.loads(capsys.readouterr().out)["arms"]
     assert len(rows) == 3
     assert all(row["latency_ns"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("where", [(), ("--on", "ssh://127.0.0.1:1")])
+def test_a_time_that_does_not_end_is_refused_before_anything_is_measured(
+    where: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*given: Any, **named: Any) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("rowcol_edge.device.measure.run_session", measured)
+    monkeypatch.setattr("rowcol_edge.fleet.remote.profile", measured)
+    make_bundle(tmp_path / "b", make_manifest())
+    assert run("profile", str(tmp_path / "b"), "--seconds", "inf", *where) == 2
+    assert "a time > 0 that ends\n  got:      inf" in capsys.readouterr().err
+    assert not list((tmp_path / "b" / "profiles").iterdir())
 
 
 def test_too_much_memory_for_the_target_is_exit_code_1(

@@ -79,13 +79,11 @@ def profile(
     ``seconds``, and one that fails costs a warning. MeasurementError: a process of the session itself failed. Engines
     that a runtime builds on the board are built first.
     """
+    budget_seconds = schedule.time_budget(seconds)
     chosen = _arms(bundle, arms, baseline)
     pairs = default_pairs(chosen, baseline)
     null_of = _null_of(chosen, pairs, baseline, bundle.manifest.default_arm)
     rounds = schedule.balanced_rounds(len(chosen) + 1, blocks)
-    budget_seconds = schedule.DEFAULT_SECONDS if seconds is None else seconds
-    if budget_seconds <= 0:
-        raise MeasurementError("seconds", expected="a time > 0", got=str(budget_seconds))
     host = system.environment()
     level, note = _evidence(system.evidence_for(bundle.manifest.target, host), evidence)
     caps = dict(bundle.manifest.target.get("proxy_env") or {}) if level == system.PROXY else {}
