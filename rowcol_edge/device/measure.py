@@ -101,10 +101,12 @@ def profile(
     session = run_session(requests, executor, rounds, budget_seconds, tell)
     requests = {name: _of_latency(request, session.blocks[name]) for name, request in requests.items()}
     why_not = {
-        "memory": "" if memory and system.counts(level) else NOT_ASKED,
+        "memory": _no_memory(level) if memory else NOT_ASKED,
         "energy": _no_energy(host, level) if energy else NOT_ASKED,
         "operators": _no_operators(bundle, level) if ops else NOT_ASKED,
     }
+    # the others have a note of their own in the profile
+    untaken = [f"{_TITLES['memory']}: not measured, {why_not['memory']}"] if memory and why_not["memory"] else []
     extras = _measured_too(why_not, bundle, requests, pairs, null_of, executor, tell)
     after = system.readings(system.environment())
     obstacle = (
@@ -126,6 +128,7 @@ def profile(
         *_warnings(host, after, bundle.manifest.runtime, used, profiles),
         *session.warnings,
         *found.warnings,
+        *untaken,
         *extras.warnings,
     ]
     return Profile(
@@ -269,6 +272,11 @@ def _request(bundle: Bundle, arm: ArmEntry, threads: int) -> Request:
         max_samples=schedule.MAX_SAMPLES,
         stamps=bundle.stamps(arm),
     )
+
+
+def _no_memory(level: str) -> str:
+    """Why memory at each stage cannot be measured here; empty where it can."""
+    return "" if system.counts(level) else f"{level} runs take another machine's memory"
 
 
 def _no_energy(host: system.Environment, level: str) -> str:
