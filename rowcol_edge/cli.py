@@ -363,12 +363,13 @@ def profile(
     default arm takes more memory than the target grants.
     """
     from . import api
+    from .device.main import arm_names
 
     with _progress() as progress:
         measured, path = api.profile_to(
             bundle, out, on=on, board={"known_hosts": known_hosts, "python": board_python, "folder": board_folder},
-            arms=arms.split(",") if arms else None, baseline=baseline, blocks=blocks, seconds=seconds, threads=threads,
-            memory=memory, energy=energy, ops=ops, progress=progress,
+            arms=None if arms is None else arm_names(arms), baseline=baseline, blocks=blocks, seconds=seconds,
+            threads=threads, memory=memory, energy=energy, ops=ops, progress=progress,
         )  # fmt: skip
     if json:
         _print_json(measured.to_dict())

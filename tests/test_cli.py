@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from rowcol_edge import cli, samples, targets
 from rowcol_edge.config import DEFAULT_BUDGET, BuildOptions
 from rowcol_edge.device.profile import Profile
-from rowcol_edge.errors import BudgetError
+from rowcol_edge.errors import BudgetError, MeasurementError
 
 from .nets import small_net, write_splits
 from .profiles import make_bundle, make_manifest
@@ -257,6 +257,22 @@ def test_profile_is_kept_with_the_bundle_and_compared(bundle: Path, capsys: pyte
     rows = json.loads(capsys.readouterr().out)["arms"]
     assert len(rows) == 3
     assert all(row["latency_ns"] > 0 for row in rows)
+
+
+def test_arms_are_read_as_on_the_board(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def profile(*given: Any, arms: Any, **named: Any) -> None:
+        asked.append(arms)
+        raise MeasurementError("asked")
+
+    monkeypatch.setattr("rowcol_edge.api.profile_to", profile)
+    for arms in (("--arms", " a@int8, b@fp32,"), (), ("--arms", "")):
+        assert run("profile", str(tmp_path), *arms) == 2
+    assert asked == [("a@int8", "b@fp32"), None]
+    assert "error: arms\n  expected: at least one arm\n  got:      ''" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", [(), ("--on", "ssh://127.0.0.1:1")])
