@@ -10,6 +10,7 @@ import pytest
 from rowcol_edge import cli
 from rowcol_edge.errors import MeasurementError
 from rowcol_edge.fleet import boards, campaign
+from rowcol_edge.fleet.queueing import Queue
 
 from .profiles import make_bundle, make_manifest
 
@@ -42,3 +43,25 @@ def test_a_time_that_does_not_end_is_refused_before_anything_is_sent(
     with pytest.raises(MeasurementError, match="a time > 0 that ends, got nan"):
         campaign.profile([tmp_path / "bundle"], boards.read(tmp_path / "boards.toml"), seconds=float("nan"))
     assert not (tmp_path / "results").exists()
+
+
+def test_what_is_to_be_measured_is_handed_on(
+    asked: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[dict[str, Any]] = []
+
+    def drive(queue: Queue, *given: Any, **named: Any) -> None:
+        jobs.extend(job.work for job in queue.jobs)
+
+    monkeypatch.setattr(campaign, "drive", drive)
+    options = ("--arms", "factored@int8, dense@int8", "--baseline", "dense@fp32", "--threads", "3")
+    assert run(*asked, *options) == 1
+    assert [job["options"] for job in jobs] == [
+        {"arms": ("factored@int8", "dense@int8"), "baseline": "dense@fp32", "threads": 3}
+    ]
+    capsys.readouterr()
+    assert run(*asked, "--arms", "dense@int16") == 2
+    assert "dense@int16" in capsys.readouterr().err
+    assert run(*asked, "--arms", ",") == 2
+    assert "at least one arm" in capsys.readouterr().err
+    assert len(jobs) == 1
