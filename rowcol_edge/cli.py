@@ -439,7 +439,9 @@ def gate(
     ] = None,
     max_bytes: Annotated[str | None, typer.Option(metavar="N[MB]", help="the arm's file: 4MB")] = None,
     max_memory: Annotated[str | None, typer.Option(metavar="N[MB]", help="the peak of its process: 64MiB")] = None,
-    arm: Annotated[str | None, typer.Option(help="the arm to judge; the bundle's default one otherwise")] = None,
+    arm: Annotated[
+        str | None, typer.Option(help="the arm to judge (default: the bundle's default one, if it was measured)")
+    ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="the arm of the ratio (default: dense of the same precision, or dense@fp32)")
     ] = None,
