@@ -74,11 +74,13 @@ def profile(
             arms=None if arms is None else arm_names(arms), baseline=baseline, blocks=blocks, seconds=seconds,
             threads=threads, memory=memory or None, energy=energy or None, ops=ops or None,
         )  # fmt: skip
-    page = fleet.write_page(found, bundles)
     if json:
         print_json(found.to_dict())
     else:
-        fleet.profiles(found, page)
+        fleet.profiles(found)
+    # after the results, which a full disk must not cost, and beside them
+    if said := fleet.write_page(found, bundles):
+        typer.echo(said, err=True)
     found.raise_if_incomplete()
 
 

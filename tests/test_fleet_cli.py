@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rowcol_edge import cli
+from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.errors import MeasurementError
 from rowcol_edge.fleet import boards, campaign
+from rowcol_edge.fleet.gather import MEASURED, Entry, Gathered
 from rowcol_edge.fleet.queueing import Queue
 
-from .profiles import make_bundle, make_manifest
+from .profiles import make_bundle, make_manifest, make_profile
 
 
 def run(*arguments: object) -> int:
@@ -20,6 +26,22 @@ def run(*arguments: object) -> int:
         cli.run_command([str(argument) for argument in arguments])
     assert isinstance(ended.value.code, int)
     return ended.value.code
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the page goes of a campaign that gave one profile."""
+    folder = tmp_path / "results"
+
+    def profile(bundles: list[Path], *given: Any, **named: Any) -> Gathered:
+        with Bundle.open(bundles[0]) as bundle:
+            digest = bundle.digest
+        (folder / "profiles").mkdir(parents=True)
+        (folder / "profiles/a.json").write_text(make_profile(samples=6, digest=digest).to_json(), encoding="utf-8")
+        return Gathered(folder, (Entry("tiny", digest, "generic-x86", "a", MEASURED, file="profiles/a.json"),))
+
+    monkeypatch.setattr(campaign, "profile", profile)
+    return folder / "report.html"
 
 
 @pytest.fixture
@@ -65,3 +87,35 @@ def test_what_is_to_be_measured_is_handed_on(
     assert run(*asked, "--arms", ",") == 2
     assert "at least one arm" in capsys.readouterr().err
     assert len(jobs) == 1
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_the_results_are_printed_before_the_page_is_written(
+    flags: tuple[str, ...], asked: list[object], measured: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("rowcol_edge.report.fleet.write_whole", full)
+    assert run(*asked, *flags) == 2
+    said = capsys.readouterr()
+    assert json.loads(said.out)["entries"][0]["board"] == "a" if flags else "measured" in said.out
+    assert f"{measured}: No space left on device" in said.err
+
+
+def test_the_page_is_named_or_the_extra_that_makes_it(
+    asked: list[object], measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    assert run(*asked, "--json") == 0
+    said = capsys.readouterr()
+    assert len(json.loads(said.out)["entries"]) == 1
+    assert f"page written to {measured}\n" in said.err
+    assert "<html" in measured.read_text(encoding="utf-8")
+    shutil.rmtree(measured.parent)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert run(*asked) == 0
+    assert "no page: a report needs jinja2" in (err := capsys.readouterr().err)
+    assert "pip install 'rowcol-edge[report]'" in err
+    assert not measured.exists()
