@@ -185,8 +185,10 @@ def profile(
     given = {key: value for key, value in options.items() if value is not None}
     reach = {key: value for key, value in (board or {}).items() if value is not None}
     if on is not None:
+        from .device.schedule import time_budget
         from .fleet import remote
 
+        time_budget(given.get("seconds"))  # before anything is sent
         return remote.profile(bundle, on, **reach, progress=progress, **given)
     if reach:
         raise ConfigError(", ".join(reach), expected="a board to use it for", got="none", hint="name it with --on")

@@ -363,12 +363,13 @@ def profile(
     default arm takes more memory than the target grants.
     """
     from . import api
+    from .device.main import arm_names
 
     with _progress() as progress:
         measured, path = api.profile_to(
             bundle, out, on=on, board={"known_hosts": known_hosts, "python": board_python, "folder": board_folder},
-            arms=arms.split(",") if arms else None, baseline=baseline, blocks=blocks, seconds=seconds, threads=threads,
-            memory=memory, energy=energy, ops=ops, progress=progress,
+            arms=None if arms is None else arm_names(arms), baseline=baseline, blocks=blocks, seconds=seconds,
+            threads=threads, memory=memory, energy=energy, ops=ops, progress=progress,
         )  # fmt: skip
     if json:
         _print_json(measured.to_dict())
@@ -438,7 +439,9 @@ def gate(
     ] = None,
     max_bytes: Annotated[str | None, typer.Option(metavar="N[MB]", help="the arm's file: 4MB")] = None,
     max_memory: Annotated[str | None, typer.Option(metavar="N[MB]", help="the peak of its process: 64MiB")] = None,
-    arm: Annotated[str | None, typer.Option(help="the arm to judge; the bundle's default one otherwise")] = None,
+    arm: Annotated[
+        str | None, typer.Option(help="the arm to judge (default: the bundle's default one, if it was measured)")
+    ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="the arm of the ratio (default: dense of the same precision, or dense@fp32)")
     ] = None,

@@ -40,8 +40,11 @@ def profile(
         bool, typer.Option("--once", help="each bundle on one board of its target, whichever is free first")
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="also what lies in --out already")] = False,
+    arms: Annotated[str | None, typer.Option(help="only these arms of each bundle, separated by commas")] = None,
+    baseline: Annotated[str | None, typer.Option(help="the arm the others are compared with")] = None,
     blocks: Annotated[int | None, typer.Option(min=1, help="fresh processes per arm")] = None,
     seconds: Annotated[float | None, typer.Option(min=1, help="aim to be done in this time, on each board")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="instead of the target's")] = None,
     memory: Annotated[
         bool, typer.Option("--memory", help="also memory at each stage and by the runtime's settings")
     ] = False,
@@ -59,6 +62,7 @@ def profile(
     One at a time on each board. Profiles are written as they come, and the same command again keeps them. Exit code 1
     where a board measured nothing, or a default arm takes more memory than its target grants.
     """
+    from .device.main import arm_names
     from .fleet import boards as listed
     from .fleet import campaign
     from .report import fleet
@@ -67,13 +71,16 @@ def profile(
         found = campaign.profile(
             bundles, listed.read(boards), out=out, scheduler=_scheduler(scheduler, tls_ca, tls_cert, tls_key),
             once=once, again=again, retries=retries, limit_seconds=limit or campaign.PROFILE_SECONDS, progress=report,
-            blocks=blocks, seconds=seconds, memory=memory or None, energy=energy or None, ops=ops or None,
+            arms=None if arms is None else arm_names(arms), baseline=baseline, blocks=blocks, seconds=seconds,
+            threads=threads, memory=memory or None, energy=energy or None, ops=ops or None,
         )  # fmt: skip
-    page = fleet.write_page(found, bundles)
     if json:
         print_json(found.to_dict())
     else:
-        fleet.profiles(found, page)
+        fleet.profiles(found)
+    # after the results, which a full disk must not cost, and beside them
+    if said := fleet.write_page(found, bundles):
+        typer.echo(said, err=True)
     found.raise_if_incomplete()
 
 

@@ -145,8 +145,13 @@ def make_operators(names: Sequence[str] = tuple(LEVELS_MS), layers: int = 3) -> 
         arms[name] = ArmOperators(
             tuple(times), (*found, OperatorTime("Reorder", "", "Reorder", "", 0.1 * MS)), 0.1 * MS, total, 1.1 * total
         )
+    return with_arms(Operators(Peaks(8e9, 5e9, 2, "made up"), {}, (), layers, 0), arms)
+
+
+def with_arms(operators: Operators, arms: Mapping[str, ArmOperators]) -> Operators:
+    """These arms instead, and their layers compared anew."""
     pairs = [pair for pair in PAIRS if pair[0] in arms and pair[1] in arms]
-    return Operators(Peaks(8e9, 5e9, 2, "made up"), arms, compared(arms, pairs), layers, 0)
+    return replace(operators, arms=dict(arms), comparisons=compared(arms, pairs))
 
 
 def make_profile(

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from safetensors.torch import save_file
 from rowcol_edge import cli, samples, targets
 from rowcol_edge.config import DEFAULT_BUDGET, BuildOptions
 from rowcol_edge.device.profile import Profile
-from rowcol_edge.errors import BudgetError
+from rowcol_edge.errors import BudgetError, MeasurementError
 
 from .nets import small_net, write_splits
+from .profiles import make_bundle, make_manifest
 
 
 def run(*arguments: str) -> int:
@@ -255,6 +257,37 @@ def test_profile_is_kept_with_the_bundle_and_compared(bundle: Path, capsys: pyte
     rows = json.loads(capsys.readouterr().out)["arms"]
     assert len(rows) == 3
     assert all(row["latency_ns"] > 0 for row in rows)
+
+
+def test_arms_are_read_as_on_the_board(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def profile(*given: Any, arms: Any, **named: Any) -> None:
+        asked.append(arms)
+        raise MeasurementError("asked")
+
+    monkeypatch.setattr("rowcol_edge.api.profile_to", profile)
+    for arms in (("--arms", " a@int8, b@fp32,"), (), ("--arms", "")):
+        assert run("profile", str(tmp_path), *arms) == 2
+    assert asked == [("a@int8", "b@fp32"), None]
+    assert "error: arms\n  expected: at least one arm\n  got:      ''" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", [(), ("--on", "ssh://127.0.0.1:1")])
+def test_a_time_that_does_not_end_is_refused_before_anything_is_measured(
+    where: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*given: Any, **named: Any) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("rowcol_edge.device.measure.run_session", measured)
+    monkeypatch.setattr("rowcol_edge.fleet.remote.profile", measured)
+    make_bundle(tmp_path / "b", make_manifest())
+    assert run("profile", str(tmp_path / "b"), "--seconds", "inf", *where) == 2
+    assert "a time > 0 that ends\n  got:      inf" in capsys.readouterr().err
+    assert not list((tmp_path / "b" / "profiles").iterdir())
 
 
 def test_too_much_memory_for_the_target_is_exit_code_1(

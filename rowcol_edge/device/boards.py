@@ -20,6 +20,15 @@ _GPU_CLOCKS = ("sys/class/devfreq/*.gpu", "sys/class/devfreq/*.g[avp]1[01]*")
 """The GPU of a Jetson: 17000000.gpu on newer systems, before that by the chip: .gp10b, .gv11b, .ga10b."""
 
 
+def raspberry_pi(board: str) -> bool:
+    """Is a board of that name (the device tree's ``model``) one whose firmware can be asked?"""
+    return board.startswith("Raspberry Pi")
+
+
+def jetson(board: str) -> bool:
+    return "NVIDIA" in board or "Jetson" in board
+
+
 def throttled(root: Path) -> str:
     """What a Raspberry Pi's firmware says of throttling, in hexadecimal; empty elsewhere."""
     told = [sysfs.text(path).strip() for path in root.glob(_THROTTLED)]

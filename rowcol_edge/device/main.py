@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BundleError, MissingDependencyError, RowcolError
+from ..errors import BundleError, MeasurementError, MissingDependencyError, RowcolError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     profile = commands.add_parser(
         "profile", parents=[common], help="measure latency, cold start, memory and size of the arms"
     )
-    profile.add_argument("--arms", type=_names, metavar="A,B", help="default: all arms")
+    profile.add_argument("--arms", type=arm_names, metavar="A,B", help="default: all arms")
     profile.add_argument("--baseline", metavar="NAME", help="the arm the others are compared with")
     profile.add_argument("--blocks", type=_count, metavar="N", help="fresh processes an arm")
     profile.add_argument("--seconds", type=_seconds, metavar="S", help="time budget in seconds")
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common],
         help="build the engines of the arms for this machine (tensorrt); takes minutes, once",
     )
-    engine.add_argument("--arms", type=_names, metavar="A,B", help="default: all arms")
+    engine.add_argument("--arms", type=arm_names, metavar="A,B", help="default: all arms")
     engine.set_defaults(command=_engine)
 
     doctor = commands.add_parser("doctor", help="what this machine has and lacks; needs nothing but Python")
@@ -155,8 +155,12 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in (part.strip() for part in text.split(",")) if name)
+def arm_names(text: str) -> tuple[str, ...]:
+    """``A, B`` as ``--arms`` takes it. MeasurementError: no name in it."""
+    names = tuple(name for name in (part.strip() for part in text.split(",")) if name)
+    if not names:
+        raise MeasurementError("arms", expected="at least one arm", got=repr(text))
+    return names
 
 
 def _print_json(document: Any) -> None:

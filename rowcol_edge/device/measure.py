@@ -79,13 +79,11 @@ def profile(
     ``seconds``, and one that fails costs a warning. MeasurementError: a process of the session itself failed. Engines
     that a runtime builds on the board are built first.
     """
+    budget_seconds = schedule.time_budget(seconds)
     chosen = _arms(bundle, arms, baseline)
     pairs = default_pairs(chosen, baseline)
     null_of = _null_of(chosen, pairs, baseline, bundle.manifest.default_arm)
     rounds = schedule.balanced_rounds(len(chosen) + 1, blocks)
-    budget_seconds = schedule.DEFAULT_SECONDS if seconds is None else seconds
-    if budget_seconds <= 0:
-        raise MeasurementError("seconds", expected="a time > 0", got=str(budget_seconds))
     host = system.environment()
     level, note = _evidence(system.evidence_for(bundle.manifest.target, host), evidence)
     caps = dict(bundle.manifest.target.get("proxy_env") or {}) if level == system.PROXY else {}
@@ -103,10 +101,12 @@ def profile(
     session = run_session(requests, executor, rounds, budget_seconds, tell)
     requests = {name: _of_latency(request, session.blocks[name]) for name, request in requests.items()}
     why_not = {
-        "memory": "" if memory and system.counts(level) else NOT_ASKED,
+        "memory": _no_memory(level) if memory else NOT_ASKED,
         "energy": _no_energy(host, level) if energy else NOT_ASKED,
         "operators": _no_operators(bundle, level) if ops else NOT_ASKED,
     }
+    # the others have a note of their own in the profile
+    untaken = [f"{_TITLES['memory']}: not measured, {why_not['memory']}"] if memory and why_not["memory"] else []
     extras = _measured_too(why_not, bundle, requests, pairs, null_of, executor, tell)
     after = system.readings(system.environment())
     obstacle = (
@@ -128,6 +128,7 @@ def profile(
         *_warnings(host, after, bundle.manifest.runtime, used, profiles),
         *session.warnings,
         *found.warnings,
+        *untaken,
         *extras.warnings,
     ]
     return Profile(
@@ -271,6 +272,11 @@ def _request(bundle: Bundle, arm: ArmEntry, threads: int) -> Request:
         max_samples=schedule.MAX_SAMPLES,
         stamps=bundle.stamps(arm),
     )
+
+
+def _no_memory(level: str) -> str:
+    """Why memory at each stage cannot be measured here; empty where it can."""
+    return "" if system.counts(level) else f"{level} runs take another machine's memory"
 
 
 def _no_energy(host: system.Environment, level: str) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from ..errors import BudgetError, BundleError, NotComparableError
 from .fields import parse_json
-from .layer_times import LAYER_VERDICTS, Operators
+from .layer_times import LAYER_VERDICTS, LayerComparison, Operators
 from .memory import STAGES, Curve, Usage
 from .records import decode
 from .stats import NOT_COMPARABLE, VERDICTS, median
@@ -349,7 +350,8 @@ class Profile:
 
     @classmethod
     def from_dict(cls, values: object, where: str = "profile") -> Profile:
-        """Strict: BundleError names the first key that is unknown, missing or of the wrong kind."""
+        """Strict: BundleError names the first key that is unknown, missing or of the wrong kind, or the first record
+        that does not agree with the others: an arm or a layer that nobody measured, a ratio without its interval."""
         # before anything else, so that another format is refused by its version and not by some key
         schema = values.get("schema") if isinstance(values, Mapping) else None
         if not isinstance(values, Mapping) or schema not in READABLE:
@@ -365,10 +367,10 @@ class Profile:
                 raise BundleError(f"{where}: evidence", expected=f"one of {', '.join(EVIDENCE)}", got=repr(level))
         for comparison in (profile.null, *profile.comparisons):
             _check_comparison(comparison, where)
-        for found in profile.operators.comparisons if profile.operators else ():
-            if found.verdict not in LAYER_VERDICTS:
-                expected = f"one of {', '.join(LAYER_VERDICTS)}"
-                raise BundleError(f"{where}: verdict on {found.layer}", expected=expected, got=repr(found.verdict))
+        if profile.memory_budget:
+            _check_budget(profile.memory_budget, profile.arms, where)
+        if profile.operators:
+            _check_operators(profile.operators, profile.arms, where)
         return profile
 
 
@@ -376,17 +378,56 @@ def _check_arm(arm: ArmProfile, where: str) -> None:
     for block in arm.blocks:
         if min(block.samples_ns, default=0) <= 0:
             raise BundleError(f"{where}, block {block.round}", expected="times above 0", got="none, or another value")
-    for curve in (reading.curve for found in arm.footprints for reading in found.runs):
-        if curve is not None:
-            _check_curve(curve, where)
+    if not isfinite(arm.cold.total_ns):
+        raise BundleError(f"{where}: cold", expected="times whose sum is a finite number", got=str(arm.cold.total_ns))
+    for found in arm.footprints:
+        if found.latency is not None:
+            _check_comparison(found.latency, f"{where}, footprint {found.variant}")
+        for curve in (reading.curve for reading in found.runs):
+            if curve is not None:
+                _check_curve(curve, where)
 
 
 def _check_comparison(found: Comparison, where: str) -> None:
     if found.verdict not in VERDICTS:
         expected = f"one of {', '.join(VERDICTS)}"
         raise BundleError(f"{where}: verdict", expected=expected, got=repr(found.verdict))
-    if any(value is not None and value <= 0 for value in (found.ratio, found.ci_low, found.ci_high)):
-        raise BundleError(f"{where}: ratio of {found.arm}", expected="numbers above 0", got="another value")
+    _check_interval(found, f"{where}: ratio of {found.arm}")
+
+
+def _check_interval(found: Comparison | LayerComparison, where: str) -> None:
+    values = found.ratio, found.ci_low, found.ci_high
+    if values == (None, None, None):
+        return
+    if any(value is None or value <= 0 for value in values):
+        raise BundleError(where, expected="numbers above 0, all three or none", got=", ".join(map(str, values)))
+
+
+def _check_budget(budget: MemoryBudget, arms: Collection[str], where: str) -> None:
+    for key, names, known in (("verdicts", budget.verdicts, arms), ("decide", budget.decide, budget.verdicts)):
+        if unknown := [name for name in names if name not in known]:
+            expected = f"arms out of {', '.join(known) or 'none'}"
+            raise BundleError(f"{where}: memory_budget.{key}", expected=expected, got=", ".join(map(repr, unknown)))
+
+
+def _check_operators(found: Operators, arms: Collection[str], where: str) -> None:
+    for name, arm in found.arms.items():
+        if name not in arms:
+            raise BundleError(f"{where}: operators", expected=f"arms out of {', '.join(arms)}", got=repr(name))
+        for layer in arm.layers:
+            if not layer.rounds_ns:
+                what = f"{where}: layer {layer.layer} of {name}"
+                raise BundleError(what, expected="a time of each process", got="none")
+    layers = {name: {layer.layer for layer in arm.layers} for name, arm in found.arms.items()}
+    for each in found.comparisons:
+        if each.verdict not in LAYER_VERDICTS:
+            expected = f"one of {', '.join(LAYER_VERDICTS)}"
+            raise BundleError(f"{where}: verdict on {each.layer}", expected=expected, got=repr(each.verdict))
+        _check_interval(each, f"{where}: ratio of {each.layer}")
+        for name in (each.arm, each.baseline):
+            if each.layer not in layers.get(name, ()):
+                expected = f"a layer that {name} has"
+                raise BundleError(f"{where}: comparison of layers", expected=expected, got=repr(each.layer))
 
 
 def _check_curve(curve: Curve, where: str) -> None:
@@ -395,6 +436,8 @@ def _check_curve(curve: Curve, where: str) -> None:
     if not curve.times_ns or lengths[0] != lengths[1] or lengths[2] != len(STAGES) or not rising:
         expected = f"readings in the order of their times, and {len(STAGES)} marks"
         raise BundleError(f"{where}: memory curve", expected=expected, got=f"{lengths} times, readings and marks")
+    if min(curve.resident_bytes) < 0:
+        raise BundleError(f"{where}: memory curve", expected="bytes ≥ 0", got=str(min(curve.resident_bytes)))
 
 
 def conditions(profile: Profile) -> dict[str, str]:

@@ -9,6 +9,7 @@ three backwards, so that the places of an arm have the same mean as those of eve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,15 @@ class Plan:
     @property
     def warmup_seconds(self) -> float:
         return self.run_seconds * _WARMUP_SHARE
+
+
+def time_budget(seconds: float | None) -> float:
+    """The seconds for everything, DEFAULT_SECONDS for None. MeasurementError: a time that is not above 0 and finite."""
+    if seconds is None:
+        return DEFAULT_SECONDS
+    if not 0 < seconds < math.inf:
+        raise MeasurementError("seconds", expected="a time > 0 that ends", got=str(seconds))
+    return seconds
 
 
 def cycle(arms: int) -> int:

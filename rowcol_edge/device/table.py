@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .profile import NOT_ASKED, OVER, ArmProfile, Comparison, MemoryBudget, Profile, RailEnergy, settings_text
+from . import boards
+from .profile import (
+    NOT_ASKED,
+    NOT_MEASURED,
+    OVER,
+    ArmProfile,
+    Comparison,
+    MemoryBudget,
+    Profile,
+    RailEnergy,
+    settings_text,
+)
 from .stats import NOT_COMPARABLE, median, refusal
-from .system import counts
+from .system import Readings, counts, readings
 
 NONE = "–"
 
@@ -25,7 +36,7 @@ def profile_table(profile: Profile) -> str:
         *([f"runtime settings: {settings}"] if settings else []),
         f"evidence: {profile.evidence} – {profile.evidence_note}",
         f"host: {_host(profile)}",
-        *_readings(profile),
+        _readings(profile),
         "",
         *_arms(profile),
         *_budget(profile),
@@ -148,25 +159,52 @@ def _ratios(profile: Profile) -> list[str]:
     return columns(rows, [False, False])
 
 
-def _readings(profile: Profile) -> list[str]:
-    """What the machine said before and after, of that which it says."""
-    before, after = profile.environment, profile.after
-    pairs = [
-        ("", before.temperature_c, after.temperature_c, "{:.0f} °C"),
-        ("firmware ", before.firmware_temperature_c, after.firmware_temperature_c, "{:.0f} °C"),
-        ("fastest core ", _mhz(before.frequency_khz), _mhz(after.frequency_khz), "{:.0f} MHz"),
-        ("throttling ", before.throttled or None, after.throttled or None, "{}"),
-    ]
+def machine_told(profile: Profile) -> dict[str, tuple[str, str]]:
+    """What the machine said before and after; NOT_MEASURED where it did not, and what only boards of one make tell is
+    left out on others."""
+    board = profile.environment.board
+    before, after = (_told(each, board) for each in (readings(profile.environment), profile.after))
+    own = {
+        "firmware temperature": boards.raspberry_pi(board),
+        "power mode": boards.jetson(board),
+        "clocks held": boards.jetson(board),
+    }
+    return {
+        what: (was, after[what])
+        for what, was in before.items()
+        if own.get(what, True) or (was, after[what]) != (NOT_MEASURED, NOT_MEASURED)
+    }
+
+
+def _told(said: Readings, board: str) -> dict[str, str]:
+    # a Raspberry Pi's firmware holds cores back without a word in cpufreq
+    free = said.frequency_khz is not None and not boards.raspberry_pi(board)
+    texts = {
+        "governor": said.governor,
+        "temperature": _celsius(said.temperature_c),
+        "firmware temperature": _celsius(said.firmware_temperature_c),
+        "fastest core": "" if said.frequency_khz is None else f"{said.frequency_khz / 1000:.0f} MHz",
+        "throttling": said.throttled or ("none" if free else ""),
+        "power mode": said.power_mode,
+        "clocks held": "" if said.clocks_held is None else "yes" if said.clocks_held else "no",
+    }
+    return {what: text or NOT_MEASURED for what, text in texts.items()}
+
+
+def _celsius(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f} °C"
+
+
+def _readings(profile: Profile) -> str:
+    """What may change in between; the rest is the host's line."""
+    told = machine_told(profile)
+    shown = ("temperature", "firmware temperature", "fastest core", "throttling")
     said = [
-        f"{what}{NONE if was is None else form.format(was)} → {NONE if now is None else form.format(now)}"
-        for what, was, now, form in pairs
-        if was is not None or now is not None
+        f"{what} {NOT_MEASURED}" if told[what] == (NOT_MEASURED, NOT_MEASURED) else f"{what} {' → '.join(told[what])}"
+        for what in shown
+        if what in told
     ]
-    return [f"before → after: {', '.join(said)}"] if said else []
-
-
-def _mhz(khz: int | None) -> float | None:
-    return None if khz is None else khz / 1000
+    return f"before → after: {', '.join(said)}"
 
 
 def _stages(profile: Profile) -> list[str]:
@@ -246,6 +284,7 @@ def _refusals(profile: Profile) -> list[str]:
 
 def _host(profile: Profile) -> str:
     host = profile.environment
+    told = {what: before for what, (before, _) in machine_told(profile).items()}
     isa = [flag for flag in host.isa if flag not in ("sse4_1", "sse4_2", "avx", "f16c")]
     caps = {**host.caps, **profile.caps}
     parts = [
@@ -253,9 +292,9 @@ def _host(profile: Profile) -> str:
         f"{host.cores_usable} of {host.cores} cores",
         " ".join(isa),
         host.virtual,
-        f"governor {host.governor}" if host.governor else "",
-        f"power mode {host.power_mode}" if host.power_mode else "",
-        "" if host.clocks_held is None else "clocks held" if host.clocks_held else "clocks not held (jetson_clocks)",
+        f"governor {told['governor']}",
+        f"power mode {told['power mode']}" if "power mode" in told else "",
+        f"clocks held: {told['clocks held']} (jetson_clocks)" if "clocks held" in told else "",
         "caps " + " ".join(f"{k}={v}" for k, v in sorted(caps.items())) if caps else "no caps",
         f"Python {host.python}",
     ]

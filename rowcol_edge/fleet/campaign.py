@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..device.schedule import time_budget
 from ..device.session import Progress
 from ..errors import ConfigError
 from . import jobs as making
@@ -80,6 +81,7 @@ def profile(
         and of the rest why it was not.
         What a board did not measure is no error here: `Gathered.raise_if_incomplete` makes it one.
     """
+    time_budget(options.get("seconds"))
     wanted = making.profiles(bundles, boards, options, once=once)
     folder = Folder(out)
     entries: dict[str, Entry] = {}

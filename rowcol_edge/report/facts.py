@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from ..device.profile import Profile, settings_text
-from ..device.table import NONE, mebibytes
+from ..device.table import machine_told, mebibytes
 
 
 def environment_facts(profile: Profile) -> dict[str, str]:
-    """The machine; what it does not tell is left out."""
-    host, after = profile.environment, profile.after
+    """The machine. What most machines tell and this one does not stands there as not measured; what is of boards of one
+    make only, or holds on some machines only, is left out elsewhere."""
+    host = profile.environment
+    told = machine_told(profile)
     facts = {
         "board": host.board,
         "processor": f"{host.machine} {host.cpu_model}".strip(),
         "instruction set": ", ".join(host.isa),
         "cores": f"{host.cores_usable} usable of {host.cores}",
-        "governor": _change(host.governor, after.governor),
-        "frequency": _change(_megahertz(host.frequency_khz), _megahertz(after.frequency_khz)),
-        "temperature": _change(_celsius(host.temperature_c), _celsius(after.temperature_c)),
-        "throttling": _change(host.throttled, after.throttled),
-        "power mode": _change(host.power_mode, after.power_mode),
+        **{what: before if before == after else f"{before} → {after}" for what, (before, after) in told.items()},
         "rails": ", ".join(host.rails) or host.rails_unread,
         "memory": "" if host.memory_bytes is None else mebibytes(host.memory_bytes),
         "load before": "" if host.load_1m is None else f"{host.load_1m:g}",
@@ -48,16 +46,3 @@ def protocol_facts(profile: Profile) -> dict[str, str]:
         "build": profile.digest[:16],
     }
     return {label: text for label, text in facts.items() if text}
-
-
-def _change(before: str, after: str) -> str:
-    """One value, or both where it changed while measuring."""
-    return before if before == after else f"{before or NONE} → {after or NONE}"
-
-
-def _megahertz(khz: int | None) -> str:
-    return "" if khz is None else f"{khz / 1000:.0f} MHz"
-
-
-def _celsius(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f} °C"

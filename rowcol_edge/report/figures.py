@@ -133,6 +133,10 @@ class ProfileFigures:
         return next(arm for arm in self.arms if arm.default)
 
     @property
+    def has_energy(self) -> bool:
+        return any(arm.energy_joules is not None for arm in self.arms)
+
+    @property
     def stage_names(self) -> tuple[str, ...]:
         """Of all arms: one may have been measured at more stages than another."""
         found = {stage.name for arm in self.arms for stage in arm.stages}

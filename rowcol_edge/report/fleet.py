@@ -19,19 +19,17 @@ if TYPE_CHECKING:
     from ..fleet.sweep import Cell, Sweep
 
 
-def write_page(found: Gathered, bundles: Sequence[Path]) -> Path | None:
-    """``report.html`` of all profiles; None where there is none, or nothing to make a page with."""
-    from . import page
+def write_page(found: Gathered, bundles: Sequence[Path]) -> str:
+    """Write ``report.html`` of all profiles, if there is one; a line that says where it is, or which extra makes it."""
+    if not found.profiles:
+        return ""
+    from ..device.bundle import Bundle
+    from . import page, reading
 
     try:
         page.check()
-    except MissingDependencyError:
-        return None
-    if not found.profiles:
-        return None
-    from ..device.bundle import Bundle
-    from . import reading
-
+    except MissingDependencyError as e:
+        return f"no page: {e}"
     measured = {entry.digest for entry in found.entries if entry.file}
     shown = []
     for path in bundles:
@@ -39,10 +37,10 @@ def write_page(found: Gathered, bundles: Sequence[Path]) -> Path | None:
             shown += [path] if bundle.digest in measured else []
     written = found.folder / "report.html"
     write_whole(written, page.page(reading.load(found.profiles, shown)))
-    return written
+    return f"page written to {written}"
 
 
-def profiles(found: Gathered, written: Path | None) -> None:
+def profiles(found: Gathered) -> None:
     """A row for each board and bundle; below it why what is missing was not measured."""
     console = _console()
     columns = {
@@ -59,7 +57,7 @@ def profiles(found: Gathered, written: Path | None) -> None:
     for entry in found.entries:
         if entry.reason:
             console.print(f"{entry.bundle} on {entry.board}, {entry.attempts} tries: {entry.reason}", soft_wrap=True)
-    console.print(f"written to {found.folder}{f', page {written}' if written else ''}", soft_wrap=True)
+    console.print(f"written to {found.folder}", soft_wrap=True)
 
 
 def sweep(found: Sweep) -> None:

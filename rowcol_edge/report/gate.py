@@ -116,15 +116,15 @@ def gate(
     """Judge one arm of a profile.
 
     Args:
-        arm: by default the bundle's default one, or the first that was measured.
+        arm: by default the bundle's default one, see `judged_arm`.
         baseline: by default the dense arm of the same precision; without one, dense@fp32.
         bundle: states the quality; by default the one in whose ``profiles/`` the profile lies. Only a drop needs it.
 
-    BundleError: no profile, one of another schema version, or an arm that it does not hold. NotComparableError: the
-    profile measured another build than the bundle.
+    BundleError: no profile, one of another schema version, an arm that it does not hold, or none named where the
+    bundle's default one was not measured. NotComparableError: the profile measured another build than the bundle.
     """
     profile = Profile.load(path)
-    measured = find_arm(profile, arm or default_arm(profile))
+    measured = find_arm(profile, arm or judged_arm(profile, path, bundle))
     baseline = baseline or default_baseline(profile, measured.name)
     gates = []
     if limits.latency_ratio is not None:
@@ -145,6 +145,25 @@ def find_arm(profile: Profile, name: str) -> ArmProfile:
         expected = f"one of {', '.join(profile.arms)}"
         raise BundleError("arm", expected=expected, got=repr(name), hint=did_you_mean(name, profile.arms))
     return profile.arms[name]
+
+
+def judged_arm(profile: Profile, path: Path, bundle: Path | None = None) -> str:
+    """The default arm of the bundle that was measured; without that, what the profile shows of it (`default_arm`).
+
+    BundleError: it was not measured. NotComparableError: ``bundle`` is of another build.
+    """
+    default = ""
+    if source := bundle or bundle_beside(path):
+        with Bundle.open(source, check=False) as opened:
+            if bundle:
+                check_same_build(profile, opened)
+            default = opened.manifest.default_arm if opened.digest == profile.digest else ""
+    # several arms decide about memory only where the default one is not among them
+    unknown = not default and profile.memory_budget and len(profile.memory_budget.decide) > 1
+    if unknown or (default and default not in profile.arms):
+        expected = f"the bundle's default one{f', {default}' if default else ''}"
+        raise BundleError("arm", expected=expected, got="not measured", hint=f"--arm with {' or '.join(profile.arms)}")
+    return default or default_arm(profile)
 
 
 def default_arm(profile: Profile) -> str:

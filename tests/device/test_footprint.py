@@ -88,6 +88,14 @@ def test_each_setting_runs_in_processes_of_its_own_beside_the_default_and_a_null
 
 
 @pytest.mark.usefixtures("quiet")
+def test_memory_that_was_asked_for_under_an_emulator_is_warned_of(bundle: Bundle) -> None:
+    found, executor = ask(bundle, memory=True, evidence="emulated")
+    assert found.warnings == ("memory at each stage: not measured, emulated runs take another machine's memory",)
+    assert all(request.mode != FOOTPRINT for request in executor.requests)
+    assert ask(bundle, evidence="emulated")[0].warnings == ()
+
+
+@pytest.mark.usefixtures("quiet")
 def test_the_graphs_own_estimate_comes_from_the_manifest(bundle: Bundle) -> None:
     arms = tuple(replace(arm, activation_bytes=5 * MIB * (i + 1)) for i, arm in enumerate(bundle.manifest.arms))
     bundle.manifest = replace(bundle.manifest, arms=arms)

@@ -211,6 +211,14 @@ def test_profile_hands_on_what_was_asked_for(
     assert not (bundle_path / "profiles").exists()
 
 
+@pytest.mark.usefixtures("measure")
+@pytest.mark.parametrize("command", ["profile", "engine"])
+@pytest.mark.parametrize("given", ["", " , "])
+def test_a_list_without_an_arm_is_refused(run: Run, bundle_path: Path, command: str, given: str) -> None:
+    code, out, err = run(command, bundle_path, "--arms", given)
+    assert (code, out, err) == (2, "", f"error: arms: expected at least one arm, got {given!r}\n")
+
+
 @pytest.mark.parametrize("flags", [(), ("--json",)])
 def test_too_much_memory_exits_with_1_after_the_profile_was_written(
     run: Run, bundle_parts: dict[str, Any], tmp_path: Path, measure: dict[str, Any], flags: tuple[str, ...]

@@ -103,6 +103,8 @@ def test_a_baseline_is_measured_even_if_it_is_not_among_the_arms(bundle: Bundle)
         ({"arms": []}, MeasurementError, "at least one arm"),
         ({"blocks": 5}, MeasurementError, "blocks: expected at least 6"),
         ({"seconds": 0.0}, MeasurementError, "seconds: expected a time > 0"),
+        ({"seconds": float("inf")}, MeasurementError, "seconds: expected a time > 0 that ends, got inf"),
+        ({"seconds": float("nan")}, MeasurementError, "seconds: expected a time > 0 that ends, got nan"),
         ({"evidence": "predicted"}, MeasurementError, "expected proxy or emulated"),
     ],
 )

@@ -6,7 +6,8 @@ import pytest
 
 from rowcol_edge.device.profile import Comparison
 from rowcol_edge.device.system import readings
-from rowcol_edge.device.table import joules, mebibytes, milliseconds, profile_table, ratio_text, size
+from rowcol_edge.device.table import joules, machine_told, mebibytes, milliseconds, profile_table, ratio_text, size
+from rowcol_edge.report.facts import environment_facts
 
 from ..profiles import ENVIRONMENT, make_profile
 
@@ -18,7 +19,9 @@ def test_the_whole_table() -> None:
     assert lines[0] == "tiny for generic-x86: onnxruntime 1.20, 2 thread(s), 12 rounds in 70 s"
     assert lines[1] == "evidence: target – measured on Some Core"
     assert lines[2] == "host: Some Core, 2 of 4 cores, avx2 fma, governor performance, no caps, Python 3.11.7"
-    assert lines[3] == "before → after: 48 °C → 48 °C, fastest core 1500 MHz → 1500 MHz"
+    assert lines[3] == (
+        "before → after: temperature 48 °C → 48 °C, fastest core 1500 MHz → 1500 MHz, throttling none → none"
+    )
     assert lines[5].split() == [
         "arm",
         "median",
@@ -98,10 +101,50 @@ def test_what_a_board_tells_is_stated() -> None:
     host = replace(ENVIRONMENT, power_mode="MAXN_SUPER (2)", clocks_held=False, frequency_khz=None, temperature_c=None)
     after = replace(readings(host), temperature_c=71.2, firmware_temperature_c=70.0, throttled="4")
     lines = profile_table(make_profile(environment=host, after=after)).splitlines()
-    assert "power mode MAXN_SUPER (2), clocks not held (jetson_clocks)" in lines[2]
-    assert lines[3] == "before → after: – → 71 °C, firmware – → 70 °C, throttling – → 4"
-    silent = profile_table(make_profile(environment=host, after=readings(host)))
-    assert "before → after" not in silent
+    assert "power mode MAXN_SUPER (2), clocks held: no (jetson_clocks)" in lines[2]
+    assert lines[3] == (
+        "before → after: temperature not measured → 71 °C, firmware temperature not measured → 70 °C, "
+        "fastest core not measured, throttling not measured → 4"
+    )
+
+
+UNTOLD = replace(ENVIRONMENT, governor="", frequency_khz=None, temperature_c=None)
+COMMON = ("governor", "temperature", "fastest core", "throttling")
+
+
+@pytest.mark.parametrize(
+    ("board", "own"),
+    [
+        ("", ()),
+        ("Raspberry Pi 5 Model B Rev 1.0", ("firmware temperature",)),
+        ("NVIDIA Jetson Orin Nano Developer Kit", ("power mode", "clocks held")),
+    ],
+)
+def test_what_a_machine_should_tell_and_does_not_was_not_measured(board: str, own: tuple[str, ...]) -> None:
+    host = replace(UNTOLD, board=board)
+    profile = make_profile(environment=host, after=readings(host))
+    assert machine_told(profile) == dict.fromkeys((*COMMON, *own), ("not measured", "not measured"))
+    text = profile_table(profile)
+    assert "governor not measured" in text
+    assert "before → after: temperature not measured, " in text
+    assert text.count("not measured") == len(COMMON) + len(own)
+    facts = environment_facts(profile)
+    assert {what for what, told in facts.items() if told == "not measured"} == {*COMMON, *own}
+
+
+def test_no_throttling_is_said_only_where_it_can_be_seen() -> None:
+    """A Raspberry Pi's cores are held back by its firmware, which has to be asked."""
+    assert machine_told(make_profile())["throttling"] == ("none", "none")
+    pi = replace(ENVIRONMENT, board="Raspberry Pi 4 Model B Rev 1.5", firmware_temperature_c=51.0)
+    told = machine_told(make_profile(environment=pi, after=replace(readings(pi), throttled="0")))
+    assert told["throttling"] == ("not measured", "0")
+    assert told["firmware temperature"] == ("51 °C", "51 °C")
+
+
+def test_the_report_says_whether_clocks_were_held() -> None:
+    host = replace(ENVIRONMENT, board="NVIDIA Jetson AGX Orin", clocks_held=True)
+    facts = environment_facts(make_profile(environment=host, after=replace(readings(host), clocks_held=False)))
+    assert (facts["clocks held"], facts["power mode"]) == ("yes → no", "not measured")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from rowcol_edge.device.profile import Profile
 from rowcol_edge.report import reading
 from rowcol_edge.report.page import page
 
-from ..profiles import make_operators, make_profile
+from ..profiles import make_operators, make_profile, with_arms
 from .test_page import HOSTILE, rich_profile, written
 
 pytestmark = pytest.mark.system("chromium")
@@ -118,7 +118,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
         for name, of_arm in operators.arms.items()
     }
     full: Profile = replace(
-        profile, arms=arms, operators=replace(operators, arms=timed), target="a" * 80,
+        profile, arms=arms, operators=with_arms(operators, timed), target="a" * 80,
         warnings=("w" * 200, *profile.warnings),
     )  # fmt: skip
     return written(tmp_path_factory.mktemp("report"), full, make_profile(evidence="proxy"))

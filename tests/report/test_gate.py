@@ -12,7 +12,7 @@ import rowcol_edge
 from rowcol_edge import cli
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.manifest import Manifest
-from rowcol_edge.device.profile import MemoryBudget, Profile
+from rowcol_edge.device.profile import WITHIN, MemoryBudget, Profile
 from rowcol_edge.device.stats import NO_DIFFERENCE, SLOWER
 from rowcol_edge.errors import BundleError, ConfigError, NotComparableError
 
@@ -74,14 +74,48 @@ def test_the_arm_and_its_baseline_can_be_named(gate: Callable[..., tuple[int, li
 
 
 def test_the_default_arm_is_the_one_that_decides_about_memory(gate: Callable[..., tuple[int, list[str]]]) -> None:
-    budget = MemoryBudget(99 * MIB, {}, ("dense@int8",))
+    budget = MemoryBudget(99 * MIB, {"dense@int8": WITHIN}, ("dense@int8",))
     assert "peak memory of dense@int8" in gate(make_profile(memory_budget=budget), "--max-memory", "70MiB")[1][0]
+
+
+def test_the_bundle_says_which_arm_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = profiled(tmp_path / "b", make_manifest(default_arm="dense@int8"))
+    assert command(capsys, str(path), "--max-bytes", "2MB")[1][0].startswith("held: file of dense@int8: ")
+    elsewhere = path.replace(tmp_path / "elsewhere.json")
+    assert command(capsys, str(elsewhere), "--max-bytes", "2MB")[1][0].startswith("held: file of factored@int8: ")
+    lines = command(capsys, str(elsewhere), "--max-bytes", "2MB", "--bundle", str(tmp_path / "b"))[1]
+    assert lines[0].startswith("held: file of dense@int8: ")
+
+
+def test_an_arm_has_to_be_named_where_the_default_one_was_not_measured(tmp_path: Path) -> None:
+    levels = {"dense@int8": 4.0, "dense@fp32": 8.0}
+    path = profiled(tmp_path / "b", make_manifest(), levels_ms=levels)
+    said = (
+        "arm: expected the bundle's default one, factored@int8, got not measured – --arm with dense@int8 or dense@fp32"
+    )
+    with pytest.raises(BundleError, match=f"^{said}$"):
+        rowcol_edge.gate(path, max_bytes="2MB")
+    assert rowcol_edge.gate(path, max_bytes="2MB", arm="dense@fp32").held
+    budget = MemoryBudget(99 * MIB, dict.fromkeys(levels, WITHIN), tuple(levels))
+    alone = tmp_path / "alone.json"
+    alone.write_text(make_profile(levels_ms=levels, memory_budget=budget).to_json(), encoding="utf-8")
+    with pytest.raises(BundleError, match="arm: expected the bundle's default one, got not measured"):
+        rowcol_edge.gate(alone, max_bytes="2MB")
+
+
+def test_a_bundle_that_was_built_anew_says_nothing_of_an_older_profile(tmp_path: Path) -> None:
+    path = profiled(tmp_path / "b", make_manifest())
+    make_bundle(tmp_path / "other", make_manifest(created="2027-01-02T03:04:05Z", default_arm="dense@int8"))
+    moved = path.replace(tmp_path / "other/profiles/one.json")
+    assert rowcol_edge.gate(moved, max_bytes="2MB").arm == "factored@int8"
+    with pytest.raises(NotComparableError, match="expected the same build"):
+        rowcol_edge.gate(moved, max_bytes="2MB", bundle=tmp_path / "other")
 
 
 @pytest.mark.parametrize(
     ("profile", "said"),
     [
-        (with_interval(make_profile(), ci_high=None), "no interval"),
+        (with_interval(make_profile(), ratio=None, ci_low=None, ci_high=None), "no interval"),
         (make_profile(evidence="emulated"), "emulated times are no latency"),
         (replace(make_profile(), comparisons=()), "not measured"),
         (with_interval(make_profile(), reason="not larger than what the null arm shows"), "what the null arm shows"),
@@ -150,11 +184,11 @@ def test_a_drop_that_the_manifest_does_not_state(tmp_path: Path, capsys: pytest.
     assert (code, lines[0].endswith("build with --test")) == (3, True)
 
 
-def profiled(folder: Path, manifest: Manifest) -> Path:
+def profiled(folder: Path, manifest: Manifest, **changes: Any) -> Path:
     """A bundle of empty files, and its profile."""
     make_bundle(folder, manifest)
     with Bundle.open(folder) as bundle:
-        profile = make_profile(digest=bundle.digest)
+        profile = make_profile(digest=bundle.digest, **changes)
     path = folder / "profiles/one.json"
     path.write_text(profile.to_json(), encoding="utf-8")
     return path

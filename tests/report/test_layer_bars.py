@@ -11,7 +11,7 @@ from rowcol_edge.report.figures import ProfileFigures
 from rowcol_edge.report.layer_bars import LEFT, OPERATORS, RIGHT, SHOWN, bars, by_operator, table
 from rowcol_edge.report.page import page
 
-from ..profiles import MS, make_operators, make_profile
+from ..profiles import MS, make_operators, make_profile, with_arms
 
 
 def figures(folder: Path, profile: Profile) -> ProfileFigures:
@@ -52,7 +52,7 @@ def test_one_interrupted_process_does_not_make_all_bars_short(tmp_path: Path) ->
     first = dense.layers[0]
     late = replace(first, rounds_ns=(*first.rounds_ns[:5], 90.0 * MS))
     arms = {**operators.arms, "dense@int8": replace(dense, layers=(late, *dense.layers[1:]))}
-    found = table(figures(tmp_path, make_profile(operators=replace(operators, arms=arms), operators_note="")))
+    found = table(figures(tmp_path, make_profile(operators=with_arms(operators, arms), operators_note="")))
     assert found is not None
     drawn = bars(found)
     assert drawn.rows[0].bars[0].high == RIGHT
@@ -67,7 +67,7 @@ def test_a_long_name_is_cut_in_the_picture_alone(tmp_path: Path) -> None:
         name: replace(arm, layers=(replace(arm.layers[0], layer=long), *arm.layers[1:]))
         for name, arm in operators.arms.items()
     }
-    found = table(figures(tmp_path, make_profile(operators=replace(operators, arms=arms), operators_note="")))
+    found = table(figures(tmp_path, make_profile(operators=with_arms(operators, arms), operators_note="")))
     assert found is not None
     [row] = [row for row in bars(found).rows if row.said.startswith(long)]
     assert len(row.label) == 41
@@ -95,7 +95,7 @@ def test_a_layer_that_one_arm_lacks_has_no_time_there(tmp_path: Path) -> None:
     operators = make_operators()
     dense = operators.arms["dense@int8"]
     arms = {**operators.arms, "dense@int8": replace(dense, layers=dense.layers[1:])}
-    profile = make_profile(operators=replace(operators, arms=arms), operators_note="")
+    profile = make_profile(operators=with_arms(operators, arms), operators_note="")
     found = table(figures(tmp_path, profile))
     assert found is not None
     assert [(row.layer, row.times[0] is None) for row in found.rows if row.times[0] is None] == [("body.0", True)]
@@ -126,7 +126,7 @@ def test_an_operators_name_is_escaped(tmp_path: Path) -> None:
     dense = operators.arms["dense@int8"]
     renamed = tuple(replace(each, name=hostile, kind=hostile, layer=hostile) for each in dense.operators)
     arms = {**operators.arms, "dense@int8": replace(dense, operators=renamed)}
-    figures(tmp_path, make_profile(operators=replace(operators, arms=arms), operators_note=""))
+    figures(tmp_path, make_profile(operators=with_arms(operators, arms), operators_note=""))
     text = page(reading.load([tmp_path / "p.json"]))
     assert "&lt;script&gt;" in text
     assert "<script" not in text

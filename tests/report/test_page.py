@@ -124,6 +124,22 @@ def test_the_page_has_every_section_and_the_numbers(tmp_path: Path) -> None:
     assert ("dd", "12, each arm once a round in a process of its own") in document.texts
 
 
+def test_energy_stands_with_the_rail_that_it_was_read_on(tmp_path: Path) -> None:
+    """The default arm's could not be read, and another arm's on another rail than a third one's."""
+    profile = rich_profile()
+    rails = {"factored@int8": (), "dense@int8": profile.arms["dense@int8"].energy,
+             "dense@fp32": (RailEnergy("psys", "RAPL", 0.0099, 0.009, 0.01, ()),)}  # fmt: skip
+    arms = {name: replace(profile.arms[name], energy=energy) for name, energy in rails.items()}
+    texts = [
+        text for tag, text in Document(written(tmp_path, replace(profile, arms=arms))).texts if tag in ("td", "th")
+    ]
+    assert "energy, rail" in texts
+    for energy, rail in (("4.2 mJ", "VDD_IN"), ("9.9 mJ", "psys")):
+        assert texts[texts.index(energy) + 1] == rail
+    (without := tmp_path / "without").mkdir()
+    assert "energy, rail" not in written(without, make_profile())
+
+
 def test_the_page_is_made_for_keyboards_and_screen_readers(tmp_path: Path) -> None:
     document = Document(written(tmp_path, rich_profile(), make_profile(created="2026-02-02T03:04:05Z")))
     assert [document.count(tag) for tag in ("h1", "main", "header", "nav", "footer", "script")] == [1, 1, 1, 1, 1, 0]
