@@ -316,14 +316,16 @@ def with_head(head: Callable[[torch.Tensor], torch.Tensor], bias: float = 0.0) -
     return Headed(net, head).eval()
 
 
-def with_zero_head() -> nn.Module:
+def with_zero_head(outputs: int) -> nn.Module:
     net = doubled()
+    net.head = nn.Linear(32, outputs)
     net.head.weight.data.zero_()
     return net
 
 
 WITHOUT_GRADIENTS: dict[str, Callable[[], nn.Module]] = {
-    "a head of zeros": with_zero_head,
+    "a head of zeros": lambda: with_zero_head(3),
+    "a head of zeros that is too small to factor": lambda: with_zero_head(1),
     "a saturated softmax": lambda: with_head(lambda logits: logits.softmax(1), 1e6),
     "saturated logits": lambda: with_head(lambda logits: logits, 1e6),
     "a saturated sigmoid": lambda: with_head(lambda logits: logits[:, :1].sigmoid(), 200.0),
