@@ -151,14 +151,30 @@ class Calls:
         return self.stack[-1] if self.stack else ""
 
 
+def _in_inference_mode(name: str) -> ModelError:
+    return ModelError(
+        f"module {name!r}" if name else "the model",
+        expected="a forward of tensors that can be differentiated",
+        got="one under torch.inference_mode()",
+        hint="take it out of the forward, and turn it on where the model is called",
+    )
+
+
 @contextlib.contextmanager
 def watching(model: nn.Module) -> Iterator[Calls]:
-    """Counts calls of every module through its own ``forward`` while the context lasts."""
+    """Counts calls of every module through its own ``forward`` while the context lasts.
+
+    Raises:
+        ModelError: a forward turns inference mode on by itself; names its module.
+    """
     calls = Calls()
+    outside = torch.is_inference_mode_enabled()
     handles: list[Any] = []
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.is_inference_mode_enabled() and not outside:  # who calls this one has turned it on
+                raise _in_inference_mode(calls.innermost)
             calls.counts[name] += 1
             calls.stack.append(name)
             if len(args) + len(kwargs) > 1:
@@ -167,7 +183,9 @@ def watching(model: nn.Module) -> Iterator[Calls]:
         return hook
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        calls.stack.pop()
+        name = calls.stack.pop()
+        if isinstance(output, torch.Tensor) and output.is_inference() and not outside:
+            raise _in_inference_mode(name)
 
     try:
         for name, module in model.named_modules():

@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from .datasets import Split
 from .device.progress import silent
 from .factoring import ranks
 from .factoring.costs import LayerInfo
-from .factoring.spaces import LayerSpaces, utilised_rank
-from .factoring.study import study
+from .factoring.layers import base
+from .factoring.spaces import LayerSpaces, collect, utilised_rank
+from .factoring.study import Study, study
 from .job import Progress
 from .models import LoadedModel
 from .search import BREAK_EVEN, DEFAULT_ENERGY
@@ -27,6 +29,7 @@ from .search import BREAK_EVEN, DEFAULT_ENERGY
 _ENERGIES = (0.99, 0.999)
 _SPECTRUM_POINTS = 16
 _CURVE_POINTS = 24
+_WIDEST = 4096  # of layers that cannot be factored, such as a vocabulary's: spectra take the cube of it
 
 #: (rank, share of the variance in that many leading directions), ranks rising to all directions; () for no variance
 Curve = tuple[tuple[int, float], ...]
@@ -37,8 +40,9 @@ class LayerUse:
     """One layer. Ranks are how many directions hold 99 % and 99.9 % of the variance; None where nothing was measured.
 
     ``row_curve`` and ``column_curve`` are the spectra, at the utilised ranks and at others, closest where curves bend.
-    ``column_spectrum`` is the share of output variance in the first 1/16, 2/16, … of the directions. ``rows`` are those
-    measured: of fewer rows than directions, ranks say little.
+    ``row_spectrum`` and ``column_spectrum`` are the shares of the variance in the first 1/16, 2/16, … of the
+    directions. ``rows`` are those measured: of fewer rows than directions, ranks say little. A layer that stays as it
+    is whatever the plan is ``fixed``, with the reason (else ``""``), and has no break-even rank.
     """
 
     name: str
@@ -52,6 +56,7 @@ class LayerUse:
     column_size: int
     column_rank_99: int | None
     column_rank_999: int | None
+    row_spectrum: tuple[float, ...]
     column_spectrum: tuple[float, ...]
     row_curve: Curve
     column_curve: Curve
@@ -59,6 +64,7 @@ class LayerUse:
     break_even: int
     saves_parameters: int
     note: str
+    fixed: str = ""
 
     @property
     def measured_thinly(self) -> bool:
@@ -108,12 +114,20 @@ class Inspection:
 
 
 def inspect(model: LoadedModel, calibration: Split, progress: Progress = silent) -> Inspection:
-    """Measure the spaces of every layer on the calibration split; savings are those at 99.9 % of output variance."""
+    """Measure the spaces of every layer on the calibration split; savings are those at 99.9 % of output variance.
+
+    Layers that cannot be factored are looked at in a pass of their own, a grouped convolution as a whole; not those
+    that are not called, that compute something of their own or that are wider than 4,096.
+    """
     known = study(model.module, calibration, row_space=True, progress=progress)
     plan = ranks.plan_by_energy(known.infos, known.spaces, DEFAULT_ENERGY, break_even=BREAK_EVEN, model=model.name)
     saves = {layer.name: layer.parameters_before - layer.parameters_after for layer in plan.layers}
     reasons = {layer.name: layer.reason for layer in plan.layers}
-    layers = tuple(_use(info, known.spaces, saves[name], reasons[name]) for name, info in known.infos.items())
+    fixed = _fixed(known, calibration, progress)
+    layers = tuple(
+        _use(info, known.spaces.get(name) or fixed.get(name), saves[name], reasons[name])
+        for name, info in known.infos.items()
+    )
     return Inspection(
         model=model.reference,
         samples=len(calibration),
@@ -128,6 +142,28 @@ def inspect(model: LoadedModel, calibration: Split, progress: Progress = silent)
     )
 
 
+@torch.inference_mode(False)
+def _fixed(known: Study, calibration: Split, progress: Progress) -> Mapping[str, LayerSpaces]:
+    """The spaces of layers that stay as they are."""
+    names = [
+        name
+        for name, info in known.infos.items()
+        if info.skip and max(info.in_features, info.out_features) <= _WIDEST
+        if (layer := known.graph.layer(name)) is not None and layer.own_calls
+        if _computes_as_its_kind(known.folded.get_submodule(name))
+    ]
+    if not names:
+        return {}
+    return collect(known.folded, calibration.batches(), names, row_space=True, progress=progress)
+
+
+def _computes_as_its_kind(layer: nn.Module) -> bool:
+    """Features are where those of its kind are."""
+    own = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
+    kind = base(layer)
+    return not own and kind is not None and type(layer).forward is kind.forward
+
+
 def _elsewhere(model: nn.Module, layers: Iterable[str]) -> tuple[MatrixElsewhere, ...]:
     held = {id(parameter) for name in layers for parameter in model.get_submodule(name).parameters()}
     return tuple(
@@ -137,8 +173,7 @@ def _elsewhere(model: nn.Module, layers: Iterable[str]) -> tuple[MatrixElsewhere
     )
 
 
-def _use(info: LayerInfo, spaces: Mapping[str, LayerSpaces], saves: int, note: str) -> LayerUse:
-    measured = spaces.get(info.name)
+def _use(info: LayerInfo, measured: LayerSpaces | None, saves: int, note: str) -> LayerUse:
     row = measured.row_eigenvalues if measured else None
     column = measured.eigenvalues if measured else None
     if column is not None and measured is not None and measured.constant:
@@ -158,13 +193,15 @@ def _use(info: LayerInfo, spaces: Mapping[str, LayerSpaces], saves: int, note: s
         column_size=info.out_features,
         column_rank_99=column_rank_99,
         column_rank_999=column_rank_999,
+        row_spectrum=_spectrum(row),
         column_spectrum=_spectrum(column),
         row_curve=_curve(row),
         column_curve=_curve(column),
         rows=measured.samples if measured else None,
-        break_even=info.break_even,
+        break_even=0 if info.skip else info.break_even,
         saves_parameters=saves,
         note=note,
+        fixed=info.skip,
     )
 
 

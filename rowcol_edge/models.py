@@ -32,6 +32,8 @@ from .samples import load as load_sample
 _SHOWN_KEYS = 3
 _CHECKPOINTS = (".pt", ".pth", ".bin", ".ckpt")
 _OTHER_MODEL = "hand over the weights that were saved from this model, or the model that they were saved from"
+#: what `torch.compile` and training on several devices make of a module, and where each holds the module itself
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 _NESTED = ("state_dict", "model_state_dict", "model")
 
 
@@ -64,6 +66,7 @@ def load(reference: str | nn.Module, weights: str | Path | None = None) -> Loade
         WeightsError: weights that do not fit (names the first keys that differ) or are not finite.
     """
     if isinstance(reference, nn.Module):
+        check_there(reference)
         check_copyable(reference)
         # a copy: the caller's model keeps its mode, its device and its weights
         module, name, text, sample = (
@@ -75,6 +78,7 @@ def load(reference: str | nn.Module, weights: str | Path | None = None) -> Loade
     else:
         text = reference
         module, name, sample = _resolve(reference)
+        check_there(module)
         check_copyable(module)
     if sample is not None and weights is None:
         weights = sample.weights
@@ -248,6 +252,39 @@ def _prefix_hint(missing: list[str], unexpected: list[str]) -> str:
                 f"the model's keys all start with {prefix!r}: save the inner module's weights or wrap it the same way"
             )
     return _OTHER_MODEL
+
+
+def check_there(module: nn.Module) -> None:
+    """Raises ModelError naming the first module that is TorchScript or a wrapper of torch's own, or else the first
+    parameter or buffer that holds no numbers yet (of a lazy layer, or on the meta device)."""
+    for name, part in module.named_modules():
+        what, own = (f"module {name!r}", f"{name}.") if name else ("the model", "model.")
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ModelError(
+                what,
+                expected="a torch.nn.Module in Python",
+                got="a TorchScript module",
+                hint="hand over the module that it was made from, with the weights of its state_dict()",
+            )
+        kind = type(part).__name__
+        if (inner := _WRAPPERS.get(kind)) in part._modules:
+            got = f"{kind} around it"
+            raise ModelError(what, expected="the module itself", got=got, hint=f"use {own}{inner} in its place")
+    for key, value in (*module.named_parameters(), *module.named_buffers()):
+        if nn.parameter.is_lazy(value):
+            raise ModelError(
+                f"parameter {key}",
+                expected="numbers",
+                got="none: its lazy layer has seen no input",
+                hint="call the model once on a sample, then hand it over",
+            )
+        if value.is_meta:
+            raise ModelError(
+                f"parameter {key}",
+                expected="numbers",
+                got="none: it is on the meta device",
+                hint="make the model on the CPU, or load its weights with load_state_dict(weights, assign=True)",
+            )
 
 
 def check_copyable(module: nn.Module) -> None:

@@ -297,7 +297,7 @@ class _Chooser:
         choice = search.choose(
             self.study, self.job, multiple, precision, self.reference, self.judge_trial, self.progress
         )
-        plans = (replace(plan, note=thin.told(self.study, plan)) for plan in choice.plans)
+        plans = (thin.noted(self.study, plan) for plan in choice.plans)
         return replace(choice, plans=tuple(plans))
 
     def _judge(self, module: nn.Module, label: str, original: Judged | None, source: str = "") -> Judged | None:
@@ -511,7 +511,7 @@ class _Line:
                 break
             try:
                 plan = search.smaller(self.study, plan, excess, arm.precision, self.job.budgets)
-                plan = replace(plan, note=thin.told(self.study, plan))
+                plan = thin.noted(self.study, plan)
             except BudgetError:
                 break  # _check_size says by how much the smallest file misses the limit
             arm = self._arm("factored", plan, target, runtime, arm.precision)

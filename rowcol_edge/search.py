@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from . import evaluation, limits
-from .budgets import Budget, Budgets
+from .budgets import Budgets
 from .errors import BudgetError
 from .evaluation import Judged
 from .factoring import ranks
@@ -25,6 +25,7 @@ from .factoring.costs import LayerInfo, Split
 from .factoring.plan import ChannelPlan, FactorPlan, LayerPlan
 from .factoring.study import Study
 from .job import Job, Progress
+from .limits import Limit
 
 #: an extra operator costs time too, so a layer must save more than the count says before it is worth factoring
 BREAK_EVEN = 0.75
@@ -115,7 +116,7 @@ def choose(
         return Choice((fixed,), (_judged(study, job, fixed, reference, judge),))
     if reference is None:
         raise BudgetError("budget drop", expected="labelled selection data", got="none")
-    return _by_quality(study, job, multiple, reference, judge, progress)
+    return _by_quality(study, job, multiple, precision, reference, judge, progress)
 
 
 def _judged(study: Study, job: Job, plan: FactorPlan, reference: Judged | None, judge: JudgeModule) -> Trial:
@@ -145,23 +146,23 @@ def smaller(study: Study, plan: FactorPlan, excess_bytes: float, precision: str,
 
 
 def check_costs(study: Study, plan: FactorPlan, budgets: Budgets, hint: str) -> None:
-    """Raises BudgetError, with this hint, where the plan exceeds a parameter or MAC limit."""
-    for budget, limit, got in _exceeded(study, plan, budgets):
+    """Raises BudgetError, with this hint, where the plan exceeds a parameter or MAC limit; bytes are not looked at, as
+    files say what those are."""
+    counted = Budgets(tuple(each for each in budgets.entries if each.kind != "size"))
+    for limit, got in _exceeded(study, plan, limits.of_budgets(study, counted, BYTES_PER_WEIGHT["fp32"])):
         raise BudgetError(
-            f"budget {budget.text}",
-            expected=f"at most {limit:,.0f} {budget.kind}",
-            got=f"{got:,} ({got / limit:.2f} times the limit)",
+            f"budget {limit.text}",
+            expected=f"at most {limit.most:,.0f} {limit.kind}",
+            got=f"{got:,} ({got / limit.most:.2f} times the limit)",
             hint=hint,
         )
 
 
-def _exceeded(study: Study, plan: FactorPlan, budgets: Budgets) -> Iterator[tuple[Budget, float, int]]:
-    """Each limit on parameters or MACs that the plan does not keep: the budget, what it allows, what there is."""
+def _exceeded(study: Study, plan: FactorPlan, found: Sequence[Limit]) -> Iterator[tuple[Limit, int]]:
+    """Each limit that the plan does not keep, and what it costs there."""
     cost = trial(study, plan, None, None)
-    for kind, dense, got in (("params", study.parameters, cost.parameters), ("macs", study.macs, cost.macs)):
-        budget = budgets.get(kind)
-        if budget and got > budget.absolute(dense):
-            yield budget, budget.absolute(dense), got
+    left = {"parameters": cost.parameters, "macs": cost.macs}
+    return ((each, left[each.kind]) for each in found if left[each.kind] > each.most)
 
 
 def ladder(study: Study, multiple: int, model: str, kinds: Collection[str] = ()) -> tuple[FactorPlan, ...]:
@@ -197,14 +198,20 @@ def ladder(study: Study, multiple: int, model: str, kinds: Collection[str] = ())
 
 
 def _by_quality(
-    study: Study, job: Job, multiple: int, reference: Judged, judge: JudgeModule, progress: Progress
+    study: Study,
+    job: Job,
+    multiple: int,
+    precision: str,
+    reference: Judged,
+    judge: JudgeModule,
+    progress: Progress,
 ) -> Choice:
     budget = job.budgets.get("drop")
     assert budget is not None  # choose() comes here for no other reason
     kinds = [each.kind for each in job.budgets.entries]
-    costs = Budgets(tuple(each for each in job.budgets.entries if each.kind in ("params", "macs")))
+    costs = limits.of_budgets(study, job.budgets, BYTES_PER_WEIGHT[precision])
     # limits that no plan meets are refused before anything is tried
-    least = [_by_cost(study, costs, multiple, "fp32", job.model.name)] if costs.entries else []
+    least = [limits.cheapest(study, costs, multiple, job.model.name)] if costs else []
     least, plans = (
         [replace(plan, refit=job.options.refit) for plan in found]
         for found in (least, ladder(study, multiple, job.model.name, kinds))
@@ -227,7 +234,7 @@ def _by_quality(
         progress("search ranks within the limits", count, len(within[:_WITHIN]))
         if holds(plan):
             return Choice((plan,), _by_size(trials))
-    raise _apart(study, plans[chosen], trials[-len(within[:_WITHIN]) :], job.budgets)
+    raise _apart(study, plans[chosen], trials[-len(within[:_WITHIN]) :], job.budgets, costs)
 
 
 def _by_size(trials: Sequence[Trial]) -> tuple[Trial, ...]:
@@ -235,12 +242,13 @@ def _by_size(trials: Sequence[Trial]) -> tuple[Trial, ...]:
     return tuple(sorted(trials, key=lambda tried: -tried.parameters))
 
 
-def _apart(study: Study, kept: FactorPlan, within: Sequence[Trial], budgets: Budgets) -> BudgetError:
+def _apart(
+    study: Study, kept: FactorPlan, within: Sequence[Trial], budgets: Budgets, costs: Sequence[Limit]
+) -> BudgetError:
     """Budgets each of which can be met: how far the best plans are from meeting all."""
     nearest = min(within, key=lambda tried: tried.drop or 0.0)
     over = ", ".join(
-        f"{got:,} {each.kind} ({got / limit:.2f} times {each.text})"
-        for each, limit, got in _exceeded(study, kept, budgets)
+        f"{got:,} {each.kind} ({got / each.most:.2f} times {each.text})" for each, got in _exceeded(study, kept, costs)
     )
     return BudgetError(
         f"budgets {budgets}",

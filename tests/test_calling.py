@@ -1,4 +1,4 @@
-"""Kernels channels last: the same numbers, and the model as it was afterwards."""
+"""Kernels channels last: the same numbers, and the model as it was afterwards. Calls: seen, or refused by name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from rowcol_edge import calling
+from rowcol_edge.errors import ModelError
+from rowcol_edge.factoring import graph
 
 EXAMPLE = {"x": torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))}
 
@@ -52,3 +54,38 @@ def test_an_error_inside_leaves_it_as_it_was() -> None:
         assert last(model.conv.weight)
         raise KeyError
     assert model.conv.weight.is_contiguous()
+
+
+class Judging(nn.Module):
+    """Its forward is in inference mode."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    @torch.inference_mode()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.inner(x)
+        return result
+
+
+class JudgingLayer(nn.Linear):
+    @torch.inference_mode()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (Judging(nn.Linear(9, 2)), "the model: .*one under torch.inference_mode.* – take it out of the forward"),
+        (nn.Sequential(nn.ReLU(), Judging(Judging(nn.Linear(9, 2)))), "module '1': .*torch.inference_mode"),
+        (nn.Sequential(nn.ReLU(), JudgingLayer(9, 2)), "module '1': .*torch.inference_mode"),
+    ],
+)
+def test_a_forward_in_inference_mode_is_refused_by_name(model: nn.Module, says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        graph.trace(model, EXAMPLE)
+    with torch.inference_mode(), calling.watching(model) as calls:  # the mode of who calls is no fault of the model
+        model(EXAMPLE["x"])
+    assert calls.counts[""] == 1

@@ -25,7 +25,7 @@ import rowcol_edge
 from rowcol_edge import cli, limits
 from rowcol_edge.datasets import Split, scan
 from rowcol_edge.errors import BudgetError, ModelError
-from rowcol_edge.factoring import ranks
+from rowcol_edge.factoring import ranks, thin
 from rowcol_edge.factoring.apply import factored
 from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan, LayerPlan
 from rowcol_edge.factoring.study import Study, study
@@ -291,6 +291,74 @@ def test_any_of_it_together_keeps_the_budget(
     assert torch.equal(got, outputs(second, pictures(8, 1)))
 
 
+class Opaque(torch.autograd.Function):
+    """An operator without a backward pass."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+
+class Headed(nn.Module):
+    """`Doubled`, with something behind its logits."""
+
+    def __init__(self, net: Doubled, head: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.net, self.head = net, head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.net(x))
+
+
+def with_head(head: Callable[[torch.Tensor], torch.Tensor], bias: float = 0.0) -> nn.Module:
+    net = doubled()
+    net.head.bias.data += torch.tensor([bias, 0.0, 0.0])
+    return Headed(net, head).eval()
+
+
+def with_zero_head(outputs: int) -> nn.Module:
+    net = doubled()
+    net.head = nn.Linear(32, outputs)
+    net.head.weight.data.zero_()
+    return net
+
+
+WITHOUT_GRADIENTS: dict[str, Callable[[], nn.Module]] = {
+    "a head of zeros": lambda: with_zero_head(3),
+    "a head of zeros that is too small to factor": lambda: with_zero_head(1),
+    "a saturated softmax": lambda: with_head(lambda logits: logits.softmax(1), 1e6),
+    "saturated logits": lambda: with_head(lambda logits: logits, 1e6),
+    "a saturated sigmoid": lambda: with_head(lambda logits: logits[:, :1].sigmoid(), 200.0),
+    "integers": lambda: with_head(lambda logits: logits.argmax(1)),
+    "no backward pass": lambda: with_head(Opaque.apply),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENTS)
+def test_a_model_without_gradients_is_factored_by_variance_and_told_so(name: str) -> None:
+    model, x = WITHOUT_GRADIENTS[name](), pictures(32)
+    known = study(model, split(x), classify=True)
+    plan = limits.cheapest(known, [limits.of_parameters(known, int(0.8 * known.parameters), "")], 1, "")
+    noted = thin.noted(known, replace(plan, refit=True))
+    assert noted.note.startswith("no gradient says what the model's output makes of its layers")
+    assert (noted.loss, noted.gap, noted.channels) == (None, None, ())
+    assert noted.projected
+    result = factored(known, noted)
+    assert sum(p.numel() for p in result.parameters()) <= 0.8 * known.parameters
+    with torch.no_grad():
+        assert bool(result(torch.from_numpy(x)).isfinite().all())
+
+
+def test_a_layer_that_no_gradient_reaches_is_named() -> None:
+    known = study(doubled(), split(pictures(32)), classify=True)
+    blind = {**known.spaces, "outer": replace(known.spaces["outer"], dual=None, losses=None)}
+    plan = replace(halved(known), loss=0.1, gap=0.01)
+    noted = thin.noted(replace(known, spaces=blind), plan)
+    assert noted.note == "no gradient reaches outer: weighed by the variance of its output; no loss is predicted"
+    assert (noted.loss, noted.gap) == (None, None)
+    assert thin.noted(known, plan) == plan
+
+
 @pytest.fixture
 def calib(tmp_path: Path) -> str:
     np.savez(tmp_path / "calib.npz", x=pictures(32))
@@ -302,6 +370,15 @@ def test_a_budget_that_cannot_be_met_names_what_stays(calib: str) -> None:
     for budget in ("params<=0.2x", "macs<=0.2x"):
         with pytest.raises(BudgetError, match=whole):
             rowcol_edge.factor(model, calib=calib, budget=budget, cache=False)
+
+
+def test_a_budget_that_cannot_be_met_without_gradients_says_that_channels_stay(calib: str) -> None:
+    model = WITHOUT_GRADIENTS["integers"]()
+    with pytest.raises(BudgetError, match="channels stay: no gradient says what the model's output makes of them"):
+        rowcol_edge.factor(model, calib=calib, budget="params<=0.01x", cache=False)
+    made = rowcol_edge.factor(model, calib=calib, cache=False)
+    assert "no gradient" in made.plan.note
+    assert made.plan.loss is None
 
 
 def test_what_is_computed_in_a_hook_is_refused_by_name(calib: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from rowcol_edge import models
+from rowcol_edge import calling, models
 from rowcol_edge.errors import ModelError, WeightsError
 
 NET = """
@@ -254,3 +254,52 @@ def test_weights_that_may_not_be_read_are_not_called_missing(tmp_path: Path, mon
     monkeypatch.setattr(Path, "open", refused)
     with pytest.raises(WeightsError, match="Permission denied"):
         models.load(nn.Linear(1, 1), weights=tmp_path / "w.safetensors")
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(2))
+
+
+def on_meta() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2, device="meta"))
+
+
+def scripted() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), torch.jit.trace(nn.Linear(4, 2), torch.zeros(1, 4)))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lazy, r"parameter 1\.weight: .*lazy layer has seen no input – call the model once"),
+        (on_meta, r"parameter 1\.weight: .*on the meta device – .*assign=True"),
+        (
+            scripted,
+            r"module '1': expected a torch\.nn\.Module in Python, got a TorchScript module – hand over the module",
+        ),
+        (
+            lambda: nn.DataParallel(nn.Linear(4, 2)),
+            r"the model: .*DataParallel around it – use model\.module in its place",
+        ),
+        (
+            lambda: torch.compile(nn.Linear(4, 2)),
+            r"the model: .*OptimizedModule .* – use model\._orig_mod in its place",
+        ),
+        (lambda: nn.Sequential(torch.compile(nn.Linear(4, 2))), r"module '0': .* – use 0\._orig_mod in its place"),
+    ],
+)
+def test_what_is_no_module_with_numbers_is_refused_with_the_remedy(
+    make: Callable[[], nn.Module], says: str, tmp_path: Path
+) -> None:
+    with calling.quiet():  # torch warns of its own parts
+        model = make()
+    save_file({"weight": torch.zeros(1)}, tmp_path / "w.safetensors")
+    for weights in (None, tmp_path / "w.safetensors"):
+        with pytest.raises(ModelError, match=says):
+            models.load(model, weights=weights)
+
+
+def test_lazy_layers_that_have_seen_a_sample_are_taken() -> None:
+    model = lazy()
+    model(torch.zeros(1, 4))
+    assert models.load(model).module.get_submodule("1").weight.shape == (2, 4)

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch.nn.utils import parametrizations
 
 import rowcol_edge
 from rowcol_edge import evaluation, job, models, pipeline, targets
@@ -324,6 +325,59 @@ def test_inspect_names_the_matrices_that_no_layer_holds(tmp_path: Path, capsys: 
     terminal.inspection(found)
     said = " ".join(capsys.readouterr().out.split())
     assert "left alone: memory.weight_ih_l0, memory.weight_hh_l0: 480 parameters of a GRU" in said
+
+
+class _Louder(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * super().forward(x)
+
+
+class _Fixed(torch.nn.Module):
+    """Layers that cannot be factored, each for a reason of its own; (N, 3, 8, 8) → (N, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.deep = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3, groups=8)
+        self.grouped, self.shared = torch.nn.Conv2d(8, 8, 1, groups=2), torch.nn.Conv2d(8, 8, 1)
+        self.one, self.two = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.two.weight = self.one.weight
+        self.normed = parametrizations.weight_norm(torch.nn.Linear(8, 8))
+        self.own, self.spare, self.head = _Louder(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.grouped(torch.relu(self.deep(torch.relu(self.first(x)))))
+        x = self.shared(torch.relu(self.shared(x))).mean((2, 3))
+        logits: torch.Tensor = self.head(self.own(self.normed(torch.relu(self.two(torch.relu(self.one(x)))))))
+        return logits
+
+
+def test_inspect_measures_layers_that_cannot_be_factored_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = np.random.default_rng(0).normal(size=(64, 3, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    model = _Fixed().eval()
+    with torch.inference_mode():
+        found = rowcol_edge.inspect(model, calib=str(tmp_path / "x.npz"), plot=tmp_path / "x.html")
+    layers = {layer.name: layer for layer in found.layers}
+    fixed = {name: layer.fixed for name, layer in layers.items() if layer.fixed}
+    assert set(fixed) == {"deep", "grouped", "shared", "one", "two", "normed", "own", "spare"}
+    assert {name for name, layer in layers.items() if layer.rows is None} == {"own", "spare"}
+    assert {name for name, layer in layers.items() if not layer.row_curve} == {"own", "spare"}
+    assert (layers["deep"].rows, layers["shared"].rows, layers["one"].rows) == (64 * 16, 2 * 64 * 16, 64)
+    given = []
+    with torch.no_grad(), model.deep.register_forward_hook(lambda layer, taken, result: given.append(result)):
+        model(torch.from_numpy(x))
+    values = np.linalg.eigvalsh(np.cov(given[0].transpose(0, 1).flatten(1).double().numpy()))[::-1]
+    shares = values.cumsum() / values.sum()
+    assert layers["deep"].column_curve == tuple((i + 1, pytest.approx(share)) for i, share in enumerate(shares))
+    assert (tmp_path / "x.html").read_text(encoding="utf-8").count("<svg") == len(layers) - 2
+    terminal.inspection(found)
+    lines = capsys.readouterr().out.splitlines()
+    assert {name for name in fixed if f"left alone: {name}: {fixed[name]}" in lines} == set(fixed)
+    [row] = [line.split() for line in lines if line.split()[:1] == ["deep"]]
+    assert [bars for bars in row if set(bars) <= set("▁▂▃▄▅▆▇█")] == row[-3:-1]
 
 
 def test_cost_budgets_choose_without_labels(net: torch.nn.Module, splits: dict[str, str]) -> None:

@@ -51,7 +51,7 @@ def known() -> Study:
 
 
 def chosen(
-    known: Study, budgets: str, drop: Callable[[float], float], monkeypatch: pytest.MonkeyPatch
+    known: Study, budgets: str, drop: Callable[[float], float], monkeypatch: pytest.MonkeyPatch, precision: str = "fp32"
 ) -> search.Choice:
     """What is chosen where a model with that share of the parameters loses so many points."""
     monkeypatch.setattr(evaluation, "drop", lambda job, reference, judged: judged.value)
@@ -64,7 +64,7 @@ def chosen(
         model=SimpleNamespace(name="net"), budgets=Budgets.parse(budgets),
     )  # fmt: skip
     reference = cast(evaluation.Judged, SimpleNamespace())
-    return search.choose(known, cast(Any, job), 1, "fp32", reference, judge, lambda what, done, total: None)
+    return search.choose(known, cast(Any, job), 1, precision, reference, judge, lambda what, done, total: None)
 
 
 def test_budgets_are_not_refused_where_quality_falls_and_rises_again(
@@ -73,12 +73,25 @@ def test_budgets_are_not_refused_where_quality_falls_and_rises_again(
     def drop(share: float) -> float:
         return 1.0 if 0.12 < share < 0.8 else 0.1
 
+<<<<<<< HEAD
     found = chosen(known, "drop<=0.5pp,params<=0.11x", drop, monkeypatch)
     left = known.parameters - found.plans[-1].saved_parameters
     assert left <= 0.11 * known.parameters
     assert drop(left / known.parameters) == 0.1
     assert [trial.parameters for trial in found.trials] == sorted((t.parameters for t in found.trials), reverse=True)
     assert any(trial.drop == 1.0 for trial in found.trials)
+=======
+    limit = int(0.14 * known.parameters)
+    for budget, precision in (
+        (f"params<={limit}", "fp32"), (f"size<={4 * limit}B", "fp32"), (f"size<={limit}B", "int8"),
+    ):  # fmt: skip
+        found = chosen(known, f"drop<=0.5pp,{budget}", drop, monkeypatch, precision)
+        left = known.parameters - found.plans[-1].saved_parameters
+        assert left <= limit
+        assert drop(left / known.parameters) == 0.1
+        assert [t.parameters for t in found.trials] == sorted((t.parameters for t in found.trials), reverse=True)
+        assert any(trial.drop == 1.0 for trial in found.trials)
+>>>>>>> x-bad
 
 
 def test_the_least_loss_within_the_limits_is_tried_first(known: Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,5 +117,6 @@ def test_a_limit_that_no_plan_meets_is_refused_before_anything_is_tried(
     def drop(share: float) -> float:
         raise AssertionError("tried")
 
-    with pytest.raises(BudgetError, match="at the smallest ranks"):
-        chosen(known, "drop<=0.5pp,params<=0.001x", drop, monkeypatch)
+    for budget in ("params<=0.001x", "size<=20B"):
+        with pytest.raises(BudgetError, match=rf"budget {budget}: .*at the smallest ranks"):
+            chosen(known, f"drop<=0.5pp,{budget}", drop, monkeypatch)

@@ -88,7 +88,7 @@ class FactorPlan:
     refit: bool = False  # fit the weights once more, to inputs that are already compressed
     loss: float | None = None  # predicted at the model's output
     gap: float | None = None  # at most so much of it could be saved by other forms and ranks at these widths
-    note: str = ""  # why the calibration data are too few to trust it (see `thin`)
+    note: str = ""  # why gradients or calibration data are too few to trust it (see `thin`)
 
     def __post_init__(self) -> None:
         seen: set[str] = set()

@@ -10,7 +10,7 @@ to give on ``x̂`` what the original's layer gives (of that what is kept):
 classification and detection, 2016, section 3.2; the ridge pulls towards the weights that the spaces gave). Of a layer
 in parts the last is fitted. ``ρ`` is the one that does best on samples that the fit has not seen; a layer that
 nothing does better for keeps its weights, and so does the whole model where its output does not come a fifth closer to
-the original's.
+the original's, or is no floating-point number that could come closer.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ def refit(
         return model
     with evaluating(original), _wanted(original, fits):
         reference = _run(original, samples)
+    if not reference:
+        return model
     done = 0
 
     def advance() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rowcol_edge.factoring import thin
 from rowcol_edge.factoring.layers import ALREADY_FACTORED
 from rowcol_edge.factoring.study import Study
 
@@ -42,7 +43,12 @@ def remainders(study: Study) -> tuple[Remainder, ...]:
 
 
 def told(study: Study) -> str:
-    """The largest remainders in words, ``""`` where none is large."""
+    """The largest remainders in words, and why channels stay where nothing weighed them; ``""`` where neither is."""
+    blind = "" if thin.weighed(study) else "channels stay: no gradient says what the model's output makes of them"
+    return "; ".join(filter(None, (_largest(study), blind)))
+
+
+def _largest(study: Study) -> str:
     large = [each for each in remainders(study) if each.parameters >= _SHARE * study.parameters]
     if not large:
         return ""

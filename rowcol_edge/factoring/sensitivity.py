@@ -74,7 +74,7 @@ def weigh_all(
     """Directions in the order of their worth, and what cutting off the others costs at the output.
 
     Deterministic. The model is left as it was. Layers and sets that no gradient reaches are left out; all are where the
-    model cannot be differentiated.
+    model cannot be differentiated, or nothing that it gives has a gradient other than zero.
 
     Memory: ``24 · size²`` bytes a layer and a reader of channels, and the activations of 4 samples, as in training.
 
@@ -133,6 +133,8 @@ def weigh_all(
     for name, channels in chosen.items():
         for place, frame in zip(reads[name], channels.reads, strict=True):
             watched[place] = losses[name].at(frame.mean, frame.basis, frame.dual, _matrix(model, place))
+    if not watched:  # all gradients are zero: a head of zeros, or a saturated one
+        return Weighed({}, {}, {})
     stream(model, parts[1], watched, objective, advance, laid)
     judged = {place: replace(each, losses=losses[place].by_rank(len(each.mean))) for place, each in weighed.items()}
     return Weighed(

@@ -1,11 +1,45 @@
-"""Whether calibration data are enough to say what a plan loses on other inputs."""
+"""Whether gradients and calibration data are enough to say what a plan loses on other inputs."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 from rowcol_edge.factoring.plan import FactorPlan
 from rowcol_edge.factoring.study import Study
 
 _NAMED = 3
+
+
+def noted(study: Study, plan: FactorPlan) -> FactorPlan:
+    """The plan with what is too thin for it as its note; without a predicted loss where that would count shares of
+    variance as one."""
+    note = ". ".join(filter(None, (_without_gradients(study, plan), told(study, plan))))
+    unknown = any(study.spaces[layer.name].losses is None for layer in plan.projected)
+    return replace(plan, note=note, loss=None, gap=None) if unknown else replace(plan, note=note)
+
+
+def weighed(study: Study) -> bool:
+    """Whether gradients said of any layer or channel that varies what it is worth; true where there is none to be made
+    smaller."""
+    if not study.spaces and all(each.fixed for each in study.channels):
+        return True
+    alive = (space for space in study.spaces.values() if not space.constant)
+    return bool(study.channel_spaces) or any(space.dual is not None for space in alive)
+
+
+def _without_gradients(study: Study, plan: FactorPlan) -> str:
+    if not weighed(study):
+        return (
+            "no gradient says what the model's output makes of its layers (an output of integers, a forward under "
+            "torch.no_grad(), an operator without a backward pass, a saturated or zero head): they are weighed by the "
+            "variance of what they give, channels stay, no loss is predicted, and to integers no second pass fits "
+            "anything. Hand over the model up to its logits, without such operators"
+        )
+    blind = [layer.name for layer in plan.projected if study.spaces[layer.name].dual is None]
+    if not blind:
+        return ""
+    return f"no gradient reaches {_list(blind)}: weighed by the variance of its output; no loss is predicted"
 
 
 def told(study: Study, plan: FactorPlan) -> str:
@@ -18,10 +52,13 @@ def told(study: Study, plan: FactorPlan) -> str:
         said.append("fewer than 4 samples leave none to judge what directions are worth that they do not come from")
     thin = sorted(_thin(study, plan), key=lambda each: each[1] / each[2])
     if thin:
-        named = ", ".join(f"{name} ({rows} of {size})" for name, rows, size in thin[:_NAMED])
-        more = f" and {len(thin) - _NAMED} more" if len(thin) > _NAMED else ""
-        said.append(f"fewer rows (samples × positions) than directions in {len(thin)} layer(s): {named}{more}")
+        named = _list([f"{name} ({rows} of {size})" for name, rows, size in thin])
+        said.append(f"fewer rows (samples × positions) than directions in {len(thin)} layer(s): {named}")
     return f"too few calibration data: {'; '.join(said)}. New inputs may lose far more than predicted" if said else ""
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _thin(study: Study, plan: FactorPlan) -> list[tuple[str, int, int]]:

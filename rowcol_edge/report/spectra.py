@@ -53,9 +53,9 @@ def write(found: Inspection, path: Path) -> None:
 def page(found: Inspection) -> str:
     """The HTML document; the same inspection gives the same text."""
     measured = [layer for layer in found.layers if layer.column_rank_99 is not None]
-    others = [layer for layer in found.layers if layer.column_rank_99 is None]
     charts = "\n".join(_chart(layer) for layer in measured)
-    alone = "".join(f"<li>{escape(layer.name)}: {escape(layer.note)}</li>" for layer in others)
+    fixed = [layer for layer in found.layers if layer.fixed]
+    alone = "".join(f"<li>{escape(layer.name)}: {escape(layer.fixed)}</li>" for layer in fixed)
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -85,7 +85,7 @@ def _chart(layer: LayerUse) -> str:
         f'<text class="name" x="4" y="12">{escape(name)}<title>{escape(layer.name)}</title></text>',
         f'<text x="4" y="26">{escape(layer.kind)} {escape(layer.shape)}</text>',
         *_grid(),
-        _break_even(layer),
+        *([_break_even(layer)] if layer.break_even else []),
         *_space("row", layer.row_curve, row, layer.row_size),
         *_space("column", layer.column_curve, column, layer.column_size),
         f'<text x="4" y="{_HEIGHT - 10}">{said}</text>',

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..coverage import DataReport
     from ..device.doctor import Diagnosis
     from ..device.profile import Profile
-    from ..inspection import ChannelUse, Inspection, LayerUse
+    from ..inspection import ChannelUse, Inspection
     from ..pipeline import Built, Factored
     from ..samples import Sample
     from ..targets import Target
@@ -93,7 +93,7 @@ def inspection(found: Inspection) -> None:
             ("out×in", "l"),
             ("row use\n99, 99.9 %", "r"),
             ("column use\n99, 99.9 %", "r"),
-            ("spectrum", "l"),
+            ("spectra", "l"),
             ("saves", "r"),
         ],
     )
@@ -103,14 +103,14 @@ def inspection(found: Inspection) -> None:
             layer.shape,
             _use(layer.row_rank_99, layer.row_rank_999, layer.row_size),
             _use(layer.column_rank_99, layer.column_rank_999, layer.column_size),
-            _spectrum(layer),
+            f"{_spectrum(layer.row_spectrum):4} {_spectrum(layer.column_spectrum)}",
             f"{layer.saves_parameters:,}" if layer.saves_parameters else "–",
         )
     console = _console()
     console.print(table)
     for layer in found.layers:
-        if layer.note and layer.column_rank_999 is None:
-            console.print(f"left alone: {layer.name}: {layer.note}")
+        if layer.fixed:
+            console.print(f"left alone: {layer.name}: {layer.fixed}")
     for name, reason in found.closed.items():
         console.print(f"left as one: {name or 'the model'}: {reason}")
     for kind in dict.fromkeys(each.kind for each in found.elsewhere):
@@ -127,8 +127,8 @@ def inspection(found: Inspection) -> None:
     _channels(console, found.channels)
     share = found.saves_parameters / max(1, found.parameters)
     console.print(
-        "Use: directions that hold 99 and 99.9 % of the variance, of all. Spectrum: variance in each eighth of the "
-        "output's directions.\nAt 99.9 % a layer, factoring saves "
+        "Use: directions that hold 99 and 99.9 % of the variance, of all. Spectra: variance in each quarter of the "
+        "directions, row and column.\nAt 99.9 % a layer, factoring saves "
         f"{found.saves_parameters:,} parameters ({share:.0%}). What that costs in quality, build finds out.",
     )
 
@@ -170,9 +170,9 @@ def _use(rank_99: int | None, rank_999: int | None, size: int) -> str:
     return "–" if rank_99 is None else f"{rank_99}, {rank_999}/{size}"
 
 
-def _spectrum(layer: LayerUse) -> str:
-    """Variance in each eighth of the directions, as bars on a square-root scale so that a tail can be seen."""
-    points = layer.column_spectrum[1::2]
+def _spectrum(spectrum: Sequence[float]) -> str:
+    """Variance in each quarter of the directions, as bars on a square-root scale so that a tail can be seen."""
+    points = spectrum[3::4]
     shares = [b - a for a, b in zip((0.0, *points), points, strict=False)]
     return "".join(_BARS[max(1 if s > 1e-6 else 0, round(max(s, 0.0) ** 0.5 * (len(_BARS) - 1)))] for s in shares)
 

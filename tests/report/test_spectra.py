@@ -24,6 +24,7 @@ LAYER = LayerUse(
     column_size=8,
     column_rank_99=3,
     column_rank_999=5,
+    row_spectrum=(),
     column_spectrum=(),
     row_curve=((1, 0.8), (2, 0.99), (3, 0.9995), (4, 1.0)),
     column_curve=((1, 0.5), (3, 0.993), (5, 0.9999), (8, 1.0)),
@@ -34,8 +35,10 @@ LAYER = LayerUse(
 )
 SKIPPED = replace(
     LAYER, name="<head>", row_rank_99=None, row_rank_999=None, column_rank_99=None, column_rank_999=None,
-    row_curve=(), column_curve=(), rows=None, note="too small & tied",
+    row_curve=(), column_curve=(), rows=None, note="too small & tied", break_even=0,
+    fixed="too small & tied",
 )  # fmt: skip
+DEPTHWISE = replace(LAYER, name="deep", break_even=0, note="depthwise", fixed="depthwise")
 CONSTANT = replace(LAYER, name="still", column_rank_99=0, column_rank_999=0, column_curve=())
 
 
@@ -75,10 +78,12 @@ def test_levels_are_nines_apart() -> None:
 
 
 def test_layers_without_a_spectrum_and_names_are_shown_as_they_are() -> None:
-    page = _page(LAYER, SKIPPED, CONSTANT)
-    assert page.count("<svg") == 2
+    page = _page(LAYER, SKIPPED, CONSTANT, DEPTHWISE)
+    assert page.count("<svg") == 3
+    assert page.count("break-even rank:") == 2
+    assert "<li>deep: depthwise</li>" in page
     assert "<li>&lt;head&gt;: too small &amp; tied</li>" in page
-    assert page.count("<polyline") == 3
+    assert page.count("<polyline") == 5
     assert "column 0, 0 of 8" in page
     assert "<h1>net.py:&lt;build&gt;</h1>" in page
 
