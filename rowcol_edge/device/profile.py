@@ -170,6 +170,17 @@ class Footprint:
         peaks = self.load_peak_bytes, self.run_peak_bytes
         return None if None in peaks else max(filter(None, peaks), default=0)
 
+    def beyond(self, default: Footprint) -> tuple[int | None, int | None, int | None]:
+        """Bytes beyond those of ``default``, below zero where it takes less: at the peak; and of many inferences, RSS
+        and private ones."""
+        pairs = (
+            (self.peak_bytes, default.peak_bytes),
+            (self.steady.resident_bytes, default.steady.resident_bytes),
+            (self.steady.private_bytes, default.steady.private_bytes),
+        )
+        peak, resident, private = (None if a is None or b is None else a - b for a, b in pairs)
+        return peak, resident, private
+
     @property
     def running_bytes(self) -> int | None:
         """What inferences take at their peak beyond the loaded model, RSS: activations, and what a runtime keeps."""

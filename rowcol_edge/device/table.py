@@ -226,6 +226,11 @@ def _stages(profile: Profile) -> list[str]:
     return ["", *columns(rows, [False] + [True] * 8)]
 
 
+def mib_change(size_bytes: int | None) -> str:
+    """Bytes more or less, in MiB without the unit."""
+    return NONE if size_bytes is None else f"{size_bytes / (1 << 20):+.1f}"
+
+
 def _mib(size_bytes: int | None) -> str:
     mib = None if size_bytes is None else size_bytes / (1 << 20)
     return NONE if mib is None else f"{mib:.1f}" if mib >= 9.995 else f"{mib:.2f}"
@@ -237,13 +242,7 @@ def _variants(profile: Profile) -> list[str]:
     for name, arm in profile.arms.items():
         shown = arm.footprints if times_count(profile) else ()
         for found in shown[1:]:
-            default = shown[0]
-            pairs = [
-                (found.peak_bytes, default.peak_bytes),
-                (found.steady.resident_bytes, default.steady.resident_bytes),
-                (found.steady.private_bytes, default.steady.private_bytes),
-            ]
-            changes = [NONE if a is None or b is None else f"{(a - b) / (1 << 20):+.1f}" for a, b in pairs]
+            changes = map(mib_change, found.beyond(shown[0]))
             rows.append([f"{name}, {found.variant}", *changes, ratio_text(found.latency) if found.latency else NONE])
         if shown[1:] and shown[0].latency:
             rows.append([f"{name}, {shown[0].variant} twice", NONE, NONE, NONE, ratio_text(shown[0].latency)])

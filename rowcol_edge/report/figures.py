@@ -45,6 +45,22 @@ class MemoryMark:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryVariant:
+    """A setting of the runtime besides the target's, against the same arm without it.
+
+    Bytes more, below zero where it takes less: at the peak, and RSS and private ones after many inferences; None where
+    the system does not tell. ``latency`` is the paired ratio.
+    """
+
+    name: str
+    properties: dict[str, str]
+    peak_change_bytes: int | None
+    resident_change_bytes: int | None
+    private_change_bytes: int | None
+    latency: Comparison | None
+
+
+@dataclass(frozen=True, slots=True)
 class ArmFigures:
     """One arm of one profile. Times, memory and energy are None where they are not the target's (an emulator's).
 
@@ -52,7 +68,8 @@ class ArmFigures:
     ``quality``, ``drop_pp`` and its interval are the manifest's, on ``split``; None without a bundle.
     ``curve`` holds (percent, ns) of all raw samples, ``percentiles`` those of TABLED. ``memory_curve`` holds (ns,
     bytes) of one process, of those of the footprint the one of middle length, and ``memory_marks`` its stages and its
-    peak; empty without a footprint.
+    peak; empty without a footprint. ``memory_variants`` are of the runtime's settings that were tried, ``memory_null``
+    is their null arm: the latency without them, twice.
     """
 
     arm: str
@@ -82,6 +99,8 @@ class ArmFigures:
     stages: tuple[Stage, ...]
     memory_curve: tuple[tuple[int, int], ...] = ()
     memory_marks: tuple[MemoryMark, ...] = ()
+    memory_variants: tuple[MemoryVariant, ...] = ()
+    memory_null: Comparison | None = None
 
     def stage(self, name: str) -> Stage:
         """The memory at that stage; one of which nothing is known where it was not measured."""
@@ -137,6 +156,10 @@ class ProfileFigures:
         return any(arm.energy_joules is not None for arm in self.arms)
 
     @property
+    def has_variants(self) -> bool:
+        return any(arm.memory_variants for arm in self.arms)
+
+    @property
     def stage_names(self) -> tuple[str, ...]:
         """Of all arms: one may have been measured at more stages than another."""
         found = {stage.name for arm in self.arms for stage in arm.stages}
@@ -157,24 +180,40 @@ class Figures:
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def csv(self) -> str:
-        """One row an arm and profile; an empty cell is not known."""
+        """One row an arm and profile, with columns for each setting of a runtime that was tried; an empty cell is not
+        known."""
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
         plain = [f.name for f in fields(ArmFigures) if f.name not in _NESTED]
         ratios = [f"{against}_{what}" for against in _AGAINST for what in _RATIO]
-        writer.writerow(["target", "bundle", "runtime", "created", "evidence", *plain, *ratios])
+        shown = [arm for profile in self.profiles for arm in profile.arms]
+        tried = list(dict.fromkeys(variant.name for arm in shown for variant in arm.memory_variants))
+        settings = [f"{name.replace(' ', '_')}_{what}" for name in tried for what in (*_CHANGES, *_RATIO)]
+        heading = ["target", "bundle", "runtime", "created", "evidence", *plain, *ratios, *settings]
+        writer.writerow(map(_cell, heading))
         for profile in self.profiles:
             head = [profile.target, profile.bundle, profile.runtime, profile.created, profile.evidence]
             for arm in profile.arms:
                 found = [getattr(arm, against) for against in _AGAINST]
                 ratio = [getattr(each, what, None) for each in found for what in _RATIO]
-                writer.writerow(map(_cell, [*head, *(getattr(arm, name) for name in plain), *ratio]))
+                variants = {variant.name: variant for variant in arm.memory_variants}
+                setting = [value for name in tried for value in _setting(variants.get(name))]
+                writer.writerow(map(_cell, [*head, *(getattr(arm, name) for name in plain), *ratio, *setting]))
         return table.getvalue()
 
 
 _AGAINST = ("against_dense", "against_original")
 _RATIO = ("ratio", "ci_low", "ci_high", "verdict")
-_NESTED = (*_AGAINST, "curve", "percentiles", "stages", "memory_curve", "memory_marks")
+_CHANGES = ("peak_change_bytes", "resident_change_bytes", "private_change_bytes")
+_NESTED = (
+    *_AGAINST, "curve", "percentiles", "stages", "memory_curve", "memory_marks", "memory_variants", "memory_null"
+)  # fmt: skip
+
+
+def _setting(variant: MemoryVariant | None) -> list[Any]:
+    """The cells of one setting; empty ones where the arm was not run with it."""
+    latency = variant.latency if variant else None
+    return [getattr(variant, what, None) for what in _CHANGES] + [getattr(latency, what, None) for what in _RATIO]
 
 
 def _cell(value: Any) -> Any:

@@ -9,7 +9,7 @@ from ..device import operator_table
 from ..device.profile import NOT_ASKED, Comparison
 from ..device.stats import FASTER, NO_DIFFERENCE, NOT_COMPARABLE, SLOWER
 from ..device.system import PROXY, TARGET
-from ..device.table import NONE, joules, mebibytes, milliseconds, ratio_text, size
+from ..device.table import NONE, joules, mebibytes, mib_change, milliseconds, ratio_text, size
 from ..errors import MissingDependencyError
 from . import charts, layer_bars
 from .figures import STAGES, TABLED, ArmFigures, Figures, ProfileFigures
@@ -94,7 +94,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "ms": milliseconds, "size": size, "mib": mebibytes, "joules": joules, "ratio": ratio_text, "drop": drop_text,
-        "headline": headline, "evidence": evidence_text, "charts": charts.charts,
+        "mib_change": mib_change, "headline": headline, "evidence": evidence_text, "charts": charts.charts,
         "layer_table": layer_bars.table, "layer_bars": layer_bars.bars, "by_operator": layer_bars.by_operator,
         "peaks": operator_table.peaks_text,
         "share": operator_table.share_text, "form": operator_table.form_text, "time": operator_table.time_text,

@@ -19,7 +19,19 @@ from ..device.system import counts
 from ..errors import BundleError
 from .compare import paired
 from .facts import environment_facts, protocol_facts
-from .figures import PEAK, SHARES, STAGES, TABLED, ArmFigures, Figures, LayerFigures, MemoryMark, ProfileFigures, Stage
+from .figures import (
+    PEAK,
+    SHARES,
+    STAGES,
+    TABLED,
+    ArmFigures,
+    Figures,
+    LayerFigures,
+    MemoryMark,
+    MemoryVariant,
+    ProfileFigures,
+    Stage,
+)
 from .gate import bundle_beside, check_same_build, default_arm
 
 _ORIGINAL = "dense@fp32"
@@ -128,6 +140,8 @@ def _arm(profile: Profile, name: str, entry: ArmEntry | None, default: bool) -> 
         stages=_stages(arm) if real else (),
         memory_curve=tuple(zip(over.times_ns, over.resident_bytes, strict=True)) if over else (),
         memory_marks=_marks(over) if over else (),
+        memory_variants=_variants(arm) if real else (),
+        memory_null=arm.footprints[0].latency if real and arm.footprints[1:] else None,
     )
 
 
@@ -149,6 +163,13 @@ def _stages(arm: ArmProfile) -> tuple[Stage, ...]:
     memory = arm.memory
     pairs = ("imported", memory.baseline_bytes), ("loaded", memory.after_load_bytes), ("peak", memory.peak_bytes)
     return tuple(Stage(name, value) for name, value in pairs)
+
+
+def _variants(arm: ArmProfile) -> tuple[MemoryVariant, ...]:
+    return tuple(
+        MemoryVariant(found.variant, found.properties, *found.beyond(arm.footprints[0]), found.latency)
+        for found in arm.footprints[1:]
+    )
 
 
 def _over_time(arm: ArmProfile) -> Curve | None:

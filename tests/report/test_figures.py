@@ -16,7 +16,7 @@ from rowcol_edge.report import reading
 from rowcol_edge.report.figures import Figures
 from rowcol_edge.report.page import page
 
-from ..profiles import MS, make_profile
+from ..profiles import MIB, MS, make_profile
 from .test_page import rich_profile, written
 
 
@@ -39,10 +39,12 @@ def test_the_readme_lists_every_key(tmp_path: Path, root: Path) -> None:
     measured = operators["arms"]["dense@int8"]
     timed = [operators, measured, measured["layers"][0], measured["operators"][0], operators["comparisons"][0]]
     stage, mark = arm["stages"][0], arm["memory_marks"][0]
-    found = [document, profile, profile["comparisons"][0], arm, stage, mark, layer, *timed]
+    variant = arm["memory_variants"][0]
+    found = [document, profile, profile["comparisons"][0], arm, stage, mark, variant, layer, *timed]
     assert [sorted(keys) for keys in listed.values()] == [sorted(values) for values in found]
     assert document["schema"] == 1
     assert profile["comparisons"][0].keys() == profile["null"].keys() == arm["against_original"].keys()
+    assert profile["null"].keys() == arm["memory_null"].keys() == variant["latency"].keys()
 
 
 def test_json_holds_the_figures_of_the_page(tmp_path: Path) -> None:
@@ -70,6 +72,28 @@ def test_csv_has_a_row_an_arm_and_profile(tmp_path: Path) -> None:
     assert float(first["against_dense_ci_low"]) < float(first["against_dense_ratio"]) < 0.51
     assert (first["size_bytes"], first["peak_bytes"], first["quality"]) == ("1234567", "73400320", "")
     assert (second["median_ns"], second["peak_bytes"], second["against_dense_ratio"]) == ("", "", "")
+
+
+def test_settings_of_the_runtime_are_in_json_and_csv(tmp_path: Path) -> None:
+    profile = rich_profile()
+    arms = {**profile.arms, "dense@fp32": make_profile().arms["dense@fp32"]}
+    found = load(tmp_path, replace(profile, arms=arms))
+    arm = found.to_dict()["profiles"][0]["arms"][0]
+    [variant] = arm["memory_variants"]
+    latency = variant.pop("latency")
+    assert (latency["ratio"], latency["verdict"], arm["memory_null"]["ratio"]) == (1.25, "slower", 1.0)
+    assert variant == {
+        "name": "no arena", "properties": {"enable_cpu_mem_arena": "0"},
+        "peak_change_bytes": -2 * MIB, "resident_change_bytes": -6 * MIB, "private_change_bytes": None,
+    }  # fmt: skip
+    rows = list(csv.DictReader(io.StringIO(found.csv())))
+    columns = ("peak_change_bytes", "resident_change_bytes", "private_change_bytes", "ratio", "verdict")
+    first, *_, without = ([row[f"no_arena_{column}"] for column in columns] for row in rows)
+    assert first == [str(-2 * MIB), str(-6 * MIB), "", "1.25", "slower"]
+    assert without == [""] * 5
+    assert not [
+        key for key in next(csv.DictReader(io.StringIO(load(tmp_path, make_profile()).csv()))) if "arena" in key
+    ]
 
 
 def test_no_cell_is_a_formula(tmp_path: Path) -> None:
@@ -108,7 +132,7 @@ def test_memory_over_time_is_that_of_one_process(tmp_path: Path) -> None:
 def test_of_several_processes_the_one_of_middle_length_is_shown(tmp_path: Path) -> None:
     profile = rich_profile()
     arm = profile.arms["factored@int8"]
-    [footprint] = arm.footprints
+    footprint = arm.footprints[0]
     curve = footprint.runs[0].curve
     assert curve is not None
     runs = tuple(

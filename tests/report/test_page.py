@@ -82,9 +82,17 @@ def rich_profile(samples: int = 60) -> Profile:
         (300 * MS, 350 * MS, 370 * MS, 880 * MS),
     )  # fmt: skip
     runs = tuple(FootprintReading(*stages, *peaks, 20, 2.0 * MS, found) for found in (curve, None))
-    footprint = Footprint("default", {}, *stages, *peaks, None, runs)
+    null, slower = (
+        Comparison(name, "default", ratio, ratio - 0.01, ratio + 0.01, verdict, "target", 6)
+        for name, ratio, verdict in (("null", 1.0, "no significant difference"), ("no arena", 1.25, "slower"))
+    )
+    default = Footprint("default", {}, *stages, *peaks, null, runs)
+    smaller = replace(steady, resident_bytes=60 * MIB, private_bytes=None)
+    without = Footprint(
+        "no arena", {"enable_cpu_mem_arena": "0"}, use, use, use, smaller, 80 * MIB, 88 * MIB, slower, runs
+    )
     energy = RailEnergy("VDD_IN", "INA3221", 0.0042, 0.004, 0.005, ())
-    arms = {name: replace(arm, footprints=(footprint,), energy=(energy,)) for name, arm in profile.arms.items()}
+    arms = {name: replace(arm, footprints=(default, without), energy=(energy,)) for name, arm in profile.arms.items()}
     budget = MemoryBudget(64 * MIB, dict.fromkeys(arms, "over"), ("factored@int8",))
     return replace(
         profile, arms=arms, memory_budget=budget, operators=make_operators(), operators_note="",
@@ -101,6 +109,7 @@ def test_the_page_has_every_section_and_the_numbers(tmp_path: Path) -> None:
         "Warnings",
         "Arms",
         "Distribution, memory and trade-offs",
+        "Memory by the runtime's settings",
         "Time by layer",
         "Time by operator",
         "Plan by layer",
@@ -138,6 +147,20 @@ def test_energy_stands_with_the_rail_that_it_was_read_on(tmp_path: Path) -> None
         assert texts[texts.index(energy) + 1] == rail
     (without := tmp_path / "without").mkdir()
     assert "energy, rail" not in written(without, make_profile())
+
+
+def test_the_runtimes_settings_stand_with_what_they_save_and_cost(tmp_path: Path) -> None:
+    text = written(tmp_path, rich_profile())
+    found = [text for tag, text in Document(text).texts if tag == "td"]
+    first = found.index("no arena")
+    assert found[first : first + 11] == [
+        "no arena", "-2.0", "-6.0", "–", "1.250 [1.240, 1.260] slower",
+        "default twice", "–", "–", "–", "1.000 [0.990, 1.010] no significant difference", "no arena",
+    ]  # fmt: skip
+    (without := tmp_path / "without").mkdir()
+    (emulated := tmp_path / "emulated").mkdir()
+    assert "settings</h3>" not in written(without, make_profile())
+    assert "settings</h3>" not in written(emulated, replace(rich_profile(), evidence="emulated"))
 
 
 def test_the_page_is_made_for_keyboards_and_screen_readers(tmp_path: Path) -> None:
