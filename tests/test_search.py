@@ -73,15 +73,7 @@ def test_budgets_are_not_refused_where_quality_falls_and_rises_again(
     def drop(share: float) -> float:
         return 1.0 if 0.12 < share < 0.8 else 0.1
 
-<<<<<<< HEAD
-    found = chosen(known, "drop<=0.5pp,params<=0.11x", drop, monkeypatch)
-    left = known.parameters - found.plans[-1].saved_parameters
-    assert left <= 0.11 * known.parameters
-    assert drop(left / known.parameters) == 0.1
-    assert [trial.parameters for trial in found.trials] == sorted((t.parameters for t in found.trials), reverse=True)
-    assert any(trial.drop == 1.0 for trial in found.trials)
-=======
-    limit = int(0.14 * known.parameters)
+    limit = int(0.11 * known.parameters)
     for budget, precision in (
         (f"params<={limit}", "fp32"), (f"size<={4 * limit}B", "fp32"), (f"size<={limit}B", "int8"),
     ):  # fmt: skip
@@ -91,7 +83,6 @@ def test_budgets_are_not_refused_where_quality_falls_and_rises_again(
         assert drop(left / known.parameters) == 0.1
         assert [t.parameters for t in found.trials] == sorted((t.parameters for t in found.trials), reverse=True)
         assert any(trial.drop == 1.0 for trial in found.trials)
->>>>>>> x-bad
 
 
 def test_the_least_loss_within_the_limits_is_tried_first(known: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from threading import Lock
 
 import numpy as np
 import torch
@@ -73,13 +74,15 @@ class Metrics:
             self._sources[place] = source = behind[place.name] if found else place
             self.watched.setdefault(source, Gradients())
         self._asked = Counter(self._sources.values())
+        self._counting = Lock()
 
     def pop(self, place: Place) -> Array:
-        """(groups, size, size), of each place once: what no other place needs any more is let go."""
+        """(groups, size, size), of each place once, by any thread: what no other place needs any more is let go."""
         found, source = self[place], self._sources[place]
-        self._asked[source] -= 1
-        if not self._asked[source]:
-            del self.watched[source]
+        with self._counting:
+            self._asked[source] -= 1
+            if not self._asked[source]:
+                del self.watched[source]
         return found
 
     def __getitem__(self, place: Place) -> Array:

@@ -26,6 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from rowcol_edge.calling import bind, evaluating, feed
 from rowcol_edge.factoring import borders, channel_spaces, layouts
+from rowcol_edge.factoring.abreast import abreast
 from rowcol_edge.factoring.arrivals import frozen, watching
 from rowcol_edge.factoring.channel_spaces import ChannelSpaces
 from rowcol_edge.factoring.channels import ChannelSet
@@ -110,23 +111,8 @@ def weigh_all(
     except (RuntimeError, NotImplementedError):  # no backward pass through some operator
         return Weighed({}, {}, {})
     most = {place: _rank(model, place) for place in (*outputs, *taken)}
-    weighed: dict[Place, LayerSpaces] = {}
-    for place, rank in most.items():
-        own = layers[place.name] if place.given or inputs is None else inputs[place.name]
-        found = _directions(place.name, own, metrics.pop(place), rank)
-        if found is not None:
-            weighed[place] = found
-            if place.given:
-                del layers[place.name]
-    chosen = {}
-    for each in sets:
-        read, seen = (
-            [moments.pop(place) for place in reads[each.name]],
-            [metrics.pop(place) for place in reads[each.name]],
-        )
-        # to a reader with zero weights nothing is worth anything: that holds no one else
-        if any(map(_usable, seen)) and all(bool(np.isfinite(metric).all()) for metric in seen):
-            chosen[each.name] = channel_spaces.choose(model, each, read, seen)
+    weighed = _weigh(layers, inputs or {}, metrics, most)
+    chosen = _choose(model, moments, metrics, sets, reads)
     keys: list[Place | str] = [*weighed, *chosen]
     losses = {key: Losses() for key in keys}
     watched = {place: losses[place].at(*_frame(each, most[place])) for place, each in weighed.items()}
@@ -142,6 +128,46 @@ def weigh_all(
         {place.name: each for place, each in judged.items() if not place.given},
         {name: replace(found, losses=found.by_width(losses[name].by_rank())) for name, found in chosen.items()},
     )
+
+
+def _weigh(
+    layers: MutableMapping[str, Moments],
+    inputs: Mapping[str, Moments],
+    metrics: Metrics,
+    most: Mapping[Place, int | None],
+) -> dict[Place, LayerSpaces]:
+    """Directions at the places that a gradient reached."""
+
+    def found(place: Place) -> LayerSpaces | None:
+        own = layers[place.name] if place.given else inputs[place.name]
+        spaces = _directions(place.name, own, metrics.pop(place), most[place])
+        if spaces is not None and place.given:
+            del layers[place.name]
+        return spaces
+
+    every = zip(most, abreast(found, list(most)), strict=True)
+    return {place: spaces for place, spaces in every if spaces is not None}
+
+
+def _choose(
+    model: nn.Module,
+    moments: MutableMapping[Place, Moments],
+    metrics: Metrics,
+    sets: Sequence[ChannelSet],
+    reads: Mapping[str, Sequence[Place]],
+) -> dict[str, ChannelSpaces]:
+    """Channels of the sets that a gradient reached."""
+
+    def found(each: ChannelSet) -> ChannelSpaces | None:
+        read = [moments.pop(place) for place in reads[each.name]]
+        seen = [metrics.pop(place) for place in reads[each.name]]
+        # to a reader with zero weights nothing is worth anything: that holds no one else
+        if any(map(_usable, seen)) and all(bool(np.isfinite(metric).all()) for metric in seen):
+            return channel_spaces.choose(model, each, read, seen)
+        return None
+
+    every = zip(sets, abreast(found, sets), strict=True)
+    return {each.name: spaces for each, spaces in every if spaces is not None}
 
 
 def _usable(metric: Array) -> bool:
