@@ -44,7 +44,8 @@ def keep(folder: str) -> None:
     threading.Thread(target=_watch, args=(path,), daemon=True).start()
     while not (path / "job.json").exists():
         time.sleep(0.1)
-    result: dict[str, Any] = {"step": "", "code": 0, "told": ""}  # where a keeper before this one had done them all
+    # where a keeper before this one had done them all
+    result: dict[str, Any] = {"step": "", "code": 0, "told": "", "limit_seconds": 0.0}
     for name, arguments, limit_seconds in read(path / "job.json"):
         if (path / f"{name}.done").exists():
             continue

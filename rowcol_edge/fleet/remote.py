@@ -209,7 +209,7 @@ class _Run:
                 self._tell(printable(str(answer["line"])))
             if "end" in answer:
                 if not answer["end"]:
-                    raise outcome.keeper_gone(self._transport.name, str(answer["note"]))
+                    raise outcome.keeper_gone(self._transport.name, str(answer.get("note", "")))
                 return dict(answer["end"])
         raise AssertionError  # a connection raises or ends with an end
 
