@@ -31,6 +31,7 @@ _MODULES = ("keeper", "board")
 _Fields = dict[str, type | tuple[type, ...]]
 _ANSWERS: dict[str, _Fields] = {
     "open": {"folder": str, "fresh": bool, "begun": bool, "machine": str},
+    "alone": {"holder": str},
     "held": {"size": int, "sha256": str},
     "put": {"sha256": str},
     "call": {"code": int, "stdout": str, "stderr": str},
