@@ -336,6 +336,26 @@ def test_folders_that_nobody_waits_for_are_swept(pipe: Pipe, home: Home) -> None
         connection.ask("remove", folder=folder)
 
 
+def test_a_run_is_gone_on_with_once_its_line_has_ended_and_then_removed_by_whoever_has_it(
+    pipe: Pipe, home: Home
+) -> None:
+    asked = {"folder": "", "places": [], "need_bytes": 0, "lease_seconds": 60, "run": "same"}
+    with Connection(pipe, "python3") as first, Connection(pipe, "python3") as second:
+        one = first.ask("open", **asked, who="first\n1")
+        other = second.ask("open", **asked, who="second\n2")
+        assert one["fresh"]
+        assert other["fresh"]  # for a line works on the other
+        assert one["folder"] != other["folder"]
+        second.ask("remove", folder=other["folder"], who="second\n2")
+    with Connection(pipe, "python3") as third, Connection(pipe, "python3") as late:
+        again = third.ask("open", **asked, who="third\n3")
+        assert (again["folder"], again["fresh"]) == (one["folder"], False)
+        late.ask("remove", folder=one["folder"], who="first\n1")
+        assert [str(path) for path in home.left] == [one["folder"]]
+        third.ask("remove", folder=one["folder"], who="third\n3")
+    assert home.is_clean()
+
+
 def test_a_board_that_hears_nothing_more_cleans_itself(pipe: Pipe, home: Home) -> None:
     with Connection(pipe, "python3") as connection:
         connection.ask("open", folder="", places=[], need_bytes=0, lease_seconds=1)
