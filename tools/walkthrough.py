@@ -4,9 +4,10 @@
     python tools/walkthrough.py --parts line     # the line from end to end, with onnxruntime
     python tools/walkthrough.py --only bad run   # the steps whose names hold one of these; what they need comes first
 
-Parts: factoring (spaces, forms, budgets, odd models), line, runtimes. The model is ELPV's, in a user's own file and
-folders of pictures. Each step is a command in a process of its own, with the exit code and the words that it must end
-with. Ends with exit code 1 if one of them was not as expected.
+Parts: factoring (spaces, forms, budgets, odd models), line, runtimes, measuring (profiles, reports, gates, sessions, a
+board by ssh on loopback, fleets, sweeps). The model is ELPV's, in a user's own file and folders of pictures; what is
+measured is the Fashion-MNIST sample. Each step is a command in a process of its own, with the exit code and the words
+that it must end with. Ends with exit code 1 if one of them was not as expected.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import walkthrough_data as data
 import walkthrough_factoring
+import walkthrough_measuring
 import walkthrough_runtimes
 import walkthrough_steps
 from walkthrough_steps import Step
@@ -33,8 +35,10 @@ PARTS = {
     "factoring": walkthrough_factoring.steps,
     "line": walkthrough_steps.steps,
     "runtimes": walkthrough_runtimes.steps,
+    "measuring": walkthrough_measuring.steps,
 }
-"""In order: a part may need what earlier ones have made."""
+NEEDS = {"runtimes": "line"}
+"""The part whose needed steps come before another's."""
 _NO_SPECIAL_RIGHTS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 """Before a command of root's, who could read every file."""
 _SHOWN = 160
@@ -70,8 +74,8 @@ def main() -> int:
 
 
 def chosen(work: Path, parts: Sequence[str], only: Sequence[str] | None) -> Iterator[Step]:
-    last = max(list(PARTS).index(part) for part in parts)
-    for part in list(PARTS)[: last + 1]:
+    needed = {NEEDS.get(part) for part in parts}
+    for part in (part for part in PARTS if part in parts or part in needed):
         for step in PARTS[part](work):
             if step.needed or (part in parts and (not only or any(word in step.name for word in only))):
                 yield step

@@ -12,6 +12,7 @@ The work itself is done by a keeper, see :mod:`.keeper`, which this starts and a
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -40,6 +41,9 @@ _OUT = threading.Lock()
 _BEAT_SECONDS = 2.0
 _PIECE_BYTES = 1 << 18
 _POLL_SECONDS = 1.0
+_GONE_SECONDS = 3 * _BEAT_SECONDS
+"""After which the program of a line whose other side has ended has noticed it, and ended too."""
+_WAIT_SECONDS = 2.0
 
 
 class RefusalError(Exception):
@@ -73,17 +77,20 @@ class Beat(threading.Thread):
                 continue  # the folder is being removed, or its disk is full
 
 
-def open_folder(folder: str, places: list[str], need_bytes: int, lease_seconds: float, run: str = "") -> None:
+def open_folder(
+    folder: str, places: list[str], need_bytes: int, lease_seconds: float, run: str = "", who: str = ""
+) -> None:
     """The folder of an earlier connection, or a new one where it is gone; ``begun``: its job runs or has ended.
 
     ``run`` is a name that is the same wherever the same job is begun, or empty: what a process that ended has left
-    under it is gone on with.
+    under it is gone on with. ``who`` asks, in two lines: the first is told to those who wait for the board, the second
+    is nobody else's.
     """
-    folder = folder or _left(places, run)
+    folder = folder or _left(places, run, who)
     fresh = not folder or not _ours(Path(folder))
     path = _new_folder(places, need_bytes, run) if fresh else Path(folder)
     try:
-        begun = _prepare(path, lease_seconds)
+        begun = _prepare(path, lease_seconds, who)
     except OSError:
         if fresh:
             shutil.rmtree(path, ignore_errors=True)
@@ -91,8 +98,10 @@ def open_folder(folder: str, places: list[str], need_bytes: int, lease_seconds: 
     answer(folder=str(path), fresh=fresh, begun=begun, machine=platform.machine())
 
 
-def _prepare(path: Path, lease_seconds: float) -> bool:
+def _prepare(path: Path, lease_seconds: float, who: str) -> bool:
     """Make contact, and start a keeper unless one is at work or done, which is what is given back."""
+    fcntl.flock(_line(path), fcntl.LOCK_SH)
+    (path / "who").write_text(who)
     (path / "lease").write_text(str(lease_seconds))
     begun = (path / "result.json").exists() or (_alive(path) and (path / "job.json").exists())
     if not begun:
@@ -101,15 +110,75 @@ def _prepare(path: Path, lease_seconds: float) -> bool:
     return begun
 
 
+def _line(path: Path) -> int:
+    """What a line locks while it works on a run, until this process ends."""
+    return os.open(path / "line", os.O_RDWR | os.O_CREAT, 0o600)
+
+
+def alone(folder: str, places: list[str]) -> None:
+    """Wait for a while until the run has the board to itself; ``holder``: whose run has it instead, or empty."""
+    path, end_time = Path(folder), time.monotonic() + _WAIT_SECONDS
+    while waits := _alive(path) and not (path / "alone").exists():
+        if time.monotonic() > end_time:
+            break
+        time.sleep(0.2)
+    answer(holder=_holder(places) if waits else "")
+
+
+def _holder(places: list[str]) -> str:
+    """Whose run has the board, and for how long. It may be another user's, or lie where nobody looks here."""
+    for path in _folders([*places, *_places([])], ""):
+        try:
+            if not (path / "result.json").exists() and _alive(path):
+                who = _owner(path).partition("\n")[0]
+                minutes = (time.time() - (path / "alone").stat().st_mtime) / 60
+                return f"the run of {who}, {minutes:.0f} min old"
+        except OSError:
+            continue  # it waits, too, or is being removed
+    return "another run"
+
+
 def _places(named: list[str]) -> list[str]:
     places = named or [os.environ.get("TMPDIR", ""), "/tmp", "/var/tmp"]  # noqa: S108 – mkdtemp makes a folder ours
     return [str(Path.cwd() / place) for place in places if place]
 
 
-def _left(places: list[str], run: str) -> str:
-    """The folder of a run that a process elsewhere began and did not end; empty if there is none."""
-    found = [path for place in _places(places) for path in Path(place).glob(f"{PREFIX}{run}-*") if _ours(path)]
-    return str(found[0]) if run and found else ""
+def _folders(places: list[str], run: str) -> list[Path]:
+    """The folders of runs of this user, of all or of one name."""
+    pattern = f"{PREFIX}{run}-*" if run else f"{PREFIX}*"
+    return [path for place in places for path in Path(place).glob(pattern) if _ours(path)]
+
+
+def _left(places: list[str], run: str, who: str) -> str:
+    """The folder of a run that a process elsewhere began and did not end; empty if there is none.
+
+    One that a line works on is not left: the same measurement may have been asked for twice.
+    """
+    found = _folders(_places(places), run) if run else []
+    return next((str(path) for path in found if (path / "lease").exists() and _take(path, who)), "")
+
+
+def _take(path: Path, who: str) -> bool:
+    """Make a run's folder one's own, unless a line works on it."""
+    line, end_time = _line(path), time.monotonic() + _GONE_SECONDS
+    while not _lock(line):
+        if time.monotonic() > end_time:
+            os.close(line)
+            return False
+        time.sleep(0.1)
+    with contextlib.suppress(FileNotFoundError):  # it was just removed, and a new one is made
+        (path / "who").write_text(who)
+    fcntl.flock(line, fcntl.LOCK_SH)
+    return True
+
+
+def _lock(file: int) -> bool:
+    """Lock it unless somebody else has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _new_folder(places: list[str], need_bytes: int, run: str) -> Path:
@@ -142,10 +211,10 @@ def _ours(path: Path) -> bool:
 
 def _sweep(place: Path) -> None:
     """Remove folders that nobody holds or waits for: their keeper went down with the board."""
-    for path in place.glob(f"{PREFIX}*"):
+    for path in _folders([str(place)], ""):
         try:
             contact = path / "lease"
-            if not _ours(path) or _alive(path):
+            if _alive(path):
                 continue
             if time.time() - contact.stat().st_mtime > float(contact.read_text()):
                 shutil.rmtree(path, ignore_errors=True)
@@ -222,22 +291,34 @@ def fetch(folder: str) -> None:
     answer(path.read_bytes(), size=path.stat().st_size, sha256=_digest(path))
 
 
-def remove(folder: str) -> None:
-    """End what runs and remove the folder."""
-    end(folder)
-    if Path(folder).exists():
-        shutil.rmtree(folder)
+def remove(folder: str, who: str = "") -> None:
+    """End what runs and remove the folder, unless somebody else has made it theirs: they will."""
+    path = Path(folder)
+    if path.exists() and not _lock(_line(path)):
+        time.sleep(0.5)  # a line that went silent may still hold it; one that takes it will have said so by then
+    if _owner(path) in (who, ""):
+        end(folder)
+        if path.exists():
+            shutil.rmtree(path)
     answer()
+
+
+def _owner(path: Path) -> str:
+    """Who has said last that the run is theirs; empty if that was lost in a power cut."""
+    try:
+        return (path / "who").read_text()
+    except FileNotFoundError:
+        return ""
 
 
 def _keeper(path: Path) -> None:
     """Start the keeper unless it lives. The lock is taken here and handed on, so there is no moment without it."""
     with (path / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
+        while not _lock(lock.fileno()):
+            if _alive(path):  # else somebody has just asked the same, which takes no time
+                return
         end(str(path))  # what a keeper that was killed alone has left running
+        (path / "alone").unlink(missing_ok=True)
         (path / "keeper.py").write_text(keeper.SOURCE, encoding="utf-8")
         with (path / "keeper.log").open("wb") as log:
             subprocess.Popen(
@@ -278,7 +359,8 @@ def _digest(path: Path) -> str:
 
 
 OPERATIONS: dict[str, Callable[..., None]] = {
-    "open": open_folder, "held": held, "put": put, "call": call, "follow": follow, "fetch": fetch, "remove": remove,
+    "open": open_folder, "alone": alone, "held": held, "put": put, "call": call, "follow": follow, "fetch": fetch,
+    "remove": remove,
 }  # fmt: skip
 
 

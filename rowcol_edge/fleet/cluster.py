@@ -170,14 +170,15 @@ class Cluster:
     def _sent(self, placed: _Placed, digest: str, worker: str) -> list[Event]:
         """Send a bundle to the machine of a worker, and begin the job again, on whichever worker is free then.
 
-        The worker's loop takes the pieces, so no job waits for them or is waited for.
+        The worker's loop takes the pieces, so no job waits for them or is waited for. One bundle is sent at a time, so
+        the name of this client is one for its deliveries: a second try takes the place of the first.
         """
-        path, name = placed.job.work["bundle"], uuid.uuid4().hex
+        path = placed.job.work["bundle"]
         try:
             if self._client.run(parcels.find, path, digest, workers=[worker])[worker] is None:
                 self._say(f"sending {path} to {worker}")
                 for offset, piece, last in _pieces(Path(path)):
-                    self._client.run(parcels.receive, digest, name, offset, piece, last, workers=[worker])
+                    self._client.run(parcels.receive, digest, self._topic, offset, piece, last, workers=[worker])
         except Exception as e:  # noqa: BLE001 – the worker may have died: another one is asked
             if placed.sent == _SENDS:
                 del self._placed[placed.job.id]

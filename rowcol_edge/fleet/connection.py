@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from functools import cache
@@ -17,6 +18,7 @@ ANSWER_SECONDS = 60.0
 """How long nothing may come or go. A login takes its time; later the board says every few seconds that it lives."""
 
 _HELLO = b"rowcol-edge-board "
+_VERSION = re.compile(rb"(\d{1,4}) (\d{1,4})\s*")
 _NOISE_LINES = 100
 """What a login may print before the program answers."""
 _OLDEST = (3, 10)
@@ -26,6 +28,20 @@ _START = (
     'i=sys.stdin.buffer;s=i.read(int(i.readline() or 0));exec(compile(s,"board","exec"),{})'
 )
 _MODULES = ("keeper", "board")
+_Fields = dict[str, type | tuple[type, ...]]
+_ANSWERS: dict[str, _Fields] = {
+    "open": {"folder": str, "fresh": bool, "begun": bool, "machine": str},
+    "alone": {"holder": str},
+    "held": {"size": int, "sha256": str},
+    "put": {"sha256": str},
+    "call": {"code": int, "stdout": str, "stderr": str},
+    "follow": {"at": int},
+    "fetch": {"size": int, "sha256": str},
+    "remove": {},
+}
+"""What the answer to each request holds at least."""
+_END: _Fields = {"step": str, "code": (int, type(None)), "told": str, "limit_seconds": (int, float), "profile": bool}
+"""And what the end of a run holds, unless its keeper was lost."""
 _LOAD = """
 import sys, types
 sys.modules["fleet"] = types.ModuleType("fleet")
@@ -39,10 +55,14 @@ sys.modules["fleet.board"].serve()
 
 
 class Connection:
-    """Use it as a context manager. UnreachableError: the line dropped; what was asked may or may not have been done."""
+    """Use it as a context manager.
+
+    UnreachableError: the line dropped; what was asked may or may not have been done. BoardError: what came over it is
+    none of the answers of the program.
+    """
 
     def __init__(self, transport: Transport, python: str) -> None:
-        self._name = transport.name
+        self._name, self._asked = transport.name, ""
         self._channel = Channel(transport, remote_command(python))
         try:
             self._greet()
@@ -83,17 +103,18 @@ class Connection:
             line = self._channel.line(ANSWER_SECONDS)
             try:
                 answer = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 answer = None
             if not isinstance(answer, dict):
-                got = printable(repr(line[:80]))
-                raise BoardError(
-                    self._name, expected="an answer of the program sent to it", got=got, hint="what else prints there?"
-                )
-            if "error" in answer:
-                raise self._refusal(answer["error"])
-            if "beat" not in answer:
-                return answer
+                raise self._odd(line)
+            if "beat" in answer:
+                continue
+            error, end = answer.get("error"), answer.get("end")
+            if isinstance(error, dict):
+                raise self._refusal(error)
+            if error is not None or not _holds(answer, _ANSWERS[self._asked]) or (end and not _holds(end, _END)):
+                raise self._odd(line)
+            return answer
 
     def receive(self, count: int) -> bytes:
         return self._channel.exactly(count, ANSWER_SECONDS)
@@ -106,7 +127,10 @@ class Connection:
         else:
             raise BoardError(self._name, expected="a shell that runs a command", got="other text", hint="see ~/.bashrc")
         self._channel.answered()
-        version = tuple(int(part) for part in line.removeprefix(_HELLO).split())
+        found = _VERSION.fullmatch(line.removeprefix(_HELLO))
+        if found is None:
+            raise self._odd(line)
+        version = int(found[1]), int(found[2])
         if version < _OLDEST:
             raise BoardError(
                 self._name,
@@ -118,11 +142,22 @@ class Connection:
         self._channel.send(b"%d\n%b" % (len(program), program), ANSWER_SECONDS)
 
     def _request(self, op: str, arguments: dict[str, Any]) -> None:
+        self._asked = op
         self._channel.send(json.dumps({"op": op, **arguments}).encode() + b"\n", ANSWER_SECONDS)
 
-    def _refusal(self, error: Any) -> RowcolError:
+    def _odd(self, line: bytes) -> BoardError:
+        got = printable(repr(line[:80]))
+        hint = "what else prints there?"
+        return BoardError(self._name, expected="an answer of the program sent to it", got=got, hint=hint)
+
+    def _refusal(self, error: dict[str, Any]) -> RowcolError:
         texts = {key: printable(str(error.get(key, ""))) for key in ("what", "expected", "got", "hint")}
         return BoardError(f"{self._name}: {texts.pop('what')}", **texts)
+
+
+def _holds(answer: object, fields: _Fields) -> bool:
+    """Is it a JSON object with these fields, each of its kind?"""
+    return isinstance(answer, dict) and all(isinstance(answer.get(key, ...), kind) for key, kind in fields.items())
 
 
 def remote_command(python: str) -> str:

@@ -4,6 +4,9 @@ Run as a file of its own by the board's Python, so it imports nothing of the pac
 temporary folder:
 
     lock         held by the keeper as long as it lives, and by nothing after a reboot
+    line         held by each line to the board that works on this run
+    who          whose run it is: a line for people, and one that nobody else has
+    alone        made once the keeper has the board to itself
     lease        holds the seconds after which nobody is waiting any more; its mtime is the last contact
     job.json     the steps that are to run: [name, arguments of the device program, seconds it may take] each
     NAME.done    a step that ended well and is not repeated
@@ -17,6 +20,7 @@ if the other side lost its power.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -39,12 +43,15 @@ _TAIL_BYTES = 4000
 
 
 def keep(folder: str) -> None:
-    """The keeper: wait for the job, run its steps, and stay until the folder is removed."""
+    """The keeper: wait for the board and for the job, run its steps, and stay until the folder is removed."""
     path = Path(folder)
     threading.Thread(target=_watch, args=(path,), daemon=True).start()
+    board = _hold_board()
+    (path / "alone").touch()
     while not (path / "job.json").exists():
         time.sleep(0.1)
-    result: dict[str, Any] = {"step": "", "code": 0, "told": ""}  # where a keeper before this one had done them all
+    # where a keeper before this one had done them all
+    result: dict[str, Any] = {"step": "", "code": 0, "told": "", "limit_seconds": 0.0}
     for name, arguments, limit_seconds in read(path / "job.json"):
         if (path / f"{name}.done").exists():
             continue
@@ -58,8 +65,23 @@ def keep(folder: str) -> None:
         with (path / PROFILE).open("rb") as file:
             os.fsync(file)  # a result that is on the disk stands for a profile that is
     write(path / "result.json", result)
+    os.close(board)
     while True:
         time.sleep(60)  # the other thread ends this process
+
+
+def _hold_board() -> int:
+    """Wait until no other run is measured on this board, and hold it: until the descriptor is closed, at the latest by
+    the end of this process.
+
+    What is locked is the folder for temporary files: every board has one, it is the same whoever logs in, and nothing
+    has to be left there.
+    """
+    places = os.environ.get("TMPDIR", ""), "/tmp"  # noqa: S108 – nothing is written there
+    board = os.open(next((place for place in places if os.access(place, os.R_OK)), "/"), os.O_RDONLY)
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(board, fcntl.LOCK_EX)
+    return board
 
 
 def _step(path: Path, name: str, arguments: list[str], limit_seconds: float) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from ..errors import BundleError, IntegrityError
 
 PIECE_BYTES = 8 << 20
 _UNUSED_SECONDS = 7 * 24 * 3600.0
+_SILENT_SECONDS = 3600.0
+"""A delivery of which nothing has come for so long has ended: a piece takes seconds, on a slow line minutes."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -36,22 +38,27 @@ def find(path: str, digest: str) -> str | None:
 
 
 def receive(digest: str, name: str, offset: int, piece: bytes, last: bool) -> None:
-    """Take a piece of a bundle's .zip; ``name`` tells this delivery from others at the same time."""
+    """Take a piece of a bundle's .zip; ``name`` tells this delivery from others at the same time.
+
+    A delivery that begins again under its name takes the place of what has arrived of it. One that fails here – a full
+    disk, what arrived is another bundle – leaves nothing.
+    """
     place = _place(digest)
     arriving = place.with_name(f"{place.name}.{re.sub('[^0-9a-z]', '', name)}")
     if not offset:
         _make_room(place.parent)
-    with arriving.open("r+b" if offset else "wb") as file:
-        file.seek(offset)
-        file.write(piece)
-    if last:
-        try:
+    try:
+        with arriving.open("r+b" if offset else "wb") as file:
+            file.seek(offset)
+            file.write(piece)
+        if last:
             with Bundle.open(arriving) as bundle:
                 if bundle.digest != digest:
                     raise IntegrityError(f"bundle {name}", expected=digest, got=bundle.digest)
             arriving.replace(place)
-        finally:
-            arriving.unlink(missing_ok=True)
+    except BaseException:
+        arriving.unlink(missing_ok=True)
+        raise
 
 
 def _is(place: Path, digest: str) -> bool:
@@ -79,8 +86,9 @@ def _folder() -> Path:
 
 
 def _make_room(folder: Path) -> None:
-    """Remove what nobody has used for a week."""
+    """Remove what nobody has used for a week, and what has arrived of deliveries whose sender is gone."""
     for path in folder.iterdir():
+        kept_seconds = _UNUSED_SECONDS if path.suffix == ".zip" else _SILENT_SECONDS
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > _UNUSED_SECONDS:
+            if time.time() - path.stat().st_mtime > kept_seconds:
                 path.unlink()

@@ -6,10 +6,13 @@ it was left, one that was lost begins anew. So a dropped line is mended by doing
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -118,6 +121,7 @@ class _Run:
         options: dict[str, Any], progress: Progress | None, say: Say, name: str = "",
     ) -> None:  # fmt: skip
         self._name = name
+        self._who = f"process {os.getpid()} on {platform.node()}\n{uuid.uuid4().hex}"
         self._transport, self._python, self._places, self._cargo = transport, python, places, cargo
         self._target = target
         limit_seconds = STEP_SECONDS + 2 * (options.get("seconds") or 0.0)
@@ -152,7 +156,7 @@ class _Run:
             return
         try:
             with self._connect_again(CLEAN_SECONDS) as connection:
-                connection.ask("remove", folder=self._folder)
+                connection.ask("remove", folder=self._folder, who=self._who)
         except RowcolError as e:
             self._say(
                 f"{self._transport.name} could not be cleaned ({e.got or e.what}): it removes {self._folder} by "
@@ -163,7 +167,7 @@ class _Run:
         """Everything over one line, without what an earlier one has done."""
         opened = connection.ask(
             "open", folder=self._folder, places=self._places, need_bytes=self._cargo.need_bytes,
-            lease_seconds=LEASE_SECONDS, run=self._name,
+            lease_seconds=LEASE_SECONDS, run=self._name, who=self._who,
         )  # fmt: skip
         if self._folder and opened["fresh"]:
             self._say(f"{self._folder} is gone from the board: copying again")
@@ -177,10 +181,19 @@ class _Run:
                 )  # fmt: skip
             if self._starts:
                 self._say(f"{board} lost the run: it begins again")
+            self._wait(connection)
             self._prepare(connection, str(opened["machine"]))
             self._starts += 1
         outcome.check_step(board, self._follow(connection))
         return self._fetch(connection)
+
+    def _wait(self, connection: Connection) -> None:
+        """Until no other run is on the board; the lock is the board's, so it holds whoever measures from wherever."""
+        told = False
+        while holder := printable(str(connection.ask("alone", folder=self._folder, places=self._places)["holder"])):
+            if not told:
+                self._say(f"{self._transport.name} is in use by {holder}: waiting")
+            told = True
 
     def _prepare(self, connection: Connection, machine: str) -> None:
         """Check the board and copy; what needs little comes before what takes long."""
@@ -209,7 +222,7 @@ class _Run:
                 self._tell(printable(str(answer["line"])))
             if "end" in answer:
                 if not answer["end"]:
-                    raise outcome.keeper_gone(self._transport.name, str(answer["note"]))
+                    raise outcome.keeper_gone(self._transport.name, str(answer.get("note", "")))
                 return dict(answer["end"])
         raise AssertionError  # a connection raises or ends with an end
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from typing import Any
 
 from ..device.bundle import Bundle
 from ..device.manifest import PROFILES_FOLDER, RUN, ArmEntry
-from ..device.profile import OVER, Comparison, Profile, differences, settings_text
+from ..device.profile import OVER, Comparison, Profile, settings_text
 from ..device.stats import NOT_COMPARABLE
 from ..device.system import EVIDENCE, TARGET
 from ..device.table import NONE, joules, mebibytes, milliseconds, ratio_text, size, times_count
 from ..errors import BundleError, NotComparableError
+from . import apart
 
 _SPLITS = ("test", "selection")
 _ORIGINAL = "dense@fp32"
@@ -139,12 +139,7 @@ def compare(bundles: Sequence[Bundle]) -> ComparisonTable:
         else:
             notes += _profile_notes(bundle, profile)
             found.append((bundle, profile))
-    for (first, a), (second, b) in combinations(found, 2):
-        if differing := differences(a, b):
-            notes.append(
-                f"do not set latencies of {first.source} beside those of {second.source} ({'; '.join(differing)}): "
-                "read the ratios of each"
-            )
+    notes += apart.notes([(str(bundle.source), profile) for bundle, profile in found])
     return ComparisonTable(tuple(rows), tuple(dict.fromkeys(notes)))
 
 

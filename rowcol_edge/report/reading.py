@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from ..device.bundle import Bundle
 from ..device.manifest import PLAN_NAME, ArmEntry
 from ..device.memory import STAGES as MARKS
 from ..device.memory import Curve
-from ..device.profile import ArmProfile, Profile, differences
+from ..device.profile import ArmProfile, Profile
 from ..device.stats import MIN_SAMPLES, percentile
 from ..device.system import counts
 from ..errors import BundleError
+from . import apart
 from .compare import paired
 from .facts import environment_facts, protocol_facts
 from .figures import (
@@ -50,13 +50,8 @@ def load(profiles: Sequence[Path], bundles: Sequence[Path] = ()) -> Figures:
         with Bundle.open(given, check=False) as bundle:
             if all(profile.digest != bundle.digest for _, profile in read):
                 check_same_build(read[0][1], bundle)
-    notes = tuple(
-        f"do not set latencies of {one.name} beside those of {other.name} ({'; '.join(differing)}): "
-        "read the ratios of each"
-        for (one, a), (other, b) in combinations(read, 2)
-        if (differing := differences(a, b))
-    )
-    return Figures(tuple(_profile(path, profile, bundles) for path, profile in read), notes)
+    notes = apart.notes([(path.name, profile) for path, profile in read])
+    return Figures(tuple(_profile(path, profile, bundles) for path, profile in read), tuple(notes))
 
 
 def _profile(path: Path, profile: Profile, bundles: Sequence[Path]) -> ProfileFigures:

@@ -85,6 +85,54 @@ def test_a_board_whose_python_says_something_else(pipe: Pipe, home: Home, opened
     assert fails(opened, BoardError).expected == "an answer of the program sent to it"
 
 
+ODD = "an answer of the program sent to it"
+OPENED = {"folder": "/tmp/x", "fresh": True, "begun": True, "machine": "x86_64"}
+
+
+@pytest.mark.parametrize("version", ["a b", "", "3", "3 12 1", "-3 12", "9" * 5000 + " 1"])
+def test_a_board_that_greets_with_no_version(pipe: Pipe, home: Home, version: str) -> None:
+    home.python(f'echo; echo "rowcol-edge-board {version}"; exec cat > /dev/null')
+    with pytest.raises(BoardError) as caught:
+        Connection(pipe, "python3")
+    assert caught.value.expected == ODD
+    assert caught.value.got.startswith("b'rowcol-edge-board")
+
+
+@pytest.mark.parametrize(
+    ("request_", "answer"),
+    [
+        ("open", "{}"),
+        ("open", json.dumps({**OPENED, "folder": 5})),
+        ("open", json.dumps({**OPENED, "begun": None})),
+        ("open", '{"error": 5}'),
+        ("remove", '{"error": "no"}'),
+        ("held", '{"size": "3", "sha256": ""}'),
+        ("held", "[" * 100_000),
+        ("call", '{"code": "0"}'),
+        ("follow", "{}"),
+        ("follow", '{"at": 1, "end": [1]}'),
+        ("follow", '{"at": 1, "end": {"step": "profile", "code": 0}}'),
+        ("fetch", '{"size": null, "sha256": ""}'),
+    ],
+)
+def test_a_board_that_answers_otherwise(pipe: Pipe, home: Home, request_: str, answer: str) -> None:
+    (home.root / "answer").write_text(f"{answer}\n")
+    home.python(f"echo; echo rowcol-edge-board 3 12; cat {home.root}/answer; exec cat > /dev/null")
+    with Connection(pipe, "python3") as connection, pytest.raises(BoardError) as caught:
+        connection.ask(request_)
+    assert caught.value.expected == ODD
+
+
+def test_a_board_that_answers_otherwise_ends_a_profile(pipe: Pipe, home: Home, opened: Bundle) -> None:
+    home.python("echo; echo rowcol-edge-board 3 12; echo '{}'; exec cat > /dev/null")
+    assert fails(opened, BoardError).expected == ODD
+    lost = json.dumps({"at": 0, "end": None})  # and no word of why
+    home.python(
+        f"echo; echo rowcol-edge-board 3 12; printf '%s\\n' '{json.dumps(OPENED)}' '{lost}'; exec cat > /dev/null"
+    )
+    assert fails(opened, BoardError).got == "it was killed"
+
+
 def test_a_login_that_prints_is_read_over(pipe: Pipe, home: Home, opened: Bundle) -> None:
     home.python(f'echo "Welcome to the board"; printf "no line end"; exec {sys.executable} "$@"')
     with Connection(pipe, "python3") as connection:
@@ -230,6 +278,9 @@ def test_a_profile_is_checked(
         remote.profile(opened, "ssh://board", **OPTIONS)
 
 
+ENDED = {"step": "profile", "code": 0, "told": "", "limit_seconds": 9.0, "profile": True}
+
+
 class Ended:
     """A run that has ended on a board, with what it wrote."""
 
@@ -241,7 +292,7 @@ class Ended:
         folder = Path(opened["folder"])
         (folder / "log").write_bytes(log)
         (folder / "profile.json").write_bytes(profile)
-        (folder / "result.json").write_text(json.dumps({"step": "profile", "code": 0, "told": ""}))
+        (folder / "result.json").write_text(json.dumps(ENDED))
         self.run._folder = str(folder)
 
 
@@ -283,6 +334,26 @@ def test_folders_that_nobody_waits_for_are_swept(pipe: Pipe, home: Home) -> None
         folder = connection.ask("open", folder="", places=[], need_bytes=0, lease_seconds=60)["folder"]
         assert set(home.left) == {fresh, foreign, Path(folder)}
         connection.ask("remove", folder=folder)
+
+
+def test_a_run_is_gone_on_with_once_its_line_has_ended_and_then_removed_by_whoever_has_it(
+    pipe: Pipe, home: Home
+) -> None:
+    asked = {"folder": "", "places": [], "need_bytes": 0, "lease_seconds": 60, "run": "same"}
+    with Connection(pipe, "python3") as first, Connection(pipe, "python3") as second:
+        one = first.ask("open", **asked, who="first\n1")
+        other = second.ask("open", **asked, who="second\n2")
+        assert one["fresh"]
+        assert other["fresh"]  # for a line works on the other
+        assert one["folder"] != other["folder"]
+        second.ask("remove", folder=other["folder"], who="second\n2")
+    with Connection(pipe, "python3") as third, Connection(pipe, "python3") as late:
+        again = third.ask("open", **asked, who="third\n3")
+        assert (again["folder"], again["fresh"]) == (one["folder"], False)
+        late.ask("remove", folder=one["folder"], who="first\n1")
+        assert [str(path) for path in home.left] == [one["folder"]]
+        third.ask("remove", folder=one["folder"], who="third\n3")
+    assert home.is_clean()
 
 
 def test_a_board_that_hears_nothing_more_cleans_itself(pipe: Pipe, home: Home) -> None:

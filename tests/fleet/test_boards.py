@@ -81,12 +81,15 @@ def test_the_lines_that_start_everything(file: Path) -> None:
         (("ssh://pi@10.0.0.8:2222", "ssh://10.0.0.7:22"), "each board once, got ssh://10.0.0.7:22 twice"),
         (('"hosts"', '"nowhere"'), "known hosts"),
         (('tag = "n100-bench"', 'python = "python3"'), "a board that is elsewhere"),
-        (("[[boards]]", "[boards]"), ""),
+        (
+            (GOOD, 'schema = 1\n[boards]\nname = "pi-a"\n'),
+            "boards: expected at least one [[boards]] table, got {'name'",
+        ),
         (('target = "intel-n100"', 'target = "a=b"'), "letters, digits"),
     ],
 )
 def test_a_file_of_boards_that_is_wrong_says_where(file: Path, change: tuple[str, str], message: str) -> None:
-    file.write_text(GOOD.replace(*change, 1 if change[0] != "[[boards]]" else -1))
+    file.write_text(GOOD.replace(*change, 1))
     with pytest.raises(ConfigError) as raised:
         boards.read(file)
     assert message in str(raised.value)

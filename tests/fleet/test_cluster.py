@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -153,6 +154,19 @@ def test_a_job_whose_process_dies_costs_itself_and_no_worker(
         assert len(client.scheduler_info(n_workers=-1)["workers"]) == 2
 
 
+def put_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bundles lie where workers do not see them: below a folder in this process's own view."""
+    jobs = campaign.making.profiles
+
+    def elsewhere(*arguments: Any, **options: Any) -> Any:
+        found = jobs(*arguments, **options)
+        for job in found:
+            job.work["bundle"] = f"/proc/self/task/{threading.get_native_id()}/root{job.work['bundle']}"
+        return found
+
+    monkeypatch.setattr(campaign.making, "profiles", elsewhere)
+
+
 def test_a_bundle_that_a_worker_does_not_have_is_sent_once(
     dask: LocalCluster, bundle_path: Path, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,16 +175,7 @@ def test_a_bundle_that_a_worker_does_not_have_is_sent_once(
     received = parcels._folder() / f"{digest}.zip"
     received.unlink(missing_ok=True)
     monkeypatch.setattr(parcels, "PIECE_BYTES", 1000)  # of this side, which cuts
-    jobs = campaign.making.profiles
-
-    def elsewhere(*arguments: Any, **options: Any) -> Any:
-        """Jobs whose bundle lies where workers do not see it: below a folder in this process's own view."""
-        found = jobs(*arguments, **options)
-        for job in found:
-            job.work["bundle"] = f"/proc/self/task/{threading.get_native_id()}/root{job.work['bundle']}"
-        return found
-
-    monkeypatch.setattr(campaign.making, "profiles", elsewhere)
+    put_elsewhere(monkeypatch)
     try:
         for name, sent in (("first", 1), ("second", 1)):
             found = campaign.profile(
@@ -191,6 +196,46 @@ def test_a_piece_that_arrives_changed_is_refused(bundle_path: Path) -> None:
         parcels.receive(digest, "x", 0, packed[:500] + b"?" + packed[501:], True)
     assert not (parcels._folder() / f"{digest}.zip").exists()
     assert not list(parcels._folder().glob(f"{digest}*"))
+
+
+def test_a_delivery_to_a_full_disk_leaves_nothing(
+    dask: LocalCluster, bundle_path: Path, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Bundle.open(bundle_path) as bundle:
+        digest = bundle.digest
+    (parcels._folder() / f"{digest}.zip").unlink(missing_ok=True)
+    monkeypatch.setattr(parcels, "PIECE_BYTES", 1000)
+    put_elsewhere(monkeypatch)
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    with Client(dask.scheduler_address) as client:
+        client.run(resource.setrlimit, resource.RLIMIT_FSIZE, (2500, most))
+    found = campaign.profile(
+        [bundle_path], [LOCAL], out=tmp_path / "results", scheduler=scheduler(dask), say=said.append, **OPTIONS
+    )
+    [entry] = found.entries
+    assert entry.state == FAILED
+    assert entry.reason.startswith("sending ")
+    assert entry.reason.endswith("File too large")
+    assert not list(parcels._folder().glob(f"{digest}*"))
+
+
+def test_a_delivery_that_begins_again_takes_the_place_of_the_first(bundle_path: Path) -> None:
+    packed = bundle_path.with_name("bundle.zip").read_bytes()
+    with Bundle.open(bundle_path) as bundle:
+        digest = bundle.digest
+    gone, running = (parcels._folder() / f"{digest}.zip.{name}" for name in ("gone", "running"))
+    for path in (gone, running):
+        path.write_bytes(b"part")
+    os.utime(gone, (time.time() - 7200,) * 2)  # its sender has said nothing for two hours
+    try:
+        parcels.receive(digest, "x-1", 0, packed[:500], False)
+        parcels.receive(digest, "x-1", 0, packed[:700], False)
+        assert {path.name for path in parcels._folder().glob(f"{digest}*")} == {f"{digest}.zip.x1", running.name}
+        parcels.receive(digest, "x-1", 700, packed[700:], True)
+        assert parcels.find("/nowhere", digest) == str(parcels._folder() / f"{digest}.zip")
+    finally:
+        for path in parcels._folder().glob(f"{digest}*"):
+            path.unlink()
 
 
 def test_a_tag_that_no_worker_has_is_told_and_given_up(

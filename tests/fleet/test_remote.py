@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 
 from rowcol_edge.device.bundle import Bundle
+from rowcol_edge.device.profile import Profile
 from rowcol_edge.errors import BoardError, BudgetError, UnreachableError
 from rowcol_edge.fleet import connection, remote
 from rowcol_edge.package import write_bundle
@@ -53,6 +56,70 @@ def test_a_profile_of_arms_that_are_too_large_comes_back_and_says_so(
     assert measured.arms["dense@fp32"].footprints
     with pytest.raises(BudgetError, match="at most 1 MiB"):
         measured.raise_if_over_budget()
+    assert home.is_clean()
+
+
+def at_once(sshd: Sshd, opened: Bundle, said: list[str], run: str) -> tuple[Profile, Profile]:
+    """Two measurements, the second begun while the first is under way; never are both of them."""
+    first: list[Profile] = []
+    options: dict[str, Any] = {"run": run, "blocks": 12, "seconds": 6.0}
+    measuring = threading.Thread(target=lambda: first.append(sshd.profile(opened, say=lambda _: None, **options)))
+    measuring.start()
+    until(lambda: sshd.home.steps("profile"), 60)
+    seen: list[int] = []
+
+    def look(label: str, done: int, total: int) -> None:
+        seen.append(len(sshd.home.steps("profile")))
+
+    second = sshd.profile(opened, say=said.append, progress=look, **options)
+    measuring.join()
+    assert max(seen) <= 1
+    return first[0], second
+
+
+def test_two_desks_at_one_board_measure_one_after_the_other(
+    sshd: Sshd, home: Home, opened: Bundle, said: list[str]
+) -> None:
+    first, second = at_once(sshd, opened, said, "")
+    assert first.digest == second.digest == opened.digest
+    assert first.created < second.created
+    [waited] = [line for line in said if "waiting" in line]
+    holder = f"process {os.getpid()} on {platform.node()}"
+    assert re.search(rf"is in use by the run of {re.escape(holder)}, \d+ min old: waiting$", waited)
+    assert home.is_clean()
+
+
+def test_one_measurement_asked_for_twice_comes_back_twice(
+    sshd: Sshd, home: Home, opened: Bundle, said: list[str]
+) -> None:
+    """Whichever ends first removes nothing that the other one needs."""
+    first, second = at_once(sshd, opened, said, "same")
+    assert first.digest == second.digest == opened.digest
+    assert home.is_clean()
+
+
+def test_a_run_that_is_killed_lets_go_of_the_board(sshd: Sshd, home: Home, opened: Bundle, said: list[str]) -> None:
+    lost: list[BoardError] = []
+
+    def lose() -> None:
+        try:
+            sshd.profile(opened, blocks=600, seconds=600.0, say=lambda _: None)
+        except BoardError as e:
+            lost.append(e)
+
+    losing = threading.Thread(target=lose)
+    losing.start()
+    until(lambda: home.steps("profile"), 60)
+    holding = home.running()
+
+    def told(line: str) -> None:
+        said.append(line)
+        kill(holding)
+
+    assert sshd.profile(opened, say=told).digest == opened.digest
+    losing.join()
+    assert len(lost) == 1
+    assert any("waiting" in line for line in said)
     assert home.is_clean()
 
 

@@ -123,8 +123,12 @@ def test_bundles_measured_under_different_conditions_are_kept_apart(tmp_path: Pa
     )
     table = compare([bundle(tmp_path / "a", make_profile()), bundle(tmp_path / "c", other)])
     assert len(table.rows()) == 6
-    note = next(note for note in table.notes if note.startswith("do not set latencies"))
-    assert "processor: x86_64 Some Core and x86_64 Other Core; threads: 2 and 4; settings: none and HINT=bf16" in note
+    a, c = tmp_path / "a", tmp_path / "c"
+    said = f"processor: x86_64 Some Core ({a}), x86_64 Other Core ({c})", f"threads: 2 ({a}), 4 ({c})"
+    assert [note for note in table.notes if note.startswith("do not set latencies")] == [
+        f"do not set latencies side by side that differ in {text}; read the ratios of each"
+        for text in (*said, f"settings: none ({a}), HINT=bf16 ({c})")
+    ]
     assert any("4 thread(s), HINT=bf16; null arm" in note for note in table.notes)
 
 

@@ -426,5 +426,25 @@ def test_profiles_that_do_not_go_side_by_side_say_so(tmp_path: Path) -> None:
     assert "do not set latencies" not in written(tmp_path, make_profile(), make_profile())
     other = tmp_path / "other"
     other.mkdir()
-    note = "do not set latencies of 0.json beside those of 1.json (threads: 2 and 4): read the ratios of each"
+    note = "do not set latencies side by side that differ in threads: 2 (0.json), 4 (1.json); read the ratios of each"
     assert ("li", note) in Document(written(other, make_profile(), make_profile(threads=4))).texts
+
+
+def test_what_many_profiles_differ_in_is_said_once(tmp_path: Path) -> None:
+    """The page grows as its profiles do, and no note with them."""
+    profile = make_profile(samples=6)
+    paths = [tmp_path / f"{i:03}.json" for i in range(120)]
+    for i, path in enumerate(paths):
+        host = replace(profile.environment, host_id=f"board-{i}", governor="performance" if i % 3 else "schedutil")
+        path.write_text(replace(profile, environment=host).to_json(), encoding="utf-8")
+    half, whole = reading.load(paths[:60]), reading.load(paths)
+    first = ", ".join(f"board-{i} ({i:03}.json)" for i in range(5))
+    performance = "performance (001.json, 002.json, 004.json, and 77 more)"
+    said = (
+        f"host: {first}, and 115 other values (115 profiles)",
+        f"governor: {performance}, schedutil (000.json, 003.json, 006.json, and 37 more)",
+    )
+    assert whole.notes == tuple(
+        f"do not set latencies side by side that differ in {text}; read the ratios of each" for text in said
+    )
+    assert len(page(whole)) < 2.02 * len(page(half))
