@@ -83,7 +83,7 @@ def directions(
     seen, root = torch.from_numpy(covariance), _root(torch.from_numpy(blended(metric, prior)))
     values, vectors = _leading(seen, root, len(seen) if rank is None else rank)
     peaks = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    vectors = torch.where(peaks < 0, -vectors, vectors)  # a sign per column makes the factors reproducible
+    vectors *= torch.where(peaks < 0, -1.0, 1.0)  # a sign per column makes the factors reproducible
     basis = torch.linalg.solve_triangular(root.T, vectors, upper=True)
     return values.clamp_(min=0.0).numpy(), basis.numpy(), (root @ vectors).numpy()
 
@@ -120,11 +120,13 @@ def blended(metric: Array, prior: Array | None = None) -> Array:
     """A metric that few samples gave, with a share of what is known without any: directions are not worthless that no
     gradient came to, unless the prior says so."""
     mean = max(float(np.trace(metric)) / len(metric), 1e-300)
-    even = np.eye(len(metric))
+    found = (1.0 - _SHRINKAGE) * metric
+    diagonal, least = np.einsum("ii->i", found), 1.0
     if prior is not None and np.trace(prior) > 0.0:
-        prior = prior * (len(prior) / float(np.trace(prior)))
-        even = prior + _LEAST * even
-    return np.asarray((1.0 - _SHRINKAGE) * metric + _SHRINKAGE * mean * even)
+        found += _SHRINKAGE * mean * (len(prior) / float(np.trace(prior))) * prior
+        least = _LEAST
+    diagonal += _SHRINKAGE * mean * least
+    return found
 
 
 def utilised_rank(eigenvalues: Array, energy: float = 0.99) -> int:
