@@ -27,6 +27,7 @@ from rowcol_edge.calling import bind, evaluating, quiet
 from rowcol_edge.errors import PlanError
 from rowcol_edge.factoring.channel_spaces import ChannelSpaces, unmeasured
 from rowcol_edge.factoring.channels import ChannelSet, Slot
+from rowcol_edge.factoring.products import product
 
 Array = NDArray[np.float64]
 
@@ -146,11 +147,13 @@ class _Editor:
         """(out, in, kernel …), float64."""
         if name not in self.weights:
             module = self._layer(name)
-            weight = module.weight.detach().double().cpu().numpy()
-            if _inputs_first(module):
-                weight = weight.swapaxes(0, 1)
-            self.weights[name] = weight.copy()
-            self.biases[name] = None if module.bias is None else module.bias.detach().double().cpu().numpy().copy()
+            weight, bias = (
+                None if each is None else each.detach().to("cpu", torch.float64, copy=True).numpy()
+                for each in (module.weight, module.bias)
+            )
+            assert weight is not None
+            self.weights[name] = weight.swapaxes(0, 1) if _inputs_first(module) else weight
+            self.biases[name] = bias
         return self.weights[name]
 
     def outputs(self, slot: Slot, width: int, take: Array | None) -> None:
@@ -159,7 +162,8 @@ class _Editor:
             return
         weight, bias = self._weight(slot.name), self.biases[slot.name]
         for rows, part in zip(slot.index[:, :, 0], take, strict=True):
-            weight[rows[:width]] = np.tensordot(part, weight[rows], 1)
+            moved = product(part, weight[rows].reshape(len(rows), -1))
+            weight[rows[:width]] = moved.reshape(-1, *weight.shape[1:])
             if bias is not None:
                 bias[rows[:width]] = part @ bias[rows]
 
@@ -174,7 +178,7 @@ class _Editor:
                 before = weight[:, columns]
                 if shift.any():
                     moved += (before.reshape(*before.shape[:2], -1).sum(2)) @ shift
-                weight[:, columns[:width]] = np.moveaxis(np.tensordot(before, part, ([1], [0])), -1, 1)
+                weight[:, columns[:width]] = np.moveaxis(product(np.moveaxis(before, 1, -1), part), -1, 1)
         if moved.any():
             bias = self.biases[slot.name]
             self.biases[slot.name] = moved if bias is None else bias + moved
