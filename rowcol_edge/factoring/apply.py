@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -21,7 +22,7 @@ from rowcol_edge.factoring.plan import FactorPlan, LayerPlan, nearest
 from rowcol_edge.factoring.products import product
 from rowcol_edge.factoring.projections import project
 from rowcol_edge.factoring.refit import refit
-from rowcol_edge.factoring.spaces import LayerSpaces, Progress, directions
+from rowcol_edge.factoring.spaces import LayerSpaces, Progress, blended, directions
 from rowcol_edge.factoring.standins import put
 from rowcol_edge.factoring.study import Study
 
@@ -54,9 +55,11 @@ def metrics(study: Study, plan: FactorPlan) -> dict[str, Array]:
     gives, _ = _kept(_narrowings(plan, study.channels if plan.channels else (), study.channel_spaces))
     found = {}
     for layer in plan.projected:
-        space = _through(study.spaces[layer.name], gives.get(layer.name))
-        if space.dual is not None:
-            found[layer.name] = space.dual @ space.dual.T
+        space, kept = study.spaces[layer.name], gives.get(layer.name)
+        if kept:
+            found[layer.name] = blended(_left(space, kept)[2])
+        elif space.dual is not None:
+            found[layer.name] = product(space.dual, space.dual.T)
     return found
 
 
@@ -157,17 +160,28 @@ def _whole(kept: Sequence[_Kept], size: int) -> Array:
 
 
 def _through(spaces: LayerSpaces, kept: Sequence[_Kept] | None) -> LayerSpaces:
-    """The spaces of what is kept: what is dropped is predicted from that, and gradients come back that way."""
+    """The spaces of what is kept."""
     if not kept:
         return spaces
+    mean, covariance, metric = _left(spaces, kept)
+    values, basis, dual = directions(covariance, metric, rank=min(spaces.rank, len(mean)))
+    return replace(spaces, eigenvalues=values, basis=basis, dual=dual, mean=mean, losses=None)
+
+
+def _left(spaces: LayerSpaces, kept: Sequence[_Kept]) -> tuple[Array, Array, Array]:
+    """Mean, covariance and metric of what is kept: what is dropped is predicted from that, and gradients come back that
+    way."""
     take = _whole(kept, len(spaces.mean))
+    places = take.argmax(axis=1)
+    selected = np.count_nonzero(take) == len(take) and bool((take[np.arange(len(take)), places] == 1.0).all())
     covariance = spaces.covariance
+    across = covariance[places] if selected else product(take, covariance)  # (kept, all)
+    left = across[:, places] if selected else product(across, take.T)
+    inner = torch.from_numpy(left + _RIDGE * max(float(np.trace(left)) / len(left), 1e-300) * np.eye(len(left)))
+    back = torch.cholesky_solve(torch.from_numpy(across), torch.linalg.cholesky(inner))
     dual = spaces.basis if spaces.dual is None else spaces.dual
-    left = product(take, covariance, take.T)
-    ridge = _RIDGE * max(float(np.trace(left)) / len(left), 1e-300) * np.eye(len(left))
-    back = product(covariance, take.T, np.linalg.inv(left + ridge))
-    values, basis, dual = directions(left, product(back.T, product(dual, dual.T), back))
-    return replace(spaces, eigenvalues=values, basis=basis, dual=dual, mean=take @ spaces.mean, losses=None)
+    seen = back @ torch.from_numpy(dual)
+    return take @ spaces.mean, left, (seen @ seen.T).numpy()
 
 
 def _check(layer: LayerPlan, reasons: Mapping[str, str], spaces: Mapping[str, LayerSpaces]) -> None:

@@ -54,9 +54,15 @@ class LayerSpaces:
         return float(np.einsum("ij,ij->j", self.basis, self.basis) @ self.eigenvalues)
 
     @property
+    def rank(self) -> int:
+        """Directions that vary."""
+        return int(np.count_nonzero(self.eigenvalues))
+
+    @property
     def covariance(self) -> Array:
         """(out, out) cov(y)."""
-        return product(self.basis * self.eigenvalues, self.basis.T)
+        basis = self.basis[:, : self.rank]
+        return product(basis * self.eigenvalues[: self.rank], basis.T)
 
     @property
     def constant(self) -> bool:
