@@ -474,12 +474,6 @@ def settings_text(profile: Profile) -> str:
     return " ".join(f"{key}={value}" for key, value in sorted(profile.properties.items()))
 
 
-def differences(a: Profile, b: Profile) -> tuple[str, ...]:
-    """Conditions in which two profiles differ, as ``threads: 2 and 4``; none if their latencies go side by side."""
-    left, right = conditions(a), conditions(b)
-    return tuple(f"{key}: {left[key]} and {right[key]}" for key in left if left[key] != right[key])
-
-
 def _compact(value: Any, indent: int = 0) -> str:
     pad = " " * (indent + 1)
     if isinstance(value, Mapping) and value:

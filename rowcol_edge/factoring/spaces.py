@@ -270,20 +270,26 @@ def _hooks(watched: Mapping[str, nn.Module], sums: Mapping[Place, Sums], limit: 
             handle.remove()
 
 
-#: what was found of the tensors that are still there, by where their features are and how often they were changed
-_Known = MutableMapping[torch.Tensor, dict[tuple[int, int], Part]]
+#: what was found of the tensors that are still there, and for whom, by where their features are and how often they were
+#: changed
+_Known = MutableMapping[torch.Tensor, dict[tuple[int, int], tuple[Part, Sums]]]
 
 
 def _observer(place: Place, entry: Sums, limit: int, known: _Known) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor) -> None:
         values = result if place.given else (args[0] if args else kwargs["input"])
+        if entry.count and not entry.shared:
+            entry.extend(rows(values, module, place, limit))
+            return
         if place.channels is not None:
             entry.add(entry.part(rows(values, module, place, limit)))
             return
         found, key = known.setdefault(values, {}), (channel_axis(module), values._version)
-        if key not in found or not entry.fits(found[key]):
-            found[key] = entry.part(rows(values, module, place, limit))
-        entry.add(found[key])
+        if key in found and entry.fits(found[key][0]):
+            entry.shared = found[key][1].shared = True
+        else:
+            found[key] = entry.part(rows(values, module, place, limit)), entry
+        entry.add(found[key][0])
 
     return hook
 

@@ -49,6 +49,7 @@ Keep = Callable[[Callable[[], Arrays]], Arrays]
 _GRADIENTS, _GRADIENT_MACS = (24, 64), 112e9
 """Samples that spaces are weighed with, and as many again, but not more than a quarter of all, that they are judged on
 and do not come from: the more, the less a model calculates for each."""
+_JUDGES = 16  # where it is too much for the most of both: what judges costs twice what weighs
 _ROWS, _POSITIONS = 16384, (64, 1024)  # pixels or tokens of all samples that spaces come from, and of each
 
 
@@ -140,7 +141,7 @@ def study(
         infos[name] = replace(infos[name], skip=reason)
         names.remove(name)
     count = _gradients(sum(info.macs for info in infos.values()))
-    judges = min(count, len(calibration) // 4)
+    judges = min(count if count == _GRADIENTS[1] else _JUDGES, len(calibration) // 4)
 
     @cache
     def coupled() -> tuple[ChannelSet, ...]:

@@ -28,13 +28,14 @@ class Part:
 class Sums:
     """Of all rows at a place.
 
-    Memory: ``8 · groups · size²`` bytes, as much again while rows are added, and a chunk of 16 MB.
+    Memory: ``8 · groups · size²`` bytes, as much again while a part is added, and a chunk of 16 MB.
     """
 
-    __slots__ = ("count", "gram", "shift", "total")
+    __slots__ = ("count", "gram", "shared", "shift", "total")
 
     def __init__(self) -> None:
         self.count = 0
+        self.shared = False  # parts of it were added elsewhere too
         self.shift: Tensor | None = None
         self.total = self.gram = torch.zeros((), dtype=torch.float64)
 
@@ -48,13 +49,15 @@ class Sums:
         groups, size = flat.shape[1:]
         shift = flat.mean(0, dtype=torch.float64) if self.shift is None else self.shift
         total, gram = shift.new_zeros(groups, size), shift.new_zeros(groups, size, size)
-        chunks = torch.split(flat, max(1, _CHUNK_VALUES // (groups * size)))
-        wide = shift.new_empty(chunks[0].shape)
-        for chunk in chunks:
-            moved = torch.sub(chunk, shift, out=wide[: len(chunk)])
-            total += moved.sum(0)
-            add_products(gram, moved)
+        _add(flat, shift, total, gram)
         return Part(shift, len(flat), total, gram)
+
+    def extend(self, rows: Tensor) -> None:
+        """By rows, without a part of their own; not the first ones."""
+        assert self.shift is not None
+        flat = rows.flatten(0, 1)
+        _add(flat, self.shift, self.total, self.gram)
+        self.count += len(flat)
 
     def add(self, part: Part) -> None:
         """One that `fits`."""
@@ -71,6 +74,16 @@ class Sums:
         offset = self.total / self.count
         covariance = symmetric(self.gram).div_(self.count).sub_(offset.unsqueeze(2) * offset.unsqueeze(1))
         return self.shift + offset, covariance
+
+
+def _add(flat: Tensor, shift: Tensor, total: Tensor, gram: Tensor) -> None:
+    groups, size = flat.shape[1:]
+    chunks = torch.split(flat, max(1, _CHUNK_VALUES // (groups * size)))
+    wide = shift.new_empty(chunks[0].shape)
+    for chunk in chunks:
+        moved = torch.sub(chunk, shift, out=wide[: len(chunk)])
+        total += moved.sum(0)
+        add_products(gram, moved)
 
 
 def add_products(gram: Tensor, rows: Tensor, scale: float = 1.0) -> None:

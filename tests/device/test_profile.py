@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rowcol_edge.device.memory import Curve, Usage
-from rowcol_edge.device.profile import Footprint, FootprintReading, Profile, conditions, differences
+from rowcol_edge.device.profile import Footprint, FootprintReading, Profile, conditions
 from rowcol_edge.errors import BundleError, NotComparableError
 
 from ..profiles import ENVIRONMENT, make_profile
@@ -169,11 +169,11 @@ def test_derived_figures() -> None:
     ],
 )
 def test_conditions_that_keep_latencies_apart(change: dict[str, Any], difference: str) -> None:
-    profile = make_profile()
-    assert differences(profile, replace(profile, **change)) == (difference,)
+    before, after = conditions(make_profile()), conditions(replace(make_profile(), **change))
+    assert [f"{key}: {before[key]} and {after[key]}" for key in before if before[key] != after[key]] == [difference]
 
 
 def test_the_same_conditions() -> None:
     profile = make_profile()
-    assert differences(profile, replace(profile, created="later")) == ()
+    assert conditions(profile) == conditions(replace(profile, created="later"))
     assert conditions(profile)["processor"] == "x86_64 Some Core"
