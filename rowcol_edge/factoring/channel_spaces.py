@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,30 +111,32 @@ def places(channels: ChannelSet) -> tuple[Place, ...]:
 
 
 def choose(
-    model: nn.Module, channels: ChannelSet, moments: Sequence[Moments], metrics: Sequence[Array]
+    model: nn.Module, channels: ChannelSet, moments: Sequence[Moments], metrics: MutableSequence[Array]
 ) -> ChannelSpaces:
     """Order and frames of a set; its losses are not known yet (empty).
 
     Args:
-        moments: at each of `places`; metrics: (groups, size, size) of the gradients there.
+        moments: at each of `places`; metrics: (groups, size, size) of the gradients there, used up, as memory counts.
     """
     if channels.norms:
         return _stream(model, channels, moments, metrics)
-    priors = [_prior(model, channels, place) for place in range(len(moments))]
     means, seconds = zip(*(_second(model, channels, place, found) for place, found in enumerate(moments)), strict=True)
     if channels.linear and len(seconds) == 1:
-        frames = [directions(*parts)[1:] for parts in zip(seconds[0], metrics[0], priors[0], strict=True)]
+        every = zip(seconds[0], metrics[0], _prior(model, channels, 0), strict=True)
+        frames = [directions(*parts)[1:] for parts in every]
         basis, dual = (np.stack(parts, dtype=np.float32, casting="same_kind") for parts in zip(*frames, strict=True))
         return ChannelSpaces(channels.name, None, (Read(means[0], basis, dual),), np.zeros(0))
+    worths = [list(map(blended, metrics.pop(0), _prior(model, channels, place))) for place in range(len(seconds))]
     order = np.stack(
         [
             pivots.order(
                 [each[group] for each in seconds],
-                [blended(metric[group], prior[group]) for metric, prior in zip(metrics, priors, strict=True)],
+                [each[group] for each in worths],
             )
             for group in range(channels.groups)
         ]
     )
+    del worths
     reads = []
     for mean, second in zip(means, seconds, strict=True):
         frames = [pivots.innovations(part, row, _SHRINKAGE) for part, row in zip(second, order, strict=True)]

@@ -60,7 +60,8 @@ def order(moments: Sequence[Array], metrics: Sequence[Array]) -> NDArray[np.int6
         left[taken] = False
         found += places[taken].tolist()
         if left.sum() < _CROWDED * len(left):  # of what is taken nothing is left to explain: rows of zeros
-            readers = [each.only(left) for each in readers]
+            for each in readers:
+                each.only(left)
             places, left = places[left], left[left]
     return np.asarray(found, dtype=np.int64)
 
@@ -91,9 +92,12 @@ class _Reader:
         _subtract(self.residual, factor, factor)
         _subtract(self.weighed, product(self.metric, factor), factor)
 
-    def only(self, left: NDArray[np.bool_]) -> _Reader:
+    def only(self, left: NDArray[np.bool_]) -> None:
+        """In place; one matrix after the other, as memory counts."""
         inside = np.ix_(left, left)
-        return _Reader(self.residual[inside], self.metric[inside], self.weighed[inside], self.floor)
+        self.residual = self.residual[inside]
+        self.metric = self.metric[inside]
+        self.weighed = self.weighed[inside]
 
 
 def _subtract(matrix: Array, left: Array, right: Array) -> None:
@@ -160,13 +164,14 @@ def innovations(moments: Array, ordered: NDArray[np.int64], shrinkage: float) ->
         shrinkage: ridge, as a share of the mean variance.
     """
     ridge = shrinkage * max(float(np.trace(moments)) / len(moments), 1e-300)
-    inside = moments[np.ix_(ordered, ordered)] + ridge * np.eye(len(moments))
-    lower = torch.linalg.cholesky(torch.from_numpy(inside)).numpy()
-    lower = lower / lower.diagonal()
-    basis, dual = np.empty_like(lower), np.empty_like(lower)
-    basis[ordered] = lower
+    inside = torch.from_numpy(moments[np.ix_(ordered, ordered)])
+    inside.diagonal().add_(ridge)
+    lower = torch.linalg.cholesky(inside)
+    del inside  # a wide set's matrices are what takes the most memory
+    lower /= lower.diagonal().clone()
     even = torch.eye(len(lower), dtype=torch.float64)
-    dual[ordered] = torch.linalg.solve_triangular(
-        torch.from_numpy(lower), even, upper=False, unitriangular=True
-    ).T.numpy()
+    inverse = torch.linalg.solve_triangular(lower, even, upper=False, unitriangular=True)
+    del even
+    basis, dual = np.empty(lower.shape), np.empty(lower.shape)
+    basis[ordered], dual[ordered] = lower.numpy(), inverse.T.numpy()
     return basis, dual
