@@ -34,9 +34,12 @@ def test_factoring_large_models_keeps_its_bounds(results: Path) -> None:
     assert set(models) == {"resnet50", "deit_small"}
     for found in models.values():
         assert found["images"] == 256
+        assert found["once"]["seconds"] <= 60
         assert found["once"]["peak_bytes"] <= 3e9
         assert found["twice"]["seconds"] <= 240
-        assert found["stages"]["allocation"]["seconds"] <= 2
+        plans = {stage: at["seconds"] for stage, at in found["stages"].items() if stage.startswith("allocation")}
+        assert len(plans) == 3  # within one limit, and within two pairs of them
+        assert max(plans.values()) <= 2
 
 
 def test_no_other_way_to_factor_is_nearer_to_the_original(results: Path) -> None:

@@ -399,14 +399,20 @@ def cost() -> str:
         for way, title in ways.items()
     ]
     images = {model["images"] for model in found["models"].values()}
+    every = [stage for model in found["models"].values() for stage in model["stages"]]
+    beside = [stage for stage in dict.fromkeys(every) if stage.endswith(" beside")]
     apart = [
-        "; ".join(f"{name} {model['stages'][stage]['seconds']:.1f} s" for name, model in found["models"].items())
-        for stage in ("allocation", "allocation within two limits", "gauges")
+        "; ".join(
+            f"{name} {' and '.join(format(model['stages'][stage]['seconds'], '.1f') for stage in stages)} s"
+            for name, model in found["models"].items()
+        )
+        for stages in (["allocation"], beside, ["gauges"])
     ]
+    limits = " or ".join(f"`{stage.removeprefix('allocation with ').removesuffix(' beside')}`" for stage in beside)
     return (
         f"Factoring to half of the parameters with {' or '.join(map(str, images))} images of 224×224, everything from "
-        f"tracing to the rewritten module: {'; '.join(said)}. Of that the plan: {apart[0]}. Not in it: a plan within "
-        f"two limits at once ({apart[1]}), and the choice of gauges for int8 ({apart[2]}). "
+        f"tracing to the rewritten module: {'; '.join(said)}. Of that the plan: {apart[0]}. Not in it: a plan with "
+        f"{limits} beside ({apart[1]}), and the choice of gauges for int8 ({apart[2]}). "
         f"{found['machine']['cpu_model']}, {found['machine']['cores_usable']} cores. Command: `{found['command']}`."
     )
 
