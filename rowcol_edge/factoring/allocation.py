@@ -171,7 +171,7 @@ class _Path:
         self._settle = settle
         self._steps: list[_Step] = []
         self._prices = layers.prices.tolist()
-        self._between: tuple[_Step, _Step]
+        self._between: tuple[_Step, _Step]  # known when `around` was asked
 
     def around(self, saving: float) -> list[dict[str, int]]:
         """Widths at prices that save about so much."""
@@ -185,8 +185,8 @@ class _Path:
         return [step.widths for step in found]
 
     def filled(self, saving: float, losses: Mapping[str, Array]) -> Iterator[dict[str, int]]:
-        """Widths behind a step that saves far more than it should, with sets given back what fits, the dearest first: a
-        small model has few steps."""
+        """After `around`: widths behind a step that saves far more than it should, of which sets get back what fits,
+        the dearest first: a small model has few steps."""
         careful, bold = self._between
         if bold.saved - saving <= _FILLED * self._layers.dense:
             return
@@ -248,7 +248,7 @@ def _prices(options: Iterable[tuple[Array, Array]]) -> Array:
 class _Entry:
     """The options of a layer at its channels, and the best of them by price."""
 
-    __slots__ = ("_at", "_costs", "_losses", "_prices")
+    __slots__ = ("_at", "_costs", "_losses")
 
     def __init__(self, costs: Array, losses: Array, prices: Array) -> None:
         """``prices``: those that will be asked for, all at once: one by one would take most of the time."""

@@ -236,11 +236,10 @@ def factored(result: Factored) -> None:
         )
     console = _console()
     console.print(table)
-    if result.plan.loss is not None and result.plan.gap is not None:
-        console.print(
-            f"predicted loss {result.plan.loss:.3g}; other forms and ranks at these widths could save "
-            f"at most {result.plan.gap:.1g} of it"
-        )
+    if (loss := result.plan.loss) is not None:
+        gap = result.plan.gap  # not known of a plan that was put together from those of two limits
+        most = "" if gap is None else f"; other forms and ranks at these widths could save at most {gap:.1g} of it"
+        console.print(f"predicted loss {loss:.3g}{most}")
     _trials(console, [t.to_dict() for t in result.trials])
     if result.recovery is not None:
         console.print(result.recovery.note)
