@@ -5,15 +5,17 @@
 Beside each timed process of the profiler runs one of the runtime's own tool, and one that is a plain loop over the
 runtime's Python calls:
 
-- openvino: ``benchmark_app`` (of the package openvino), synchronous, one stream. Its clock is the plugin's own: neither
-  Python nor the copies of inputs and outputs are in it.
+- openvino: ``benchmark_app`` (of the package openvino), synchronous, one stream. Its clock is the plugin's own.
 - onnxruntime: ``onnxruntime_perf_test`` comes with no package, so the plain loop stands for it: like that tool it times
   ``run`` of one session, one after the other.
 - tflite: ``litert-benchmark`` (of the package ai-edge-litert), which runs a ``CompiledModel``; the profiler and the
-  plain loop run an ``Interpreter``.
+  plain loop run an ``Interpreter``. Its clock is that of the invocation.
 
-A ratio is the profiler's median over the other's in the same round, with the paired interval of the profiler. Where the
-two differ, the plain loop tells on whose side it is; why, nothing here measures.
+The plain loop times what a program cannot do without: handing over the input, the invocation, taking the outputs.
+Beside it, in the same process, stands the clock that the tool has: OpenVINO's own, or that of TFLite's invocation
+alone. Where the profiler and a tool differ, these tell how much of it is not measured by the tool at all.
+
+A ratio is the profiler's median over the other's in the same round, with the paired interval of the profiler.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +47,7 @@ RESULT = Path(__file__).parent / "results" / "agreement.json"
 TARGET = "generic-x86"
 RUNTIMES = ("onnxruntime", "openvino", "tflite")
 ARMS = ("factored@int8", "dense@fp32")
-OURS, LOOP = "profiler", "plain loop"
+OURS, LOOP, INSIDE = "profiler", "plain loop", "invocation in the loop"
 _FEWEST, _WARMUPS = 50, 20
 _TIMEOUT_SECONDS = 120.0
 
@@ -57,12 +60,13 @@ feeds = {name: array[:1] for name, array in np.load(golden).items()}
 _LOOP = """
 for _ in range(warmups):
     infer()
-times = []
+whole, inside = [], []
 for _ in range(runs):
     begin = time.perf_counter_ns()
-    infer()
-    times.append(time.perf_counter_ns() - begin)
-print(json.dumps(times))
+    own = infer()
+    whole.append(time.perf_counter_ns() - begin)
+    inside.append(own)
+print(json.dumps([whole, inside]))
 """
 _INFER = {
     "onnxruntime": """
@@ -70,22 +74,33 @@ import onnxruntime as ort
 options = ort.SessionOptions()
 options.intra_op_num_threads = threads
 session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-infer = lambda: session.run(None, feeds)
+def infer():
+    session.run(None, feeds)
 """,
     "openvino": """
 import openvino as ov
 settings = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": str(threads),
             "INFERENCE_PRECISION_HINT": "f32"}
 request = ov.Core().compile_model(path, "CPU", settings).create_infer_request()
-infer = lambda: request.infer(feeds)
+def infer():
+    request.infer(feeds)
+    return request.latency * 1e6
 """,
     "tflite": """
 from ai_edge_litert.interpreter import Interpreter
 interpreter = Interpreter(model_path=path, num_threads=threads)
 interpreter.allocate_tensors()
-for detail, array in zip(interpreter.get_input_details(), feeds.values()):
-    interpreter.set_tensor(detail["index"], array)
-infer = interpreter.invoke
+given = [(detail["index"], array) for detail, array in zip(interpreter.get_input_details(), feeds.values())]
+wanted = [detail["index"] for detail in interpreter.get_output_details()]
+def infer():
+    for index, array in given:
+        interpreter.set_tensor(index, array)
+    begin = time.perf_counter_ns()
+    interpreter.invoke()
+    own = time.perf_counter_ns() - begin
+    for index in wanted:
+        interpreter.get_tensor(index)
+    return own
 """,
 }
 
@@ -104,8 +119,9 @@ class Subject:
         return (*([TOOLS[self.runtime][0]] if self.runtime in TOOLS else []), LOOP)
 
 
-Measure = Callable[[Subject, str, int], float]
-"""One process: what measures it (OURS or one of ``Subject.others``) over so many inferences; the median in ns."""
+Measure = Callable[[Subject, str, int], dict[str, float]]
+"""One process: what measures it (OURS or one of ``Subject.others``) over so many inferences; medians in ns by clock,
+that of the same name and, in the loop, INSIDE."""
 
 
 def main() -> None:
@@ -171,19 +187,20 @@ def measured(
 ) -> list[dict[str, Any]]:
     """A row a subject: the medians of each round, and the profiler's ratio to each other way of measuring."""
     # a first process each, which also puts the files into the page cache, tells how many inferences fit in the time
-    runs = [max(_FEWEST, int(seconds * 1e9 / measure(each, OURS, _FEWEST))) for each in subjects]
-    times: list[dict[str, list[float]]] = [{name: [] for name in (OURS, *each.others)} for each in subjects]
+    runs = [max(_FEWEST, int(seconds * 1e9 / measure(each, OURS, _FEWEST)[OURS])) for each in subjects]
+    times: list[defaultdict[str, list[float]]] = [defaultdict(list) for _ in subjects]
     for i in range(rounds):
         progress("round", i, rounds)
         for place in range(len(subjects))[:: 1 if i % 2 else -1]:
-            names = list(times[place])
+            names = [OURS, *subjects[place].others]
             turned = names[i % len(names) :] + names[: i % len(names)]  # who goes first changes every round
             for name in turned:
-                times[place][name].append(measure(subjects[place], name, runs[place]))
+                for clock, median in measure(subjects[place], name, runs[place]).items():
+                    times[place][clock].append(median)
     progress("round", rounds, rounds)
     return [
         {
-            "runtime": each.runtime, "arm": each.arm, "runs": count, "medians_ns": of_one,
+            "runtime": each.runtime, "arm": each.arm, "runs": count, "medians_ns": dict(of_one),
             "against": {name: against(of_one[OURS], of_one[name]) for name in each.others},
         }
         for each, count, of_one in zip(subjects, runs, times, strict=True)
@@ -197,18 +214,20 @@ def against(ours_ns: Sequence[float], theirs_ns: Sequence[float]) -> dict[str, f
     return {"ratio": ratio.ratio, "ci_low": ratio.low, "ci_high": ratio.high, "longer_ns": longer}
 
 
-def measure(subject: Subject, name: str, runs: int) -> float:
+def measure(subject: Subject, name: str, runs: int) -> dict[str, float]:
     """See `Measure`."""
     if name == OURS:
         executor = Processes({}, _TIMEOUT_SECONDS)
-        return statistics.median(executor.time(subject.request, f"{subject.runtime}, {subject.arm}").samples_ns)
+        return {OURS: statistics.median(executor.time(subject.request, f"{subject.runtime}, {subject.arm}").samples_ns)}
     if name == LOOP:
         request = subject.request
         code = _HEAD + _INFER[subject.runtime] + _LOOP
         sizes = map(str, (request.threads, runs, _WARMUPS))
         done = _run([sys.executable, "-c", code, request.artifact, request.golden_inputs, *sizes])
-        return float(statistics.median(json.loads(done)))
-    return TOOLS[subject.runtime][1](subject, runs)
+        whole, inside = json.loads(done)
+        found = {LOOP: float(statistics.median(whole))}
+        return found if None in inside else {**found, INSIDE: float(statistics.median(inside))}
+    return {name: TOOLS[subject.runtime][1](subject, runs)}
 
 
 def benchmark_app(subject: Subject, runs: int) -> float:

@@ -10,20 +10,20 @@ from markdown_table import table
 
 LIMIT = 0.02
 """What the medians may differ by."""
-_OURS, _LOOP = "profiler", "plain loop"
+_OURS, _LOOP, _INSIDE = "profiler", "plain loop", "invocation in the loop"
 
 
 def agreement(found: Mapping[str, Any]) -> str:
     """Our median beside that of the runtime's own tool and of a plain loop, as ratios with their intervals."""
     heads = ["artifact, runtime", "profiler", "the runtime's tool", "profiler / tool [95 %]", "plain loop",
-             "profiler / loop [95 %]"]  # fmt: skip
+             "profiler / loop [95 %]", "the invocation in it", "tool / invocation"]  # fmt: skip
     rows = []
     for row in found["rows"]:
         tool = next((name for name in row["against"] if name != _LOOP), None)
         rows.append([
             f"`{row['arm']}`, {row['runtime']}", _median(row, _OURS),
             "–" if tool is None else f"{_median(row, tool)} (`{tool}`)", _ratio(row, tool),
-            _median(row, _LOOP), _ratio(row, _LOOP),
+            _median(row, _LOOP), _ratio(row, _LOOP), *_inside(row, tool),
         ])  # fmt: skip
     versions = [f"{name} {found['tools'][name]}" for name in _PACKAGES if found["tools"].get(name)]
     rounded = " The tools state two decimals of a ms." if any(len(row["against"]) > 1 for row in found["rows"]) else ""
@@ -58,7 +58,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _difference(row: Mapping[str, Any], name: str) -> str:
-    """What the measured numbers of a row show, in either direction; why they differ, nothing here has measured."""
+    """What the measured numbers of a row show, in either direction."""
     found = f"`{row['arm']}` on {row['runtime']} takes {_longer(row['against'][name])} against {_called(name)}"
     if name == _LOOP:
         return f"{found}."
@@ -69,10 +69,24 @@ def _difference(row: Mapping[str, Any], name: str) -> str:
     }
     found += f" and {_longer(row['against'][_LOOP])} against the plain loop, which takes {_longer(loop)} against {name}"
     if abs(row["against"][_LOOP]["ratio"] - 1) <= LIMIT:
-        return f"{found}: the loop agrees with the profiler."
-    if abs(loop["ratio"] - 1) <= LIMIT:
-        return f"{found}: the loop agrees with {name}."
-    return f"{found}: the loop agrees with neither."
+        found += ": the loop agrees with the profiler."
+    elif abs(loop["ratio"] - 1) <= LIMIT:
+        found += f": the loop agrees with {name}."
+    else:
+        found += ": the loop agrees with neither."
+    if _INSIDE not in row["medians_ns"]:
+        return found
+    pairs = list(zip(row["medians_ns"][_LOOP], row["medians_ns"][_INSIDE], strict=True))
+    around = statistics.median(whole - own for whole, own in pairs) / 1e3
+    return f"{found} Of the loop {around:.0f} µs are around the invocation, which {name} does not time."
+
+
+def _inside(row: Mapping[str, Any], tool: str | None) -> tuple[str, str]:
+    """The median of the invocation alone, in the loop's processes, and the tool's over it."""
+    if tool is None or _INSIDE not in row["medians_ns"]:
+        return "–", "–"
+    pairs = zip(row["medians_ns"][tool], row["medians_ns"][_INSIDE], strict=True)
+    return _median(row, _INSIDE), f"{statistics.median(theirs / own for theirs, own in pairs):.3f}"
 
 
 def _longer(found: Mapping[str, float]) -> str:
