@@ -105,8 +105,6 @@ def profile(
         "energy": _no_energy(host, level) if energy else NOT_ASKED,
         "operators": _no_operators(bundle, level) if ops else NOT_ASKED,
     }
-    # the others have a note of their own in the profile
-    untaken = [f"{_TITLES['memory']}: not measured, {why_not['memory']}"] if memory and why_not["memory"] else []
     extras = _measured_too(why_not, bundle, requests, pairs, null_of, executor, tell)
     after = system.readings(system.environment())
     obstacle = (
@@ -128,7 +126,6 @@ def profile(
         *_warnings(host, after, bundle.manifest.runtime, used, profiles),
         *session.warnings,
         *found.warnings,
-        *untaken,
         *extras.warnings,
     ]
     return Profile(
@@ -171,7 +168,7 @@ class _Extras:
         spent: energy, by arm.
         operators: their time by the runtime's own profiler.
         notes: by what was to be measured, why it was not; empty where it was.
-        warnings: of those that were tried and failed.
+        warnings: of those that were tried and failed, and of memory that cannot be measured.
     """
 
     stages: Mapping[str, Runs]
@@ -192,6 +189,8 @@ def _measured_too(
 ) -> _Extras:
     """All for which ``why_not`` holds no reason; the session stands without what fails."""
     notes, warnings = dict(why_not), []
+    if notes["memory"] not in ("", NOT_ASKED):
+        warnings.append(f"{_TITLES['memory']}: not measured, {notes['memory']}")
 
     def attempt(what: str, measure: Callable[[], T], nothing: T) -> T:
         if notes[what]:

@@ -145,8 +145,8 @@ def study(
 
     @cache
     def coupled() -> tuple[ChannelSet, ...]:
-        known = program or graph.exported(folded, example)
-        return narrow.checked(folded, coupling.find(folded, traced, known), example)
+        sets = coupling.find(folded, traced, program or graph.exported(folded, example))
+        return narrow.checked(folded, sets, example)
 
     def measured() -> Arrays:
         # gradients are needed, whatever the caller who looks first is in
