@@ -70,6 +70,9 @@ Positive = Annotated[str | None, typer.Option(help="the class whose detection ma
 Preprocess = Annotated[
     str | None, typer.Option(help="how an image becomes a tensor: mode=L,size=224x224,mean=0.5,std=0.25")
 ]
+Contract = Annotated[
+    str | None, typer.Option(help="what the outputs mean: classify (default), segment, anomaly_map, detect or embed")
+]
 BudgetText = Annotated[
     str | None,
     typer.Option(
@@ -209,6 +212,7 @@ def factor(
     calib: Calib = None,
     select: Select = None,
     metric: Metric = None,
+    contract: Contract = None,
     labels: Labels = None,
     positive: Positive = None,
     preprocess: Preprocess = None,
@@ -235,9 +239,9 @@ def factor(
     with _progress() as progress:
         result = api.factor(
             model,
-            weights=weights, calib=calib, select=select, metric=metric, labels=labels, positive=positive,
-            preprocess=preprocess, budget=budget, energy=energy, plan=plan, refit=refit, target=target,
-            precision=precision, out=out or "factored", recover=recover, recover_data=recover_data, cache=cache,
+            weights=weights, calib=calib, select=select, metric=metric, contract=contract, labels=labels,
+            positive=positive, preprocess=preprocess, budget=budget, energy=energy, plan=plan, refit=refit,
+            target=target, precision=precision, out=out or "factored", recover=recover, recover_data=recover_data, cache=cache,
             progress=progress,
         )  # fmt: skip
     if json:
@@ -275,7 +279,7 @@ def build(
     refit: Refit = None,
     recover: Recover = None,
     recover_data: RecoverData = None,
-    contract: Annotated[str | None, typer.Option(help="classify, segment, anomaly_map, detect or embed")] = None,
+    contract: Contract = None,
     labels: Labels = None,
     positive: Positive = None,
     preprocess: Preprocess = None,

@@ -42,6 +42,9 @@ _NPU = "NPU"
 """OpenVINO's device that takes no dynamic shapes (its documentation, "Supported Devices", feature support)."""
 
 
+_ASSUMED = "its outputs were taken for scores of classes; where they are none, say what they mean: --contract embed"
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """Checked inputs of a build.
@@ -74,6 +77,12 @@ class Job:
     def splits(self) -> tuple[Split, ...]:
         """Those that are there, the calibration split first."""
         return tuple(split for split in (self.calibration, self.selection, self.test) if split is not None)
+
+    @property
+    def assumed(self) -> str:
+        """A note where nothing but the default says what the outputs mean; empty else."""
+        labelled = bool(self.labels) or any(split.labels is not None for split in self.splits)
+        return "" if self.options.contract or self.model.sample or labelled else _ASSUMED
 
     @property
     def key(self) -> str:

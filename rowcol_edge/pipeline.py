@@ -70,6 +70,7 @@ class Factored:
     """A factored model: the module, its plan, what was tried, and where it was written (None: nowhere).
 
     ``size`` is what its weights are predicted to take, where a budget limits that: bytes, and at which precision.
+    ``contract`` is what its outputs mean, ``assumed`` a note where only the default says so.
     """
 
     model: str
@@ -81,6 +82,8 @@ class Factored:
     out: Path | None
     recovery: Recovery | None = None
     size: tuple[int, str] | None = None
+    contract: str = "classify"
+    assumed: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -99,9 +102,10 @@ class Factored:
                 for p in self.plan.layers
             ],
             "made_by": self.plan.made_by,
+            "contract": self.contract,
             "predicted_loss": self.plan.loss,
             "gap": self.plan.gap,
-            "note": self.plan.note or None,
+            "note": "; ".join(filter(None, [self.plan.note, self.assumed])) or None,
             "plan_digest": self.plan.digest,
             "trials": [t.to_dict() for t in self.trials],
             "parameters_before": self.parameters_before,
@@ -211,6 +215,8 @@ def factor(
         out,
         recovery,
         size,
+        job.contract,
+        job.assumed,
     )
 
 
@@ -339,10 +345,11 @@ class _Line:
         self._test: Judged | None = None
         self._dense: dict[tuple[str, str], Arm] = {}
 
-    def _alone(self) -> list[str]:
-        """A note where weights are random: bytes and times hold, quality does not."""
+    def _notes(self) -> list[str]:
+        """Where weights are random: bytes and times hold, quality does not. And what the outputs were taken for."""
         sample = self.job.model.sample
-        return [sample.alone] if sample and sample.alone and self.job.options.weights is None else []
+        alone = sample.alone if sample and self.job.options.weights is None else ""
+        return [note for note in (alone, self.job.assumed) if note]
 
     def try_out(self, target: Target) -> None:
         """Make the dense arm at the precision that was named: a model that cannot have it is found before a search."""
@@ -380,7 +387,7 @@ class _Line:
         bundling.write(
             path, job, ready.target, ready.runtime, ready.arms, ready.choice, self._original(),
             data=self.data, recovered=None if recovery is None else recovery.record,
-            notes=[*self._alone(), *notes, *(note for arm in ready.arms for note in keeping.notes(arm))],
+            notes=[*self._notes(), *notes, *(note for arm in ready.arms for note in keeping.notes(arm))],
             precision=None if ready.selected is None else ready.selected.to_dict(), zip_too=job.options.zip,
             progress=self.progress,
         )  # fmt: skip

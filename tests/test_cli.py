@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rowcol_edge import cli, samples, targets
+from rowcol_edge import cli, models, samples, targets
 from rowcol_edge.config import DEFAULT_BUDGET, BuildOptions
 from rowcol_edge.device.profile import Profile
 from rowcol_edge.errors import BudgetError, MeasurementError
+from rowcol_edge.export.parity import torch_run
 
 from .nets import small_net, write_splits
 from .profiles import make_bundle, make_manifest
@@ -205,6 +206,54 @@ def test_factoring_says_that_a_size_is_predicted(
         assert re.search(rf"predicted [0-9.]+ MB of weights at {precision}; build judges the real file", said)
     assert run(*common, "--budget", "params<=0.5x") == 0
     assert "build judges" not in capsys.readouterr().out
+
+
+REGRESSION = """
+import torch
+from torch import nn
+
+
+class Loads(nn.Module):
+    \"\"\"Four outputs that have most of what they say in common, which no softmax would show.\"\"\"
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = nn.Linear(16, 64), nn.Linear(64, 64), nn.Linear(64, 4)
+        self.last.weight.data = 0.05 * self.last.weight.data + 0.3 * torch.randn(1, 64)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+def build():
+    return Loads()
+"""
+
+
+def test_outputs_are_scores_of_classes_only_where_nothing_else_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loads.py").write_text(REGRESSION)
+    inputs = np.random.default_rng(0).normal(size=(256, 16)).astype(np.float32)
+    np.savez(tmp_path / "calib.npz", x=inputs)
+    errors = []
+    for contract, taken, unit in (("classify", True, "nats"), ("embed", False, "of half the outputs' squared relative")):
+        out, said = tmp_path / contract, [] if taken else ["--contract", "embed"]
+        asked = [f"{tmp_path / 'loads.py'}:build", "--calib", str(tmp_path / "calib.npz"), "--budget", "params<=0.5x"]
+        assert run("factor", *asked, *said, "--out", str(out)) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert ("taken for scores of classes; where they are none, say what they mean: --contract" in shown) is taken
+        assert re.search(rf"predicted loss [0-9.e-]+ {unit}", shown)
+        assert run("factor", *asked, "--contract", contract, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["contract"], found["note"]) == (contract, None)
+        wanted, got = (
+            next(iter(torch_run(models.load(model).module)({"x": inputs}).values()))
+            for model in (asked[0], str(out / "model.pt2"))
+        )
+        errors.append(np.linalg.norm(got - wanted) / np.linalg.norm(wanted - wanted.mean(0)))
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_what_the_user_named_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

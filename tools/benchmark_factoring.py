@@ -12,6 +12,10 @@ cost. Nothing is chosen on the inputs it is scored on: the test splits, and for 
 images are to be had, new crops of the eight photos that calibration has seen others of, and crops of five photos that
 it has not. `kl` is the Kullback–Leibler divergence from the dense model's answer in nats, `error` the relative error of
 the logits, `agreement` that of the first class.
+
+A test is a sample of what a model will see: `kl_beyond_ours` and `quality_beyond_ours` are 95 % intervals of what
+another way has more than ours, by a paired bootstrap over samples, or over photos where crops of one are not
+independent (percentiles; Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13).
 """
 
 from __future__ import annotations
@@ -45,6 +49,7 @@ PHOTOS = {
 }
 _CROPS = {"calibration": 256, "test": 320}
 _SIDE = 224
+_RESAMPLES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,7 @@ class Test:
     title: str
     feeds: list[Feeds]
     labels: np.ndarray | None
+    groups: int | None = None  # photos that the samples are crops of, in turn; None: each is by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +79,10 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     written, picture = options.out / "factoring.json", options.out / "factoring.svg"
-    models = json.loads(written.read_text(encoding="utf-8"))["models"] if written.is_file() else {}
     with reporter() as progress:
         for name in options.models:
             measured = measure(SUBJECTS[name](options.work, progress), options.shares, progress)
+            models = json.loads(written.read_text(encoding="utf-8"))["models"] if written.is_file() else {}
             said = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "tools": job.tool_versions()}
             models |= {key: said | found for key, found in measured.items()}
             result = {"models": {key: models[key] for key in sorted(models, key=_place)}}
@@ -118,7 +124,8 @@ def _efficientnet(work: Path, progress: job.Progress) -> Subject:
     name = prepared.model.inputs[0]
 
     def test(what: str, part: str) -> Test:
-        return Test(f"EfficientNet-Lite0, {what}", [{name: batch} for batch in photos(part, seed=1)], None)
+        feeds = [{name: batch} for batch in photos(part, seed=1)]
+        return Test(f"EfficientNet-Lite0, {what}", feeds, None, len(PHOTOS[part]))
 
     near, far = test("new crops of the same photos", "calibration"), test("other photos", "test")
     return Subject(prepared, {"efficientnet-lite0, same photos": near, "efficientnet-lite0": far})
@@ -191,6 +198,7 @@ def measure(subject: Subject, shares: Sequence[float], progress: job.Progress) -
     weighed = dict(ours.spaces)
     references = {key: _logits(torch_run(studied.folded), test.feeds) for key, test in subject.tests.items()}
     rows: dict[str, list[dict[str, Any]]] = {key: [] for key in subject.tests}
+    answers: dict[str, list[np.ndarray | None]] = {key: [] for key in subject.tests}  # of each row
     cells = [(way, axis, share) for way in rivals.WAYS for axis in rivals.COSTS for share in shares]
     spaces: dict[str, rivals.Spaces] = {}
     for done, (way, axis, share) in enumerate(cells):
@@ -201,8 +209,9 @@ def measure(subject: Subject, shares: Sequence[float], progress: job.Progress) -
         try:
             plan = rivals.plan(way, ours if way.ours else studied, spaces[way.name], axis, share)
         except OverBudgetError as e:
-            for found in rows.values():
-                found.append(row | {"unreachable": round(e.least)})
+            for key in subject.tests:
+                rows[key].append(row | {"unreachable": round(e.least)})
+                answers[key].append(None)
             continue
         factored = apply.factored(ours, plan) if way.ours else apply.apply(studied.folded, plan, spaces[way.name])
         cost = search.trial(studied, plan, None, None)
@@ -210,6 +219,7 @@ def measure(subject: Subject, shares: Sequence[float], progress: job.Progress) -
         for key, test in subject.tests.items():
             got = _logits(torch_run(factored), test.feeds)
             rows[key].append(row | scores(got, references[key], test.labels))
+            answers[key].append(got)
     progress(f"factor {name}", len(cells), len(cells))
     infos = [studied.infos[layer] for layer in plain]
     costs = {
@@ -221,12 +231,15 @@ def measure(subject: Subject, shares: Sequence[float], progress: job.Progress) -
     result = {}
     for key, test in subject.tests.items():
         dense = scores(references[key], references[key], test.labels)
+        # what a user of this model looks at
+        shown = next(name for name in ("auroc", "accuracy", "agreement") if name in dense)
+        _set_apart(rows[key], answers[key], references[key], test, shown)
         result[key] = {
             "title": test.title,
             "calibration": len(calibration),
             "test": len(references[key]),
-            # what a user of this model looks at
-            "shown": next(name for name in ("auroc", "accuracy", "agreement") if name in dense),
+            "groups": test.groups,
+            "shown": shown,
             "dense": costs | dense,
             "rows": rows[key],
         }
@@ -239,19 +252,59 @@ def _logits(run: Callable[[Feeds], dict[str, np.ndarray]], batches: Sequence[Fee
 
 def scores(got: np.ndarray, reference: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
     """Of logits (samples, classes)."""
+    found = {name: float(each.mean()) for name, each in _each(got, reference, labels).items()}
+    found["error"] = float(np.linalg.norm(got - reference) / np.linalg.norm(reference))
+    if labels is not None and got.shape[1] == 2:
+        found["auroc"] = _auroc(got, labels)
+    return found
+
+
+def _each(got: np.ndarray, reference: np.ndarray, labels: np.ndarray | None) -> dict[str, np.ndarray]:
+    """(samples,) each"""
     logs, given = _log_softmax(got), _log_softmax(reference)
     found = {
-        "kl": float((np.exp(given) * (given - logs)).sum(1).mean()),
-        "error": float(np.linalg.norm(got - reference) / np.linalg.norm(reference)),
-        "agreement": float((got.argmax(1) == reference.argmax(1)).mean()),
+        "kl": (np.exp(given) * (given - logs)).sum(1),
+        "agreement": (got.argmax(1) == reference.argmax(1)).astype(np.float64),
     }
     if labels is not None:
-        found["accuracy"] = float((got.argmax(1) == labels).mean())
-        if got.shape[1] == 2:
-            from sklearn.metrics import roc_auc_score
-
-            found["auroc"] = float(roc_auc_score(labels, got[:, 1] - got[:, 0]))
+        found["accuracy"] = (got.argmax(1) == labels).astype(np.float64)
     return found
+
+
+def _auroc(got: np.ndarray, labels: np.ndarray) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(labels, got[:, 1] - got[:, 0]))
+
+
+def _set_apart(
+    rows: list[dict[str, Any]], answers: list[np.ndarray | None], reference: np.ndarray, test: Test, shown: str
+) -> None:
+    """Add to every row but ours what it has more than ours at the same cost, as intervals."""
+    ours = {(r["axis"], r["share"]): got for r, got in zip(rows, answers, strict=True) if r["way"] == "ours"}
+    units = np.arange(len(reference)) % (test.groups or len(reference))
+    members = [np.flatnonzero(units == unit) for unit in range(units.max() + 1)]
+    random = np.random.default_rng(0)
+    picks = [
+        np.concatenate([members[unit] for unit in random.integers(len(members), size=len(members))])
+        for _ in range(_RESAMPLES)
+    ]
+
+    def over(got: np.ndarray, measure: str) -> np.ndarray:
+        """(resamples,)"""
+        if measure == "auroc":
+            assert test.labels is not None
+            return np.array([_auroc(got[pick], test.labels[pick]) for pick in picks])
+        each = _each(got, reference, test.labels)[measure]
+        return np.array([each[pick].mean() for pick in picks])
+
+    for row, got in zip(rows, answers, strict=True):
+        other = ours[row["axis"], row["share"]]
+        if row["way"] == "ours" or got is None or other is None:
+            continue
+        for what, measure in (("kl", "kl"), ("quality", shown)):
+            found = over(got, measure) - over(other, measure)
+            row[f"{what}_beyond_ours"] = np.quantile(found, [0.025, 0.975]).tolist()
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -14,30 +14,35 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from rowcol_edge.errors import ModelError
+from rowcol_edge.factoring import norms
 from rowcol_edge.factoring.graph import LayerGraph
 
 
 def fold_batchnorm(model: nn.Module, graph: LayerGraph) -> nn.Module:
-    """A copy in eval mode, with every pair of ``graph.batchnorms`` folded and its batch norm an ``nn.Identity``.
+    """A copy in eval mode, with every pair of ``graph.batchnorms`` folded and in the place of its batch norm what that
+    computes beside normalising: an ``nn.Identity`` where it is nothing (see `norms`).
 
     Folding is computed in float64 and cast back. Outputs equal the original's in eval mode up to rounding.
 
     Raises:
         ModelError: the graph is of another model.
     """
-    norms: list[tuple[str, _BatchNorm]] = []
+    found: list[tuple[str, _BatchNorm]] = []
+    rests: dict[int, nn.Module] = {}
     for pair in graph.batchnorms:
         try:
-            _, norm = model.get_submodule(pair.layer), model.get_submodule(pair.norm)
+            layer, norm = model.get_submodule(pair.layer), model.get_submodule(pair.norm)
         except AttributeError as error:
             raise ModelError("the layer graph is of another model", expected=f"module {pair.norm!r}") from error
-        if not isinstance(norm, _BatchNorm):
+        rest = norms.rest(norm, layer)
+        if rest is None or not isinstance(norm, _BatchNorm):
             what = f"the layer graph is of another model: {pair.norm!r}"
-            raise ModelError(what, expected="a batch norm", got=type(norm).__name__)
-        norms.append((pair.layer, norm))
+            raise ModelError(what, expected="a batch norm that can be folded", got=type(norm).__name__)
+        found.append((pair.layer, norm))
+        rests[id(norm)] = rest
     # by the copy's memo, so that whatever refers to a norm, be it a list, refers to what is in its place
-    folded = copy.deepcopy(model, {id(norm): nn.Identity() for _, norm in norms}).eval()
-    for name, norm in norms:
+    folded = copy.deepcopy(model, rests).eval()
+    for name, norm in found:
         _fold(folded.get_submodule(name), norm)
     return folded
 

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from rowcol_edge.calling import Calls, bind, evaluating, quiet, watching
 from rowcol_edge.errors import ModelError, RowcolError, UnsupportedOpError
+from rowcol_edge.factoring import norms
 
 _aten = torch.ops.aten
 _LAYER_OPS = frozenset(
@@ -216,13 +217,13 @@ class _Reader:
             for layer in layers
             if layer.calls == layer.own_calls == 1 and not layer.elsewhere and layer.name not in held
         }
-        norms = tuple(
+        pairs = tuple(
             BatchNormPair(layer.name, layer.consumer)
             for layer in once.values()
             if layer.consumer in once and self._foldable(layer, layer.consumer)
         )
-        factored = self._factored(once, {pair.layer: pair.norm for pair in norms})
-        return LayerGraph(layers, norms, factored, self._couplings(once))
+        factored = self._factored(once, {pair.layer: pair.norm for pair in pairs})
+        return LayerGraph(layers, pairs, factored, self._couplings(once))
 
     def _layer(self, name: str) -> GraphLayer:
         nodes = self.nodes.get(name, [])
@@ -280,11 +281,10 @@ class _Reader:
 
     def _foldable(self, layer: GraphLayer, norm: str) -> bool:
         module, batchnorm = self.modules[layer.name], self.modules[norm]
-        if not isinstance(batchnorm, _BatchNorm) or batchnorm.running_mean is None or batchnorm.running_var is None:
-            return False
         # The kernel of a grouped transposed convolution holds the output channels of each group in one place.
         grouped = isinstance(module, _ConvNd) and module.transposed and module.groups != 1
-        return layer.second and not grouped and _features(module) == batchnorm.num_features
+        same = isinstance(batchnorm, _BatchNorm) and _features(module) == batchnorm.num_features
+        return layer.second and not grouped and same and norms.rest(batchnorm, module) is not None
 
     def _factored(self, once: Mapping[str, GraphLayer], norm_of: Mapping[str, str]) -> tuple[FactoredPair, ...]:
         found = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from rowcol_edge.factoring.costs import LayerInfo
 from rowcol_edge.factoring.graph import GraphLayer, LayerGraph
+from rowcol_edge.factoring.openers import ClosedError, alike, called
 
 SUPPORTED: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -23,6 +26,7 @@ SUPPORTED: dict[type[nn.Module], str] = {
 ALREADY_FACTORED = "already factored"  # how the reason of a layer of a bottleneck pair begins
 _COMPUTES = ("__call__", "forward", "_conv_forward", "_output_padding")
 """Methods that decide what a layer computes."""
+_ROUNDING = 1e-6
 
 
 def survey(model: nn.Module, graph: LayerGraph) -> dict[str, LayerInfo]:
@@ -142,7 +146,7 @@ def _held(module: nn.Module) -> str:
     if parametrize.is_parametrized(module) or module._parameters.get("weight") is None:
         return "its weight is parametrized"
     own = any(getattr(type(module), name, None) is not getattr(kind, name, None) for name in _COMPUTES)
-    if own or "forward" in vars(module):
+    if (own and not _computes_alike(module, kind)) or "forward" in vars(module):
         return f"{type(module).__name__} has a forward of its own"
     # A replacement would lose them silently.
     if module._forward_hooks or module._forward_pre_hooks:
@@ -151,6 +155,26 @@ def _held(module: nn.Module) -> str:
     if weight is None or not weight.is_floating_point() or not bool(torch.isfinite(weight).all()):
         return "its weight is not finite floating point"
     return ""
+
+
+def _computes_alike(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a forward of its own gives what its kind's does, on random inputs, from the weight and bias alone: timm's
+    linear layers are such."""
+    if set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
+        return False
+    trial = copy.deepcopy(module).double().cpu()
+    plain = copy.copy(trial)
+    plain.__class__ = kind
+    if isinstance(trial, _ConvNd):
+        spans = zip(trial.dilation, trial.kernel_size, trial.stride, strict=True)
+        shape = (2, trial.in_channels, *(2 * dilation * size + step + 1 for dilation, size, step in spans))
+    else:
+        shape = (2, cast(nn.Linear, trial).in_features)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    try:
+        return alike(called(plain, (values,), {}), called(trial, (values,), {}), _ROUNDING)
+    except ClosedError:
+        return False
 
 
 def _tied_reason(module: nn.Module, holders: Counter[int]) -> str:

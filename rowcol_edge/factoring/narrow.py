@@ -179,9 +179,8 @@ class _Editor:
                 if shift.any():
                     moved += (before.reshape(*before.shape[:2], -1).sum(2)) @ shift
                 weight[:, columns[:width]] = np.moveaxis(product(np.moveaxis(before, 1, -1), part), -1, 1)
-        if moved.any():
-            bias = self.biases[slot.name]
-            self.biases[slot.name] = moved if bias is None else bias + moved
+        bias = self.biases[slot.name]  # which the layer has from now on, whatever is in it: that is what it costs
+        self.biases[slot.name] = moved if bias is None else bias + moved
 
     def carry(self, slot: Slot, kept: NDArray[np.int64]) -> None:
         """A depthwise convolution or a batch norm: the rows of the kept channels."""

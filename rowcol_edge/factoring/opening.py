@@ -71,7 +71,7 @@ def open_all(model: nn.Module, example: Mapping[str, Tensor] | None = None) -> O
     result = copy.deepcopy(model, {id(module): new for module, (_, new) in found.items()})
     names = tuple(name for name, _ in found.values())
     leave_fused_paths(result, names)
-    if example is not None and not _same_whole(model, result, example):
+    if example is not None and not same_whole(model, result, example):
         whole = "the model gives other outputs with it opened"
         return Opening(model, (), {**closed, **dict.fromkeys(names, whole)})
     return Opening(result, names, closed)
@@ -123,7 +123,8 @@ def _compared(
     return wrong
 
 
-def _same_whole(model: nn.Module, result: nn.Module, example: Mapping[str, Tensor]) -> bool:
+def same_whole(model: nn.Module, result: nn.Module, example: Mapping[str, Tensor]) -> bool:
+    """Whether both give the same on the example, up to rounding."""
     args, kwargs = bind(model, example)
     try:
         wanted, got = (called(each, args, kwargs) for each in (model, result))

@@ -129,6 +129,9 @@ def study(
     traced, first = graph.traced(module, example)
     program: torch.export.ExportedProgram | None = None if traced.batchnorms else first
     dense = fold.fold_batchnorm(module, traced)
+    if traced.batchnorms and not opening.same_whole(module, dense, example):
+        traced = replace(traced, batchnorms=())  # its code reads a norm that was folded
+        dense, program = fold.fold_batchnorm(module, traced), first
     found = opening.open_all(dense, example)
     folded = found.model
     if found.names:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -73,6 +75,72 @@ def test_transposed_and_one_dimensional_convolutions(bias: bool) -> None:
     assert float((after - before).norm() / before.norm()) < 1e-5
     left = [name for name, module in folded.named_modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
     assert left == ["10"]  # behind a grouped transposed convolution
+
+
+class _Activated(nn.BatchNorm2d):
+    """As timm's: it holds what it calls behind itself."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.drop, self.act = nn.Identity(), nn.Hardswish(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class _Cut(nn.BatchNorm2d):
+    """It computes what no module of its own does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(super().forward(x))
+
+
+class _Turned(_Activated):
+    """What it holds comes first."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.BatchNorm2d.forward(self, self.act(self.drop(x)))
+
+
+def _hooked(features: int) -> nn.Module:
+    norm = nn.BatchNorm2d(features)
+    norm.register_forward_hook(lambda module, args, output: output.clamp(min=0))
+    return norm
+
+
+def _replaced(features: int) -> nn.Module:
+    norm = nn.BatchNorm2d(features)
+    norm.forward = lambda x: torch.relu(nn.BatchNorm2d.forward(norm, x))  # type: ignore[method-assign]
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("norm", "folds"), [(_Activated, True), (_Cut, False), (_Turned, False), (_hooked, False), (_replaced, False)]
+)
+def test_what_a_norm_computes_besides_stays(norm: Callable[[int], nn.Module], folds: bool) -> None:
+    torch.manual_seed(0)
+    model = _random_norms(nn.Sequential(nn.Conv2d(2, 6, 3, bias=False), norm(6), nn.Conv2d(6, 3, 3)))
+    x = torch.randn(4, 2, 8, 8)
+    graph = trace(model, {"input": x})
+    with torch.no_grad():
+        before, after = model(x.clone()), fold_batchnorm(model, graph)(x.clone())
+    assert len(graph.batchnorms) == folds
+    assert float((after - before).norm() / before.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "ghostnet_050"])
+def test_norms_of_timm_fold_with_their_activations(name: str) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    model = _random_norms(timm.create_model(name, num_classes=5))
+    x = torch.randn(2, 3, 64, 64)
+    graph = trace(model, {"x": x})
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    with torch.no_grad():
+        before, after = model(x), fold_batchnorm(model, graph)(x)
+    assert len(graph.batchnorms) == norms
+    assert float((after - before).norm() / before.norm()) < 1e-4
 
 
 def test_half_precision_keeps_its_type() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rowcol_edge.datasets import Split, scan
+from rowcol_edge.factoring import ranks
 from rowcol_edge.factoring.apply import apply, factored
 from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan, LayerPlan
 from rowcol_edge.factoring.study import Study, study
@@ -76,6 +77,33 @@ def test_narrowing_changes_shapes_and_adds_no_layer(name: str) -> None:
             layer = model.get_submodule(slot.name)
             assert layer.weight.shape[0] == channel_set.groups * widths[channel_set.name]
     assert outputs(model, inputs(MODELS[name][1], 3)).shape == (3, 3)
+
+
+def without_biases(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.bias = None
+    return model
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_plan_counts_the_parameters_that_its_model_has(name: str, bias: bool) -> None:
+    """Readers of fewer channels have a bias, whether or not they had one."""
+    kind, shape = MODELS[name]
+    model = made(kind) if bias else without_biases(made(kind))
+    known = study(model, split(inputs(shape)), classify=True)
+    total, narrowed = float(known.parameters), False
+    for share in (0.9, 0.6, 0.3):
+        plan = ranks.plan_by_cost(
+            known.infos, known.spaces, ranks.parameters, total=total, limit=share * total,
+            allocator=known.allocator(1, 1.0), inputs=known.input_spaces,
+        )  # fmt: skip
+        count = sum(p.numel() for p in factored(known, plan).parameters())
+        assert count == known.parameters - plan.saved_parameters
+        assert count <= share * total
+        narrowed |= bool(plan.channels)
+    assert narrowed
 
 
 def redundant(model: nn.Module, name: str, rank: int) -> nn.Module:

@@ -47,6 +47,13 @@ def timm_vit() -> nn.Module:
     return VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4, num_classes=5)
 
 
+def timm_mobilenet() -> nn.Module:
+    import timm
+
+    model: nn.Module = timm.create_model("mobilenetv3_small_050", num_classes=5)
+    return model
+
+
 def bert() -> nn.Module:
     from transformers import BertConfig, BertModel
 
@@ -85,6 +92,10 @@ CASES = {
     # two sets in each of sixteen blocks, the sums, and the stem
     "resnet50": Case(resnet50, pictures(32), 2 * 16 + 4 + 1, [OUTPUT], {"layer1.0.conv3": {"producers": 4}}),
     "mobilenet": Case(mobilenet, pictures(32), 25, [OUTPUT], {"features.2.conv.0.0": {"carriers": 1, "uses": 1}}),
+    # what ten blocks widen to, nine gates; the stem, what blocks give to the next, and the two layers at the end
+    "timm mobilenet": Case(
+        timm_mobilenet, pictures(32), 10 + 9 + 7, [OUTPUT], {"blocks.2.0.conv_pw": {"carriers": 1, "uses": 2}}
+    ),
     # queries with keys, values, and the hidden layer of two blocks; the stream
     "timm": Case(timm_vit, pictures(32), 2 * 3 + 1, [OUTPUT], {"patch_embed.proj": {"norms": 5, "uses": 9}}),
     "torchvision": Case(torchvision_vit, pictures(32), 2 * 3 + 1, [OUTPUT], {"conv_proj": {"norms": 5, "sizes": 1}}),
