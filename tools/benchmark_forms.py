@@ -3,15 +3,17 @@
     python tools/benchmark_forms.py            # writes tools/results/forms.json and prints a table
     python tools/benchmark_forms.py --models fmnist-vit --share 0.3 --runtimes openvino
     python tools/benchmark_forms.py --only build && python tools/benchmark_forms.py --only time
+    python tools/benchmark_forms.py --plans factoring    # ours of benchmark_factoring.py: factoring-int8.json
 
 What the file holds of models that were not asked for stays in it. The models, and what they need, are those of
 `benchmark_factoring.py`.
 
 The cost is the mean of the shares of the parameters and MACs of the layers that can be factored. All plans get the
-second pass. Files of one runtime take turns in one session beside the dense int8 file and a null arm; OpenVINO is held
-to older instruction sets too (evidence `proxy`), which is as near as this machine comes to an edge CPU. `kl` is that of
-the int8 file's answers from the dense float network's, in nats: on the selection split, of EfficientNet-Lite0 on new
-crops of the photos that it was calibrated on.
+second pass. With `--plans factoring` they are those that `benchmark_factoring.py` made: shares of the parameters alone,
+and ranks and widths that are no multiples of anything. Files of one runtime take turns in one session beside the dense
+int8 file and a null arm; OpenVINO is held to older instruction sets too (evidence `proxy`), which is as near as this
+machine comes to an edge CPU. `kl` is that of the int8 file's answers from the dense float network's, in nats: on the
+selection split, of EfficientNet-Lite0 on new crops of the photos that it was calibrated on.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+import factoring_rivals as rivals
 from benchmark_factoring import SUBJECTS
 from benchmark_machine import machine, settle
 from int8_files import RUNTIMES, TARGET, compiled, logits, scores
@@ -54,6 +57,8 @@ from rowcol_edge.report.progress import reporter
 RESULTS = Path(__file__).parent / "results"
 CAPS = {"openvino": ("", "AVX2_VNNI", "AVX2")}
 FORMS = ("column", "column, row, both", "narrow", "all")
+PLANS = {"forms": "forms.json", "factoring": "factoring-int8.json"}
+SHARES = (0.5, 0.3, 0.15)
 _TIMEOUT_SECONDS = 300.0
 
 
@@ -61,18 +66,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SUBJECTS), choices=SUBJECTS)
     parser.add_argument("--only", choices=("build", "time"), help="the files, or the sessions of files that are there")
-    parser.add_argument("--share", type=float, default=0.35, help="of the cost that a plan may have")
+    parser.add_argument("--plans", choices=PLANS, default="forms")
+    parser.add_argument("--share", type=float, default=0.35, help="of the cost that a plan of forms may have")
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
     parser.add_argument("--rounds", type=int, default=stats.MIN_ROUNDS, help="fresh processes for each file")
     parser.add_argument("--seconds", type=float, default=30.0, help="for each session, as far as the rounds allow")
     parser.add_argument("--work", type=Path, default=Path("dist/forms"), help="the files that are measured")
-    parser.add_argument("--out", type=Path, default=RESULTS / "forms.json")
+    parser.add_argument("--out", type=Path, help="forms.json or factoring-int8.json among the results if not given")
     options = parser.parse_args()
-    written = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"models": {}}
+    options.out = options.out or RESULTS / PLANS[options.plans]
+    options.work = options.work if options.plans == "forms" else options.work / options.plans
+
+    def kept() -> dict[str, Any]:
+        return json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"models": {}}
 
     def keep(name: str, found: dict[str, Any]) -> None:
         commands = [*found.get("commands", ()), shlex.join(["python", *sys.argv])]
-        made = {"commands": commands, "machine": machine(), "tools": job.tool_versions(), "share": options.share}
+        made = {"commands": commands, "machine": machine(), "tools": job.tool_versions()}
+        made |= {"share": options.share} if options.plans == "forms" else {}
+        written = kept()
         written["models"][name] = found | made
         options.out.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -83,11 +95,11 @@ def main() -> None:
     if options.only != "build":
         settle()
         for name in options.models:
-            found = written["models"][name]
+            found = kept()["models"][name]
             settings = [(runtime, cap) for runtime in options.runtimes for cap in CAPS.get(runtime, ("",))]
             sessions = [timed(name, runtime, cap, found["rows"], options) for runtime, cap in settings]
             keep(name, {**found, "sessions": sessions})
-            print(table(name, written["models"][name]), flush=True)
+            print(table(name, kept()["models"][name]), flush=True)
     print(f"written to {options.out}")
 
 
@@ -123,6 +135,19 @@ def plans(known: Study, share: float) -> dict[str, FactorPlan | None]:
     return found
 
 
+def shared(known: Study) -> dict[str, FactorPlan | None]:
+    """Those of `benchmark_factoring.py`; None where they cannot save so much."""
+    ours = rivals.WAYS[-1]
+    found: dict[str, FactorPlan | None] = {}
+    for share in SHARES:
+        name = f"{share:.0%} of the parameters"
+        try:
+            found[name] = rivals.plan(ours, known, dict(known.spaces), "parameters", share)
+        except ranks.OverBudgetError:
+            found[name] = None
+    return found
+
+
 def files(name: str, options: argparse.Namespace, progress: job.Progress) -> dict[str, Any]:
     """What is known of each plan's files, which lie at `_file`, and of an input for them beside."""
     subject = SUBJECTS[name](options.work / "data", progress)
@@ -133,7 +158,8 @@ def files(name: str, options: argparse.Namespace, progress: job.Progress) -> dic
     target = targets.load(TARGET)
     rows = []
     dense = FactorPlan((), made_by="dense")
-    for form, plan in {"dense": dense, **plans(known, options.share)}.items():
+    chosen = plans(known, options.share) if options.plans == "forms" else shared(known)
+    for form, plan in {"dense": dense, **chosen}.items():
         if plan is None:
             rows.append({"forms": form, "unreachable": True})
             continue

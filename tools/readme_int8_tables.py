@@ -38,7 +38,7 @@ def ties(found: dict[str, Any]) -> str:
 
 def forms(found: dict[str, Any]) -> str:
     """What each choice of forms gives as int8 files at one cost, beside the dense int8 file."""
-    heads = ["model, forms", "parameters, MACs", "KL at fp32"]
+    heads = ["model, plan", "parameters, MACs", "KL at fp32"]
     sessions = [session for model in found["models"].values() for session in model["sessions"]]
     settings = list(dict.fromkeys((session["runtime"], session["cap"]) for session in sessions))
     heads += [f"{runtime}{', ' + cap if cap else ''}: time / dense [95 %]; KL" for runtime, cap in settings]
@@ -65,9 +65,13 @@ def forms(found: dict[str, Any]) -> str:
         f"{', '.join(f'`{command}`' for command in model['commands'])}, {_machine(model)}"
         for model in found["models"].values()
     )
+    plans = "The plans of the comparison above"
+    if "share" in first:
+        plans = (
+            f"Plans of {first['share']:.0%} of what the layers that can be factored cost (mean of parameters and MACs)"
+        )
     foot = (
-        f"Plans of {first['share']:.0%} of what the layers that can be factored cost (mean of parameters and MACs), "
-        "second pass, no fine-tuning; KL in nats from the dense float network, on the selection split "
+        f"{plans}, second pass, no fine-tuning; KL in nats from the dense float network, on the selection split "
         "(EfficientNet-Lite0: on new crops of the photos that it was calibrated on). Evidence: "
         f"{', '.join(f'{name} {level}' for name, level in levels.items())}. {'; '.join(commands)}."
     )
