@@ -435,7 +435,10 @@ def gate(
         float | None, typer.Option(metavar="R", help="over the baseline's latency: the upper end of the 95 % interval")
     ] = None,
     max_drop: Annotated[
-        str | None, typer.Option(metavar="PP", help="percentage points lost to the original on the test split: 0.5pp")
+        str | None,
+        typer.Option(
+            metavar="PP", help="percentage points lost to the original on the test split, the estimate: 0.5pp"
+        ),
     ] = None,
     max_bytes: Annotated[str | None, typer.Option(metavar="N[MB]", help="the arm's file: 4MB")] = None,
     max_memory: Annotated[str | None, typer.Option(metavar="N[MB]", help="the peak of its process: 64MiB")] = None,
@@ -446,7 +449,10 @@ def gate(
         str | None, typer.Option(help="the arm of the ratio (default: dense of the same precision, or dense@fp32)")
     ] = None,
     bundle: Annotated[
-        Path | None, typer.Option(help="states the drop (default: the bundle in whose profiles/ the profile lies)")
+        Path | None,
+        typer.Option(
+            help="what was measured: states the drop (default: the bundle in whose profiles/ the profile lies)"
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
