@@ -16,6 +16,7 @@ from . import fleet_cli
 from .command import Json
 from .command import print_json as _print_json
 from .command import progress as _progress
+from .device.main import print_anything
 from .device.manifest import PRECISIONS
 from .device.runtimes import RUNTIMES
 from .errors import ConfigError, InputError, MissingDependencyError, RowcolError
@@ -559,6 +560,7 @@ def main() -> None:
 
 def run_command(arguments: list[str]) -> None:
     """Run one command; always ends in SystemExit. Usage errors and Ctrl-C are typer's own: 2 and 130."""
+    print_anything()
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # package.module:factory means the user's folder, as with python -m
     try:

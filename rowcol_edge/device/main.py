@@ -35,9 +35,7 @@ _ROOM_BYTES = 4 << 20
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a board's locale may lack a character of a label or a path
+    print_anything()
     try:
         if arguments[:1] == ["_worker"]:
             from .worker import main as worker  # how the profiler starts a fresh process of this same archive
@@ -63,6 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(e) or "not enough memory", RowcolError.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", _INTERRUPTED)
+
+
+def print_anything() -> None:
+    """Have stdout and stderr escape what the locale lacks, a character of a label or a path, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(text: str, code: int) -> int:
