@@ -1,12 +1,14 @@
 """The command line: arguments, progress, errors with hints, exit codes – no logic.
 
-Exit codes: 0 good, 1 a budget or gate failed, 2 bad input, 3 not comparable, 130 Ctrl-C.
+Exit codes: 0 good, 1 a budget or gate failed, 2 bad input, 3 not comparable, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -555,7 +557,27 @@ def main() -> None:
             err=True,
         )
         sys.exit(2)
-    run_command(sys.argv[1:])
+    with _sigterm_as_ctrl_c():
+        run_command(sys.argv[1:])
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM (timeout, systemd, docker stop, a CI that cancels) cleans up as Ctrl-C does; exit code 143."""
+    heeded = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal heeded
+        if not heeded:  # timeout sends a second one, which must not end the cleaning
+            heeded = True
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if heeded:
+            sys.exit(128 + signal.SIGTERM)
 
 
 def run_command(arguments: list[str]) -> None:
