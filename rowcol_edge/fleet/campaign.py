@@ -10,6 +10,7 @@ from typing import Any
 
 from ..device.schedule import time_budget
 from ..device.session import Progress
+from ..device.table import NONE
 from ..errors import ConfigError
 from . import jobs as making
 from . import sweep as sweeping
@@ -97,7 +98,7 @@ def profile(
 
     def over(ended: Ended) -> str:
         entry = entries[ended.job.id] = folder.keep(ended)
-        return f"{entry.bundle} on {entry.board}: {entry.reason or f'{entry.ratio} ({entry.evidence})'}"
+        return f"{entry.bundle} on {entry.board}: {entry.reason or f'{entry.ratio or NONE} ({entry.evidence})'}"
 
     def gathered(why_not: str = "") -> Gathered:
         return folder.write([entries.get(job.id) or unmeasured(job, why_not) for job in wanted])
