@@ -13,7 +13,7 @@ import pytest
 
 from rowcol_edge import cli
 from rowcol_edge.device.bundle import Bundle
-from rowcol_edge.errors import MeasurementError
+from rowcol_edge.errors import ConfigError, MeasurementError
 from rowcol_edge.fleet import boards, campaign, gather
 from rowcol_edge.fleet.gather import MEASURED, Entry, Gathered
 from rowcol_edge.fleet.queueing import DONE, FAILED, Ended, Job, Outcome, Queue
@@ -64,6 +64,13 @@ def test_a_time_that_does_not_end_is_refused_before_anything_is_sent(
     assert "a time > 0 that ends\n  got:      inf" in capsys.readouterr().err
     with pytest.raises(MeasurementError, match="a time > 0 that ends, got nan"):
         campaign.profile([tmp_path / "bundle"], boards.read(tmp_path / "boards.toml"), seconds=float("nan"))
+    assert run(*asked, "--limit", "inf") == 2
+    assert "error: --limit\n  expected: a time > 0 that ends\n  got:      inf" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="a time > 0 that ends, got nan"):
+        campaign.profile([tmp_path / "bundle"], boards.read(tmp_path / "boards.toml"), limit_seconds=float("nan"))
+    (tmp_path / "sweep.toml").write_text('model = "sample:fmnist-vit"\n')
+    assert run("fleet", "sweep", tmp_path / "sweep.toml", "--out", tmp_path / "results", "--limit", "inf") == 2
+    assert "error: --limit" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 

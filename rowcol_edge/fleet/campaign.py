@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ def profile(
         What a board did not measure is no error here: `Gathered.raise_if_incomplete` makes it one.
     """
     time_budget(options.get("seconds"))
+    _check_limit(limit_seconds)
     wanted = making.profiles(bundles, boards, options, once=once)
     folder = Folder(out)
     entries: dict[str, Entry] = {}
@@ -124,8 +126,10 @@ def sweep(
     """Build the cells of a sweep: here one after another, or on workers with the tag ``build``.
 
     The workers need the same installation and, at the same paths, the same files; bundles are written by them.
-    SchedulerError: it is gone. A build that fails is no error here: `Sweep.raise_if_incomplete` makes it one.
+    ConfigError: no time limit. SchedulerError: it is gone. A build that fails is no error here:
+    `Sweep.raise_if_incomplete` makes it one.
     """
+    _check_limit(limit_seconds)
     cells = list(asked.cells)
     index = {job.id: position for position, job in asked.jobs.items()}
 
@@ -143,6 +147,12 @@ def sweep(
             asked.write(cells)
         raise
     return asked.write(cells)
+
+
+def _check_limit(seconds: float) -> None:
+    """ConfigError: a time limit of a job that is not above 0, or without an end."""
+    if not 0 < seconds < math.inf:
+        raise ConfigError("--limit", expected="a time > 0 that ends", got=str(seconds))
 
 
 @contextmanager
