@@ -406,7 +406,8 @@ def compare(
 ) -> None:
     """Compare dense and factored arms per target; or two profiles, before and after.
 
-    Bundles: size, quality, latency and memory, with intervals and evidence. Two profiles of one target, for instance
+    Bundles: size, quality, latency and memory, with intervals and evidence, of each one's newest profile with the
+    target's threads and all arms, if there is one. Two profiles of one target, for instance
     of another build or another version of the runtime: what changed, arm by arm; exit code 3, with all that differs,
     where they were not measured under the same conditions.
     """
