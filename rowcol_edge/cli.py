@@ -5,10 +5,8 @@ Exit codes: 0 good, 1 a budget or gate failed, 2 bad input, 3 not comparable, 13
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -18,7 +16,7 @@ from . import fleet_cli
 from .command import Json
 from .command import print_json as _print_json
 from .command import progress as _progress
-from .device.main import print_anything
+from .device.main import print_anything, sigterm_as_ctrl_c
 from .device.manifest import PRECISIONS
 from .device.runtimes import RUNTIMES
 from .errors import ConfigError, InputError, MissingDependencyError, RowcolError
@@ -558,27 +556,8 @@ def main() -> None:
             err=True,
         )
         sys.exit(2)
-    with _sigterm_as_ctrl_c():
+    with sigterm_as_ctrl_c():
         run_command(sys.argv[1:])
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """SIGTERM (timeout, systemd, docker stop, a CI that cancels) cleans up as Ctrl-C does; exit code 143."""
-    heeded = False
-
-    def interrupt(*_: object) -> None:
-        nonlocal heeded
-        if not heeded:  # timeout sends a second one, which must not end the cleaning
-            heeded = True
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        if heeded:
-            sys.exit(128 + signal.SIGTERM)
 
 
 def run_command(arguments: list[str]) -> None:
