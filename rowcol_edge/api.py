@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .report.gate import GateReport
 
 _DEMO_PROFILE_SECONDS = 25.0
+#: how the command line says the ways to a board
+_REACH = {"known_hosts": "--known-hosts", "python": "--board-python", "folder": "--board-folder"}
 
 
 def build(
@@ -191,7 +193,12 @@ def profile(
         time_budget(given.get("seconds"))  # before anything is sent
         return remote.profile(bundle, on, **reach, progress=progress, **given)
     if reach:
-        raise ConfigError(", ".join(reach), expected="a board to use it for", got="none", hint="name it with --on")
+        raise ConfigError(
+            ", ".join(_REACH.get(name, name) for name in reach),
+            expected="a board to use it for",
+            got="none",
+            hint="name it with --on",
+        )
     from .device.measure import profile as measure
 
     return measure(bundle, progress=progress, **given)

@@ -192,7 +192,8 @@ def _exit_codes() -> str:
         "| 1 | an arm computes something else here than where it was built |\n"
         "| 2 | bad input: a file, an option, a damaged bundle, a missing package; stderr says what to do |\n"
         "| 3 | measurements that cannot be compared |\n"
-        "| 130 | interrupted with Ctrl-C |"
+        "| 130 | interrupted with Ctrl-C |\n"
+        "| 143 | ended by SIGTERM, which cleans up as Ctrl-C does |"
     )
 
 

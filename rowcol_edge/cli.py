@@ -1,6 +1,6 @@
 """The command line: arguments, progress, errors with hints, exit codes – no logic.
 
-Exit codes: 0 good, 1 a budget or gate failed, 2 bad input, 3 not comparable, 130 Ctrl-C.
+Exit codes: 0 good, 1 a budget or gate failed, 2 bad input, 3 not comparable, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from . import fleet_cli
 from .command import Json
 from .command import print_json as _print_json
 from .command import progress as _progress
+from .device.main import print_anything, sigterm_as_ctrl_c
 from .device.manifest import PRECISIONS
 from .device.runtimes import RUNTIMES
 from .errors import ConfigError, InputError, MissingDependencyError, RowcolError
@@ -407,7 +408,8 @@ def compare(
 ) -> None:
     """Compare dense and factored arms per target; or two profiles, before and after.
 
-    Bundles: size, quality, latency and memory, with intervals and evidence. Two profiles of one target, for instance
+    Bundles: size, quality, latency and memory, with intervals and evidence, of each one's newest profile with the
+    target's threads and all arms, if there is one. Two profiles of one target, for instance
     of another build or another version of the runtime: what changed, arm by arm; exit code 3, with all that differs,
     where they were not measured under the same conditions.
     """
@@ -439,7 +441,10 @@ def gate(
         float | None, typer.Option(metavar="R", help="over the baseline's latency: the upper end of the 95 % interval")
     ] = None,
     max_drop: Annotated[
-        str | None, typer.Option(metavar="PP", help="percentage points lost to the original on the test split: 0.5pp")
+        str | None,
+        typer.Option(
+            metavar="PP", help="percentage points lost to the original on the test split, the estimate: 0.5pp"
+        ),
     ] = None,
     max_bytes: Annotated[str | None, typer.Option(metavar="N[MB]", help="the arm's file: 4MB")] = None,
     max_memory: Annotated[str | None, typer.Option(metavar="N[MB]", help="the peak of its process: 64MiB")] = None,
@@ -450,7 +455,10 @@ def gate(
         str | None, typer.Option(help="the arm of the ratio (default: dense of the same precision, or dense@fp32)")
     ] = None,
     bundle: Annotated[
-        Path | None, typer.Option(help="states the drop (default: the bundle in whose profiles/ the profile lies)")
+        Path | None,
+        typer.Option(
+            help="what was measured: states the drop (default: the bundle in whose profiles/ the profile lies)"
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -552,11 +560,13 @@ def main() -> None:
             err=True,
         )
         sys.exit(2)
-    run_command(sys.argv[1:])
+    with sigterm_as_ctrl_c():
+        run_command(sys.argv[1:])
 
 
 def run_command(arguments: list[str]) -> None:
     """Run one command; always ends in SystemExit. Usage errors and Ctrl-C are typer's own: 2 and 130."""
+    print_anything()
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # package.module:factory means the user's folder, as with python -m
     try:

@@ -20,12 +20,13 @@ if sys.version_info < (3, 10):
     sys.exit(2)
 
 try:
-    from rowcol_edge.device.main import main
+    from rowcol_edge.device.main import main, sigterm_as_ctrl_c
 except KeyboardInterrupt:  # main catches the later ones
     sys.stderr.write("error: interrupted\\n")
     sys.exit(130)
 
-sys.exit(main())
+with sigterm_as_ctrl_c():
+    sys.exit(main())
 '''
 
 

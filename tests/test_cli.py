@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -457,6 +458,24 @@ def test_running_on_something_else_is_refused(bundle: Path, tmp_path: Path, caps
     bad(["run", str(bundle), str(tmp_path / "none.npy"), "--arm", "factored@int9"], 2, "factored@int8", capsys)
     Image.new("L", (4, 4)).save(tmp_path / "small.png")
     bad(["verify", str(tmp_path)], 2, "manifest.json", capsys)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "arguments", "code", "said"),
+    [
+        ("latin-1", ["targets"], 0, "raspberry-pi-5"),
+        ("ascii", ["targets"], 0, "raspberry-pi-5"),
+        ("latin-1", ["verify", "nowhere/→"], 2, "nowhere/\\u2192"),
+    ],
+)
+def test_what_the_locale_lacks_is_escaped(encoding: str, arguments: list[str], code: int, said: str) -> None:
+    """Tables are full of dashes and lines; Python takes UTF-8 by itself in the locale C alone."""
+    done = subprocess.run(
+        [sys.executable, "-m", "rowcol_edge", *arguments], env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True, text=True, encoding=encoding, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+    assert said in done.stdout + done.stderr
 
 
 def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from rowcol_edge.device.preprocess import Preprocess
 from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
 from rowcol_edge.device.verify import golden_outputs
 from rowcol_edge.device_archive import device_archive_bytes
-from rowcol_edge.package import board_readme, write_bundle
+from rowcol_edge.package import board_readme, write_bundle, zip_bundle
 
 INPUT = TensorSpec("image", (1, 1, 4, 4), "float32")
 
@@ -184,6 +185,23 @@ def test_a_reader_that_goes_away_is_no_traceback(bundle: Path, bare_python: Call
     with process.stderr as stderr:
         assert stderr.read() == ""
     assert process.wait() == 141
+
+
+def test_sigterm_leaves_no_temporary_folder(bundle: Path, bare_python: Callable[..., Path], tmp_path: Path) -> None:
+    python = bare_python("board", "numpy", "pillow", "onnxruntime")
+    packed = zip_bundle(bundle, tmp_path / "bundle.zip", "bundle")
+    (here := tmp_path / "here").mkdir()
+    process = subprocess.Popen(
+        [python, "-I", bundle / "rowcol-edge-device.pyz", "profile", packed, "--out", tmp_path / "profile.json"],
+        env={**os.environ, "TMPDIR": str(here)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert process.stderr.readline() != ""  # it measures
+    assert list(here.glob("rowcol-edge-*")) != []
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.splitlines()[-1]) == (143, "", "error: interrupted")
+    assert list(here.glob("rowcol-edge-*")) == []
 
 
 def test_all_code_comes_from_the_archive_and_the_runtime(board: Board, bundle: Path) -> None:

@@ -13,10 +13,10 @@ import pytest
 
 from rowcol_edge import cli
 from rowcol_edge.device.bundle import Bundle
-from rowcol_edge.errors import MeasurementError
-from rowcol_edge.fleet import boards, campaign
+from rowcol_edge.errors import ConfigError, MeasurementError
+from rowcol_edge.fleet import boards, campaign, gather
 from rowcol_edge.fleet.gather import MEASURED, Entry, Gathered
-from rowcol_edge.fleet.queueing import Queue
+from rowcol_edge.fleet.queueing import DONE, FAILED, Ended, Job, Outcome, Queue
 
 from .profiles import make_bundle, make_manifest, make_profile
 
@@ -64,6 +64,13 @@ def test_a_time_that_does_not_end_is_refused_before_anything_is_sent(
     assert "a time > 0 that ends\n  got:      inf" in capsys.readouterr().err
     with pytest.raises(MeasurementError, match="a time > 0 that ends, got nan"):
         campaign.profile([tmp_path / "bundle"], boards.read(tmp_path / "boards.toml"), seconds=float("nan"))
+    assert run(*asked, "--limit", "inf") == 2
+    assert "error: --limit\n  expected: a time > 0 that ends\n  got:      inf" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="a time > 0 that ends, got nan"):
+        campaign.profile([tmp_path / "bundle"], boards.read(tmp_path / "boards.toml"), limit_seconds=float("nan"))
+    (tmp_path / "sweep.toml").write_text('model = "sample:fmnist-vit"\n')
+    assert run("fleet", "sweep", tmp_path / "sweep.toml", "--out", tmp_path / "results", "--limit", "inf") == 2
+    assert "error: --limit" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 
@@ -102,6 +109,28 @@ def test_the_results_are_printed_before_the_page_is_written(
     said = capsys.readouterr()
     assert json.loads(said.out)["entries"][0]["board"] == "a" if flags else "measured" in said.out
     assert f"{measured}: No space left on device" in said.err
+
+
+def test_what_is_not_known_is_empty_in_the_document_and_a_dash_in_the_table(
+    asked: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job("1", "tiny", {"name": "tiny", "digest": "cd" * 32, "target": "generic-x86"}, ("a", "b"))
+    emulated = make_profile(levels_ms={"dense@fp32": 8.0, "dense@int8": 4.0}, evidence="emulated", samples=6).to_json()
+    folder = gather.Folder(tmp_path / "results")
+    entries = [
+        folder.keep(Ended(job, "a", Outcome(FAILED, reason="away"), 1, 2.0)),
+        folder.keep(Ended(job, "b", Outcome(DONE, emulated), 2, 2.0)),
+    ]
+    monkeypatch.setattr(campaign, "profile", lambda *_, **__: folder.write(entries))
+    assert run(*asked, "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "results/fleet.json").read_text(encoding="utf-8"))
+    assert [entry["state"] for entry in found["entries"]] == ["failed", "measured"]
+    assert [(entry["latency"], entry["ratio"]) for entry in found["entries"]] == [("", ""), ("", "")]
+    assert run(*asked) == 1
+    shown = capsys.readouterr().out
+    assert "tiny on a, 1 try: away" in shown
+    assert "–" in next(line for line in shown.splitlines() if " failed" in line)
 
 
 def test_the_page_is_named_or_the_extra_that_makes_it(

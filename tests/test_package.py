@@ -362,6 +362,7 @@ def test_the_readme_is_for_the_person_at_the_board(parts: Parts) -> None:
         "resized to 3 × 4",
         "`defective` when its probability is at least 0.42 (`factored@int8`), 0.42 (`dense@int8`)",
         "| 130 | interrupted",
+        "| 143 | ended by SIGTERM",
     ):
         assert part in text, part
 

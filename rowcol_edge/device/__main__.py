@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .main import main
+from .main import main, sigterm_as_ctrl_c
 
-sys.exit(main(sys.argv[1:]))
+with sigterm_as_ctrl_c():
+    sys.exit(main(sys.argv[1:]))

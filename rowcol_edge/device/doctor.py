@@ -222,7 +222,7 @@ def runtime(needs: Needs) -> list[Finding]:
         found = f"{package} {version} does not load: {loaded.failure}"
         do = f"the wheel may be for another processor, C library or numpy; install it again:\n{entry.install}"
         if package == "ai-edge-litert":  # one that ends the process would do so before any other is tried
-            do += f"\nbefore another package: python3 -m pip uninstall -y {package}"
+            do += f"\n# before another package: python3 -m pip uninstall -y {package}"
         return [*findings, Finding(STOP, entry.name, found, do)]
     lacking = [one for one in entry.providers if not _offered(entry.name, one, loaded.devices)]
     if lacking:

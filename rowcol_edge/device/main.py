@@ -1,8 +1,8 @@
 """The command line at the board: ``python3 rowcol-edge-device.pyz verify|run|profile|doctor|engine BUNDLE``.
 
 Exit codes: 0 good; 1 an arm does not reproduce its golden outputs, or takes more memory than the target grants; 2 bad
-input; 3 not comparable; 130 Ctrl-C; 141 the reader of the output went away. Errors are one line on stderr. With
-``--json`` stdout holds one JSON document and nothing else.
+input; 3 not comparable; 130 Ctrl-C; 141 the reader of the output went away; 143 SIGTERM. Errors are one line on
+stderr. With ``--json`` stdout holds one JSON document and nothing else.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError, MeasurementError, MissingDependencyError, RowcolError
@@ -35,9 +37,7 @@ _ROOM_BYTES = 4 << 20
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a board's locale may lack a character of a label or a path
+    print_anything()
     try:
         if arguments[:1] == ["_worker"]:
             from .worker import main as worker  # how the profiler starts a fresh process of this same archive
@@ -63,6 +63,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(e) or "not enough memory", RowcolError.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", _INTERRUPTED)
+
+
+def print_anything() -> None:
+    """Have stdout and stderr escape what the locale lacks, a character of a label or a path, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM (timeout, systemd, docker stop, a CI that cancels) cleans up as Ctrl-C does; exit code 143."""
+    heeded = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal heeded
+        if not heeded:  # timeout sends a second one, which must not end the cleaning
+            heeded = True
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if heeded:
+            sys.exit(128 + signal.SIGTERM)
 
 
 def _fail(text: str, code: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from ..device.schedule import time_budget
 from ..device.session import Progress
+from ..device.table import NONE
 from ..errors import ConfigError
 from . import jobs as making
 from . import sweep as sweeping
@@ -82,6 +84,7 @@ def profile(
         What a board did not measure is no error here: `Gathered.raise_if_incomplete` makes it one.
     """
     time_budget(options.get("seconds"))
+    _check_limit(limit_seconds)
     wanted = making.profiles(bundles, boards, options, once=once)
     folder = Folder(out)
     entries: dict[str, Entry] = {}
@@ -97,7 +100,7 @@ def profile(
 
     def over(ended: Ended) -> str:
         entry = entries[ended.job.id] = folder.keep(ended)
-        return f"{entry.bundle} on {entry.board}: {entry.reason or f'{entry.ratio} ({entry.evidence})'}"
+        return f"{entry.bundle} on {entry.board}: {entry.reason or f'{entry.ratio or NONE} ({entry.evidence})'}"
 
     def gathered(why_not: str = "") -> Gathered:
         return folder.write([entries.get(job.id) or unmeasured(job, why_not) for job in wanted])
@@ -123,8 +126,10 @@ def sweep(
     """Build the cells of a sweep: here one after another, or on workers with the tag ``build``.
 
     The workers need the same installation and, at the same paths, the same files; bundles are written by them.
-    SchedulerError: it is gone. A build that fails is no error here: `Sweep.raise_if_incomplete` makes it one.
+    ConfigError: no time limit. SchedulerError: it is gone. A build that fails is no error here:
+    `Sweep.raise_if_incomplete` makes it one.
     """
+    _check_limit(limit_seconds)
     cells = list(asked.cells)
     index = {job.id: position for position, job in asked.jobs.items()}
 
@@ -142,6 +147,12 @@ def sweep(
             asked.write(cells)
         raise
     return asked.write(cells)
+
+
+def _check_limit(seconds: float) -> None:
+    """ConfigError: a time limit of a job that is not above 0, or without an end."""
+    if not 0 < seconds < math.inf:
+        raise ConfigError("--limit", expected="a time > 0 that ends", got=str(seconds))
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """One job in a process of its own, started by :mod:`.work`: JSON in, JSON lines out, nothing pickled.
 
+Its argument is a folder for temporary files, which whoever asked removes, or this process if nobody is left who would.
 The first line of stdin is the job. Answers are one JSON object a line: ``{"progress": [label, done, total]}`` and
 ``{"say": text}`` meanwhile, and at last ``{"done": result}``, or ``{"failed": reason, "lost": whether the same may go
 well a little later}``. When stdin ends, whoever asked is gone, and so is this process, at once, with the group of
 processes that it leads: what goes on on a board is left to whoever takes the job up again. SIGINT ends it in an orderly
-way, the board is cleaned first.
+way, the board is cleaned first; to SIGTERM, which a service manager sends to all at once, whoever asked reacts.
 """
 
 from __future__ import annotations
@@ -89,11 +90,11 @@ def main() -> None:
     line = _Line(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(2, 1)  # what models and libraries print is none of the answers
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have been inherited as ignored
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    tempfile.tempdir = os.environ["TMPDIR"] = folder = sys.argv[1]
     job = json.loads(sys.stdin.buffer.readline())
-    with tempfile.TemporaryDirectory(prefix="rowcol-edge-job-") as folder:
-        tempfile.tempdir = os.environ["TMPDIR"] = folder
-        threading.Thread(target=_until_alone, args=(folder,), daemon=True).start()
-        _answer(job, line)
+    threading.Thread(target=_until_alone, args=(folder,), daemon=True).start()
+    _answer(job, line)
 
 
 def _answer(job: dict[str, Any], line: _Line) -> None:

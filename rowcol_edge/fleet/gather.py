@@ -12,7 +12,7 @@ from typing import Any
 from ..device.files import write_whole
 from ..device.main import check_room, write_profile
 from ..device.profile import Profile
-from ..device.table import NONE, milliseconds, ratio_text, times_count
+from ..device.table import milliseconds, ratio_text, times_count
 from ..errors import BundleError, ConfigError, FleetError
 from ..report.compare import paired
 from ..report.gate import default_arm, default_baseline
@@ -26,7 +26,10 @@ MEASURED, KEPT, FAILED = "measured", "kept", "failed"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One job: where it was measured and what its default arm showed, or why it was not measured."""
+    """One job: where it was measured and what its default arm showed, or why it was not measured.
+
+    ``latency`` and ``ratio`` are texts as in the table; what is not known is empty.
+    """
 
     bundle: str
     digest: str
@@ -38,8 +41,8 @@ class Entry:
     seconds: float = 0.0
     file: str = ""
     arm: str = ""
-    latency: str = NONE
-    ratio: str = NONE
+    latency: str = ""
+    ratio: str = ""
     evidence: str = ""
 
 
@@ -132,8 +135,8 @@ class Folder:
             _named(job, board, state),
             file=str(path.relative_to(self.path)),
             arm=arm,
-            latency=milliseconds(measured.arms[arm].latency.median_ns) if times_count(measured) else NONE,
-            ratio=ratio_text(against) if against else NONE,
+            latency=milliseconds(measured.arms[arm].latency.median_ns) if times_count(measured) else "",
+            ratio=ratio_text(against) if against else "",
             evidence=measured.evidence,
         )
 

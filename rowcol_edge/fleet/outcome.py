@@ -15,6 +15,8 @@ from .transport import last_line, printable
 _ERROR = re.compile(
     r"error: (?P<what>.+?)(?:: expected (?P<expected>.+?))?(?:(?:, |: )got (?P<got>.+?))?(?: – (?P<hint>.+))?"
 )
+#: the line by which a recipe enters the environment that it makes in the home of the board's user
+_ENVIRONMENT = re.compile(r"\. ~/(\S+)/bin/activate")
 _BY_HAND = "try it there: copy the bundle and run its rowcol-edge-device.pyz"
 _HANGS = f"does its runtime or a driver hang? {_BY_HAND}"
 _KILLED = "out of memory? dmesg on the board says who was ended, and why"
@@ -50,14 +52,28 @@ def check_doctor(board: str, done: dict[str, Any]) -> None:
     """The error for the first thing that ``doctor`` finds in the way of a run."""
     try:
         findings = [finding for finding in json.loads(done["stdout"])["findings"] if finding["level"] == STOP]
-        texts = [tuple(printable(str(finding[key])) for key in ("what", "found", "do")) for finding in findings]
+        texts = [
+            (printable(str(one["what"])), printable(str(one["found"])), _typed(str(one["do"]))) for one in findings
+        ]
     except (ValueError, KeyError, TypeError) as e:
         got = last_line(str(done["stderr"])) or f"exit code {done['code']}"
         raise BoardError(f"doctor on {board}", expected="its findings", got=got, hint=_BY_HAND) from e
     for what, found, do in texts:
         if found.startswith("not installed"):
-            raise MissingDependencyError(f"{board} lacks {what}", package=what, install=f"{do} – on the board")
+            raise MissingDependencyError(f"{board} lacks {what}", package=what, install=do, hint="typed on the board")
         raise BoardError(f"{board}: {what}", expected="one that runs the bundle", got=found, hint=do)
+
+
+def _typed(do: str) -> str:
+    """What to type on the board, in one line for its shell: the commands, how the next run finds the Python of the
+    environment that they make, and as a comment what else the lines say."""
+    lines = [printable(line) for line in do.splitlines()]
+    commands = [line for line in lines if not line.startswith("#")]
+    made = next((found[1] for line in commands if (found := _ENVIRONMENT.fullmatch(line))), "")
+    notes = [f"then here --board-python {made}/bin/python3, or python in boards.toml"] if made else []
+    notes += [line.lstrip("# ") for line in lines if line.startswith("#")]
+    text = " && ".join(commands).replace(": && ", ": ")  # behind a colon the commands begin
+    return f"{text}  # {'; '.join(notes)}" if notes else text
 
 
 def keeper_gone(board: str, note: str) -> BoardError:

@@ -154,14 +154,26 @@ class _Run:
         """Remove what lies on the board; if it is out of reach, say that it does so by itself."""
         if not self._folder:
             return
+        end = time.monotonic() + CLEAN_SECONDS
         try:
-            with self._connect_again(CLEAN_SECONDS) as connection:
-                connection.ask("remove", folder=self._folder, who=self._who)
+            while not self._removed(end):
+                pass
         except RowcolError as e:
             self._say(
                 f"{self._transport.name} could not be cleaned ({e.got or e.what}): it removes {self._folder} by "
                 f"itself, {LEASE_SECONDS / 60:.0f} minutes after the last contact"
             )
+
+    def _removed(self, end: float) -> bool:
+        """Whether the folder is gone; False where the line has dropped and there is time until ``end`` to try again."""
+        with self._connect_again(end - time.monotonic()) as connection:
+            try:
+                connection.ask("remove", folder=self._folder, who=self._who)
+            except UnreachableError:
+                if time.monotonic() > end:
+                    raise
+                return False
+        return True
 
     def _pass(self, connection: Connection) -> bytes:
         """Everything over one line, without what an earlier one has done."""

@@ -72,18 +72,18 @@ class _Child:
     """The process, and what it has said: messages, the last of them ``{"died": why}`` if it gave no answer."""
 
     def __init__(self, job: dict[str, Any], unset: Collection[str]) -> None:
-        self._told: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 – open as long as the process
         package = Path(__file__).resolve().parents[1]
         environment = child_environment(str(package.parent))
-        try:
+        with contextlib.ExitStack() as made:
+            self._told: IO[bytes] = made.enter_context(tempfile.TemporaryFile())
+            # made here, so that it goes with a process that is killed
+            folder = tempfile.TemporaryDirectory(prefix="rowcol-edge-job-", ignore_cleanup_errors=True)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"{package.name}.fleet.child"],
+                [sys.executable, "-m", f"{package.name}.fleet.child", made.enter_context(folder)],
                 env={key: value for key, value in environment.items() if key not in unset},
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._told, start_new_session=True,
             )  # fmt: skip
-        except OSError:
-            self._told.close()
-            raise
+            self._made = made.pop_all()  # as long as the process
         self._answered = threading.Event()
         self._messages: queue.Queue[dict[str, Any]] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -116,7 +116,7 @@ class _Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._reader.join()
-        self._told.close()
+        self._made.close()
 
     def _read(self) -> None:
         assert self._process.stdout is not None

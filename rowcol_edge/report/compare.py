@@ -144,9 +144,12 @@ def compare(bundles: Sequence[Bundle]) -> ComparisonTable:
 
 
 def best_profile(bundle: Bundle) -> tuple[Profile | None, list[str]]:
-    """Of the profiles of exactly this build, the newest of the strongest evidence; and why others were left out."""
+    """Of the profiles of exactly this build the newest of the strongest evidence, and why others were left out.
+
+    One with the target's threads, and of those one of more arms, stands before a newer one.
+    """
     notes = []
-    matching: list[Profile] = []
+    matching: dict[str, Profile] = {}
     for path in sorted((bundle.root / PROFILES_FOLDER).glob("*.json")):
         try:
             profile = Profile.load(path)
@@ -154,13 +157,23 @@ def best_profile(bundle: Bundle) -> tuple[Profile | None, list[str]]:
             notes.append(f"{bundle.source}: {path.name} left out, {e}")
             continue
         if profile.digest == bundle.digest:
-            matching.append(profile)
+            matching[path.name] = profile
         else:
             notes.append(f"{bundle.source}: {path.name} left out, it measured another build")
     if not matching:
         return None, notes
-    matching.sort(key=lambda profile: (-EVIDENCE.index(profile.evidence), profile.created))
-    return matching[-1], notes
+    best = max(matching.values(), key=lambda one: (-EVIDENCE.index(one.evidence), *_whole(bundle, one), one.created))
+    for name, profile in matching.items():
+        if profile.evidence == best.evidence and profile.created > best.created:
+            what = f"{len(profile.arms)} of {len(bundle.manifest.arms)} arms, {profile.threads} thread(s)"
+            notes.append(f"{bundle.source}: {name} left out, newer but with {what}")
+    return best, notes
+
+
+def _whole(bundle: Bundle, profile: Profile) -> tuple[bool, int]:
+    """Whether it has the target's threads, as far as the machine has cores; and how many arms."""
+    wanted = bundle.manifest.runtime.threads
+    return not wanted or profile.threads == min(wanted, profile.environment.cores_usable), len(profile.arms)
 
 
 def _check_arms(bundle: Bundle) -> None:

@@ -48,15 +48,16 @@ def profiles(found: Gathered) -> None:
         "target": [e.target for e in found.entries],
         "bundle": [e.bundle for e in found.entries],
         "arm": [e.arm or NONE for e in found.entries],
-        "latency": [e.latency for e in found.entries],
-        "ratio [95 %]": [e.ratio for e in found.entries],
+        "latency": [e.latency or NONE for e in found.entries],
+        "ratio [95 %]": [e.ratio or NONE for e in found.entries],
         "evidence": [e.evidence or NONE for e in found.entries],
         "": [e.state for e in found.entries],
     }
     _rows(console, str(found.folder), columns, ("target", "bundle", "arm", "evidence"))
     for entry in found.entries:
         if entry.reason:
-            console.print(f"{entry.bundle} on {entry.board}, {entry.attempts} tries: {entry.reason}", soft_wrap=True)
+            tries = "1 try" if entry.attempts == 1 else f"{entry.attempts} tries"
+            console.print(f"{entry.bundle} on {entry.board}, {tries}: {entry.reason}", soft_wrap=True)
     console.print(f"written to {found.folder}", soft_wrap=True)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..budgets import Budgets
 from ..device.bundle import Bundle
-from ..device.manifest import MANIFEST_NAME, PROFILES_FOLDER
+from ..device.manifest import MANIFEST_NAME, PROFILES_FOLDER, Manifest
 from ..device.profile import ArmProfile, Profile
 from ..device.stats import NO_DIFFERENCE, NOT_COMPARABLE
 from ..device.table import times_count
@@ -44,12 +44,12 @@ class Limits:
         """From the words of the command line (``0.5pp``, ``4MB``); ConfigError: none given, or one that is no limit."""
         if max_latency_ratio is not None and not (math.isfinite(max_latency_ratio) and max_latency_ratio > 0):
             got = str(max_latency_ratio)
-            raise ConfigError("max-latency-ratio", expected="a finite number above 0, e.g. 0.8", got=got)
+            raise ConfigError("--max-latency-ratio", expected="a finite number above 0, e.g. 0.8", got=got)
         limits = cls(
             max_latency_ratio,
-            _limit("max-drop", "drop", max_drop),
-            _limit("max-bytes", "size", max_bytes),
-            _limit("max-memory", "size", max_memory),
+            _limit("--max-drop", "drop", max_drop),
+            _limit("--max-bytes", "size", max_bytes),
+            _limit("--max-memory", "size", max_memory),
         )
         if limits == cls():
             hint = "--max-latency-ratio, --max-drop, --max-bytes or --max-memory"
@@ -118,19 +118,26 @@ def gate(
     Args:
         arm: by default the bundle's default one, see `judged_arm`.
         baseline: by default the dense arm of the same precision; without one, dense@fp32.
-        bundle: states the quality; by default the one in whose ``profiles/`` the profile lies. Only a drop needs it.
+        bundle: states the default arm and the quality; by default the one in whose ``profiles/`` the profile lies.
+            Only a drop needs it.
 
     BundleError: no profile, one of another schema version, an arm that it does not hold, or none named where the
-    bundle's default one was not measured. NotComparableError: the profile measured another build than the bundle.
+    bundle's default one was not measured; no bundle, or a damaged one. NotComparableError: the profile measured another
+    build than the bundle, as where that was built anew and not measured again.
     """
     profile = Profile.load(path)
-    measured = find_arm(profile, arm or judged_arm(profile, path, bundle))
+    manifest = None
+    if source := bundle or bundle_beside(path):
+        with Bundle.open(source, check=False) as opened:  # nothing but the manifest is read, and its digest compared
+            check_same_build(profile, opened)
+            manifest = opened.manifest
+    measured = find_arm(profile, arm or judged_arm(profile, manifest))
     baseline = baseline or default_baseline(profile, measured.name)
     gates = []
     if limits.latency_ratio is not None:
         gates.append(_latency(profile, measured.name, find_arm(profile, baseline).name, limits.latency_ratio))
     if limits.drop_pp is not None:
-        gates.append(_drop(profile, path, bundle, measured.name, limits.drop_pp))
+        gates.append(_drop(manifest, measured.name, limits.drop_pp))
     if limits.size_bytes is not None:
         got, limit = measured.artifact_bytes, limits.size_bytes
         gates.append(Gate(f"file of {measured.name}", "bytes", limit, got, f"at most {_bytes(limit)}", _bytes(got)))
@@ -147,17 +154,12 @@ def find_arm(profile: Profile, name: str) -> ArmProfile:
     return profile.arms[name]
 
 
-def judged_arm(profile: Profile, path: Path, bundle: Path | None = None) -> str:
+def judged_arm(profile: Profile, manifest: Manifest | None) -> str:
     """The default arm of the bundle that was measured; without that, what the profile shows of it (`default_arm`).
 
-    BundleError: it was not measured. NotComparableError: ``bundle`` is of another build.
+    BundleError: it was not measured.
     """
-    default = ""
-    if source := bundle or bundle_beside(path):
-        with Bundle.open(source, check=False) as opened:
-            if bundle:
-                check_same_build(profile, opened)
-            default = opened.manifest.default_arm if opened.digest == profile.digest else ""
+    default = manifest.default_arm if manifest else ""
     # several arms decide about memory only where the default one is not among them
     unknown = not default and profile.memory_budget and len(profile.memory_budget.decide) > 1
     if unknown or (default and default not in profile.arms):
@@ -231,13 +233,11 @@ def _latency(profile: Profile, arm: str, baseline: str, limit: float) -> Gate:
     return Gate(what, "ratio", limit, found.ci_high, expected, text)
 
 
-def _drop(profile: Profile, path: Path, bundle: Path | None, arm: str, limit: float) -> Gate:
-    what, expected = f"drop of {arm} from the original, test split", f"at most {limit:g} pp"
-    if (source := bundle or bundle_beside(path)) is None:
+def _drop(manifest: Manifest | None, arm: str, limit: float) -> Gate:
+    what, expected = f"drop of {arm} from the original, test split", f"an estimate of at most {limit:g} pp"
+    if manifest is None:
         return Gate(what, "pp", limit, None, expected, "no bundle that states it – name it with --bundle")
-    with Bundle.open(source, check=False) as opened:  # nothing but the manifest is read, and its digest compared
-        check_same_build(profile, opened)
-        test = opened.arm(arm).quality.get("test", {})
+    test = manifest.arm(arm).quality.get("test", {})
     drop, low, high = (test.get(key) for key in ("drop_pp", "ci_low_pp", "ci_high_pp"))
     if drop is None:
         return Gate(what, "pp", limit, None, expected, "none stated in the manifest – build with --test")

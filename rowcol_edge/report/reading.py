@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..device.memory import Curve
 from ..device.profile import ArmProfile, Profile
 from ..device.stats import MIN_SAMPLES, percentile
 from ..device.system import counts
-from ..errors import BundleError
+from ..errors import BundleError, NotComparableError
 from . import apart
 from .compare import paired
 from .facts import environment_facts, protocol_facts
@@ -40,12 +41,15 @@ _ORIGINAL = "dense@fp32"
 def load(profiles: Sequence[Path], bundles: Sequence[Path] = ()) -> Figures:
     """Read profiles, each with the bundle of ``bundles`` that it measured, or the one in whose ``profiles/`` it lies.
 
-    BundleError: no profile, or a file that is none or damaged. NotComparableError: no profile measured one of
-    ``bundles``.
+    BundleError: no profile, or a file that is none or damaged. NotComparableError: one session twice, or no profile
+    measured one of ``bundles``.
     """
     if not profiles:
         raise BundleError("report", expected="at least one profile", got="none")
     read = [(path, Profile.load(path)) for path in profiles]
+    for (one, before), (other, after) in combinations(read, 2):
+        if before == after:
+            raise NotComparableError(f"{one} and {other}", expected="sessions that differ", got="the same one twice")
     for given in bundles:
         with Bundle.open(given, check=False) as bundle:
             if all(profile.digest != bundle.digest for _, profile in read):

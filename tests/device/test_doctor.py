@@ -169,7 +169,7 @@ def test_the_package_that_loads_is_the_one_that_counts(pi: Path, packages: Packa
     )
     level, said, do = only(doctor.diagnose(TFLITE, pi, "aarch64"), "tflite")
     assert (level, said) == (STOP, "ai-edge-litert 2.3.0 does not load: importing it ends the process (SIGILL)")
-    assert do.endswith("\nbefore another package: python3 -m pip uninstall -y ai-edge-litert")
+    assert do.endswith("\n# before another package: python3 -m pip uninstall -y ai-edge-litert")
 
 
 def test_a_vendors_package_without_metadata_has_the_version_of_its_module(pi: Path, packages: Packages) -> None:

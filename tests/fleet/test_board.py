@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 import venv
 import zipfile
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from rowcol_edge import targets
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.profile import Profile
 from rowcol_edge.errors import (
@@ -25,7 +27,7 @@ from rowcol_edge.errors import (
     RowcolError,
     VerifyError,
 )
-from rowcol_edge.fleet import board, cargo, remote
+from rowcol_edge.fleet import board, cargo, outcome, remote
 from rowcol_edge.fleet.connection import Connection
 from rowcol_edge.package import write_bundle
 
@@ -68,6 +70,23 @@ def test_a_board_without_the_runtime(pipe: Pipe, home: Home, bundle_parts: Parts
     assert error.what == "board lacks tensorrt"
     assert "see NVIDIA" in error.hint
     assert home.is_clean()
+
+
+def test_what_a_board_lacks_is_installed_by_one_line_for_its_shell() -> None:
+    spec = next(one for one in targets.load("raspberry-pi-5").runtimes if one.name == "tflite")
+    lines = targets.install_lines(spec).splitlines()
+    assert len(lines) == 4
+    finding = {"level": "stop", "what": "tflite", "found": "not installed", "do": "\n".join(lines)}
+    with pytest.raises(MissingDependencyError) as caught:
+        outcome.check_doctor("board", {"stdout": json.dumps({"findings": [finding]})})
+    line, _, noted = caught.value.hint.removeprefix("install it with: ").partition("  # ")
+    assert line == " && ".join(lines[:3])
+    assert noted.startswith("then here --board-python rowcol-edge/bin/python3, or python in boards.toml; where ai-edge")
+    finding |= {"found": "ai-edge-litert 2.1 does not load", "do": f"install it again:\n{finding['do']}"}
+    with pytest.raises(BoardError) as caught_too:
+        outcome.check_doctor("board", {"stdout": json.dumps({"findings": [finding]})})
+    assert caught_too.value.hint.startswith(f"install it again: {line}  # then here --board-python")
+    assert subprocess.run(["sh", "-n", "-c", line], check=False).returncode == 0
 
 
 def test_a_board_with_an_old_python(pipe: Pipe, home: Home, opened: Bundle) -> None:

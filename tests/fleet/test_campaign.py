@@ -25,6 +25,7 @@ from rowcol_edge.fleet import campaign, work
 from rowcol_edge.fleet.boards import Board
 from rowcol_edge.fleet.gather import FAILED, KEPT, MEASURED
 from rowcol_edge.fleet.queueing import DONE
+from rowcol_edge.package import zip_bundle
 
 from .conftest import OPTIONS, TESTS, Home, Sshd, kill, parent, processes, script, until
 
@@ -86,13 +87,43 @@ def test_a_job_that_hears_nothing_is_ended_all_the_same(bundle_path: Path, monke
     assert children() == []
 
 
-def test_the_parent_reports_a_job_whose_process_was_killed(bundle_path: Path) -> None:
-    killing = threading.Thread(target=lambda: kill(until(children)))
+def test_the_parent_reports_a_job_whose_process_was_killed_and_removes_what_it_has_left(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(here))
+    packed = zip_bundle(bundle_path, tmp_path / "bundle.zip", "bundle")  # which the job unpacks
+    unpacked: list[Path] = []
+
+    def kill_once_it_measures() -> None:
+        unpacked.extend(until(lambda: list(here.glob("rowcol-edge-job-*/rowcol-edge-*/**/manifest.json"))))
+        kill(children())
+
+    killing = threading.Thread(target=kill_once_it_measures)
     killing.start()
-    outcome = work.run(request(bundle_path), limit_seconds=100, tell=lambda _: None, wanted=lambda: True)
+    told = {**request(bundle_path), "bundle": str(packed)}
+    outcome = work.run(told, limit_seconds=100, tell=lambda _: None, wanted=lambda: True)
     killing.join()
     assert outcome.state == "failed"
     assert "killed by SIGKILL: out of memory?" in outcome.reason
+    assert unpacked != []
+    assert list(here.iterdir()) == []
+
+
+def test_sigterm_is_left_to_whoever_asked(bundle_path: Path) -> None:
+    """A service manager sends it to all processes at once; the one that asked ends the others in an orderly way."""
+
+    def terminate() -> None:
+        until(lambda: told)
+        for pid in children():
+            os.kill(pid, signal.SIGTERM)
+
+    told: list[dict[str, Any]] = []
+    terminating = threading.Thread(target=terminate)
+    terminating.start()
+    outcome = work.run(request(bundle_path), limit_seconds=100, tell=told.append, wanted=lambda: True)
+    terminating.join()
+    assert outcome.state == DONE
 
 
 def test_a_job_that_is_killed_while_it_answers_is_reported_at_once(

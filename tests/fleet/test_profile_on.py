@@ -65,7 +65,9 @@ def test_errors_are_lines_with_a_hint(bundle_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize("option", ["--known-hosts", "--board-python", "--board-folder"])
 def test_what_belongs_to_a_board_needs_one(bundle_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
     assert run("profile", bundle_path, option, "x") == 2
-    assert "name it with --on" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {option}\n")
+    assert "name it with --on" in said
 
 
 def test_the_function_takes_the_same(bundle_path: Path) -> None:

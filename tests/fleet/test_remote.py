@@ -272,20 +272,28 @@ def test_a_run_that_takes_the_board_down_is_not_begun_for_ever(
     assert home.is_clean()
 
 
-def test_ctrl_c_cleans_the_board(sshd: Sshd, home: Home, bundle_path: Path, root: Path) -> None:
+@pytest.mark.parametrize(("signals", "code"), [([signal.SIGINT], 130), ([signal.SIGTERM, signal.SIGTERM], 143)])
+def test_ctrl_c_and_sigterm_clean_the_board_and_this_machine(
+    signals: list[int], code: int, sshd: Sshd, home: Home, bundle_path: Path, tmp_path: Path, root: Path
+) -> None:
+    (here := tmp_path / "here").mkdir()
     started = subprocess.Popen(
         [
             *(sys.executable, "-m", "rowcol_edge", "profile", str(bundle_path), "--on", sshd.address),
             *("--known-hosts", str(sshd.known_hosts), "--board-python", home.python3),
         ],
-        cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        cwd=root, env={**os.environ, "TMPDIR": str(here)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
     )  # fmt: skip
     until(lambda: home.steps("profile"), 60)
-    os.killpg(started.pid, signal.SIGINT)  # as a terminal does: the whole group
+    assert list(here.iterdir())
+    for number in signals:  # as a terminal does, and timeout twice: the whole group
+        os.killpg(started.pid, number)
     out, err = started.communicate(timeout=30)
-    assert started.returncode == 130
+    assert started.returncode == code
     assert (out, "Traceback" in err) == ("", False)
     assert home.is_clean()
+    assert list(here.iterdir()) == []
 
 
 def test_what_was_killed_on_the_board_is_an_error(sshd: Sshd, home: Home, opened: Bundle) -> None:

@@ -65,6 +65,30 @@ def test_the_newest_profile_of_the_strongest_evidence_is_taken(tmp_path: Path) -
     assert notes == []
 
 
+def test_a_newer_profile_of_a_few_arms_or_other_threads_stands_behind_a_whole_one(tmp_path: Path) -> None:
+    whole = make_profile()
+    few = make_profile(levels_ms={"factored@int8": 2.0, "dense@int8": 4.0}, created="2026-01-03T00:00:00Z")
+    other = make_profile(threads=64, created="2026-01-04T00:00:00Z")
+    one = bundle(tmp_path / "b", whole, few, other)
+    found, notes = best_profile(one)
+    assert found == whole
+    assert notes == [
+        f"{tmp_path / 'b'}: 1.json left out, newer but with 2 of 3 arms, 2 thread(s)",
+        f"{tmp_path / 'b'}: 2.json left out, newer but with 3 of 3 arms, 64 thread(s)",
+    ]
+    assert compare([one]).notes[:2] == tuple(notes)
+    again = make_profile(created="2026-01-05T00:00:00Z")
+    assert best_profile(bundle(tmp_path / "b", whole, few, other, again)) == (again, [])
+    assert best_profile(bundle(tmp_path / "c", few, other))[0] == few
+
+
+def test_a_machine_with_fewer_cores_than_the_target_has_threads_measures_with_its_cores(tmp_path: Path) -> None:
+    runtime = replace(make_manifest().runtime, threads=4)
+    profiles = make_profile(), make_profile(threads=1, created="2026-01-03T00:00:00Z")
+    assert ENVIRONMENT.cores_usable == 2
+    assert best_profile(bundle(tmp_path / "b", *profiles, runtime=runtime))[0] == profiles[0]
+
+
 def test_quality_of_the_selection_split_says_so(tmp_path: Path) -> None:
     manifest = make_manifest()
     arms = tuple(

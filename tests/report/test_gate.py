@@ -103,13 +103,18 @@ def test_an_arm_has_to_be_named_where_the_default_one_was_not_measured(tmp_path:
         rowcol_edge.gate(alone, max_bytes="2MB")
 
 
-def test_a_bundle_that_was_built_anew_says_nothing_of_an_older_profile(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arm", [None, "factored@int8"])
+def test_a_profile_of_another_build_is_refused_whatever_is_asked(arm: str | None, tmp_path: Path) -> None:
     path = profiled(tmp_path / "b", make_manifest())
-    make_bundle(tmp_path / "other", make_manifest(created="2027-01-02T03:04:05Z", default_arm="dense@int8"))
-    moved = path.replace(tmp_path / "other/profiles/one.json")
-    assert rowcol_edge.gate(moved, max_bytes="2MB").arm == "factored@int8"
+    make_bundle(tmp_path / "anew", make_manifest(created="2027-01-02T03:04:05Z"))
     with pytest.raises(NotComparableError, match="expected the same build"):
-        rowcol_edge.gate(moved, max_bytes="2MB", bundle=tmp_path / "other")
+        rowcol_edge.gate(path, max_bytes="2MB", arm=arm, bundle=tmp_path / "anew")
+    with pytest.raises(BundleError, match="no such file or folder"):
+        rowcol_edge.gate(path, max_bytes="2MB", arm=arm, bundle=tmp_path / "nowhere")
+    moved = path.replace(tmp_path / "anew/profiles/one.json")
+    with pytest.raises(NotComparableError, match="expected the same build"):
+        rowcol_edge.gate(moved, max_bytes="2MB", arm=arm)
+    assert rowcol_edge.gate(moved, max_bytes="2MB", arm=arm, bundle=tmp_path / "b").arm == "factored@int8"
 
 
 @pytest.mark.parametrize(
@@ -161,7 +166,8 @@ def test_the_drop_is_that_of_the_bundle_beside(
     path = profiled(tmp_path / "b", make_manifest())
     got, lines = command(capsys, str(path), "--max-drop", limit)
     assert got == code
-    assert lines[0].endswith("got +0.250 pp [-0.100, +0.600] of accuracy, n = 40")
+    said = "expected an estimate of at most {:g} pp, got +0.250 pp [-0.100, +0.600] of accuracy, n = 40"
+    assert lines[0].endswith(said.format(float(limit.removesuffix("pp"))))
 
 
 def test_the_drop_of_a_bundle_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -415,6 +415,10 @@ def test_a_bundle_that_was_not_measured_is_refused(tmp_path: Path) -> None:
         reading.load([tmp_path / "p.json"], [tmp_path / "other"])
     with pytest.raises(BundleError, match="at least one profile"):
         reading.load([])
+    (tmp_path / "copy.json").write_text(make_profile().to_json(), encoding="utf-8")
+    for twice in ([tmp_path / "p.json"] * 2, [tmp_path / "p.json", tmp_path / "copy.json"]):
+        with pytest.raises(NotComparableError, match="expected sessions that differ, got the same one twice"):
+            reading.load(twice)
 
 
 def test_the_same_profiles_give_the_same_page(tmp_path: Path) -> None:
@@ -423,7 +427,7 @@ def test_the_same_profiles_give_the_same_page(tmp_path: Path) -> None:
 
 
 def test_profiles_that_do_not_go_side_by_side_say_so(tmp_path: Path) -> None:
-    assert "do not set latencies" not in written(tmp_path, make_profile(), make_profile())
+    assert "do not set latencies" not in written(tmp_path, make_profile(), make_profile(created="2026-01-03T00:00:00Z"))
     other = tmp_path / "other"
     other.mkdir()
     note = "do not set latencies side by side that differ in threads: 2 (0.json), 4 (1.json); read the ratios of each"
