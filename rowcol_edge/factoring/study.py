@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from rowcol_edge import calling
 from rowcol_edge.cache import Arrays
@@ -50,6 +51,7 @@ _GRADIENTS, _GRADIENT_MACS = (24, 64), 112e9
 """Samples that spaces are weighed with, and as many again, but not more than a quarter of all, that they are judged on
 and do not come from: the more, the less a model calculates for each."""
 _JUDGES = 16  # where it is too much for the most of both: what judges costs twice what weighs
+_ROUNDING = 1e-6  # of its largest value, by which an output that does not vary may differ
 _ROWS, _POSITIONS = 16384, (64, 1024)  # pixels or tokens of all samples that spaces come from, and of each
 
 
@@ -71,8 +73,8 @@ class Study:
         parameters: unique parameters of the folded model.
         macs: multiply-accumulates of its layers, one sample.
         classify: its first output is a classifier's.
-        judges: calibration samples that directions are judged on and do not come from; 0 of fewer than four, where what
-            they come from judges them.
+        given: calibration samples.
+        different: of these, those that differ from each other.
         samples: calibration samples for a second pass.
     """
 
@@ -87,7 +89,8 @@ class Study:
     parameters: int
     macs: int
     classify: bool
-    judges: int
+    given: int
+    different: int
     samples: Callable[[], Mapping[str, np.ndarray[Any, Any]]]
     _coupled: Callable[[], tuple[ChannelSet, ...]]
 
@@ -95,6 +98,17 @@ class Study:
     def channels(self) -> tuple[ChannelSet, ...]:
         """Sets of channels, in call order; those that must stay as they are with the reason."""
         return self._coupled()
+
+    @cached_property
+    def varies(self) -> bool:
+        """Whether the model gives other outputs for some of `samples` than for the first of them."""
+        first: list[torch.Tensor] = []
+        for chunk in sensitivity.chunked(self.samples()):
+            outputs = _outputs(self.folded, chunk)
+            first = first or [output[:1] for output in outputs]
+            if not all(map(_same, outputs, first)):
+                return True
+        return False
 
     def allocator(self, multiple: int, break_even: float) -> Allocator | None:
         """Proposes widths; None where no set can be narrowed or nothing was weighed."""
@@ -175,10 +189,26 @@ def study(
         parameters=sum(p.numel() for p in folded.parameters()),
         macs=sum(info.macs for info in infos.values()),
         classify=bool(classify),
-        judges=judges,
+        given=len(calibration),
+        different=len(set(calibration.sample_digests)),
         samples=lambda: calibration.spread(refit.affordable(infos)),
         _coupled=coupled,
     )
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[torch.Tensor]:
+    args, kwargs = calling.bind(model, calling.feed(model, feeds))
+    with calling.evaluating(model):
+        leaves = pytree.tree_leaves(model(*args, **kwargs))
+    return [leaf.double() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.numel()]
+
+
+def _same(output: torch.Tensor, first: torch.Tensor) -> bool:
+    """But for rounding, as a batch's samples are not all rounded alike."""
+    if output.shape[1:] != first.shape[1:]:
+        return False
+    return bool((output - first).abs().max() <= _ROUNDING * first.abs().max())
 
 
 def _gradients(macs: int) -> int:
