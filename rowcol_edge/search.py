@@ -103,7 +103,7 @@ def choose(
     options, name = job.options, job.model.name
     fixed: FactorPlan | None = None
     if options.plan is not None:
-        plan = FactorPlan.read(options.plan)
+        plan = replace(FactorPlan.read(options.plan), recovered=0)  # no model of this run has been trained yet
         fixed = ranks.refresh(
             plan, study.infos, study.spaces, study.channels if plan.channels else (), study.input_spaces
         )
