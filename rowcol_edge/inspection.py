@@ -18,6 +18,7 @@ from torch import nn
 from .datasets import Split
 from .device.progress import silent
 from .factoring import ranks
+from .factoring.channels import ChannelSet
 from .factoring.costs import LayerInfo
 from .factoring.layers import base
 from .factoring.spaces import LayerSpaces, collect, utilised_rank
@@ -136,10 +137,19 @@ def inspect(model: LoadedModel, calibration: Split, progress: Progress = silent)
         saves_parameters=plan.saved_parameters,
         batchnorms_folded=len(known.graph.batchnorms),
         layers=layers,
-        channels=tuple(ChannelUse(c.name, c.size, c.groups, c.layers, c.fixed) for c in known.channels),
+        channels=_channels(known.channels),
         closed=dict(known.closed),
         elsewhere=_elsewhere(known.folded, known.infos),
     )
+
+
+def _channels(sets: Iterable[ChannelSet]) -> tuple[ChannelUse, ...]:
+    """Each once: a layer that is called several times gives its channels as often, which stay each time."""
+    found: dict[tuple[str, int, int, str], tuple[str, ...]] = {}
+    for each in sets:
+        key = each.name, each.size, each.groups, each.fixed
+        found[key] = tuple(dict.fromkeys((*found.get(key, ()), *each.layers)))
+    return tuple(ChannelUse(name, size, groups, layers, fixed) for (name, size, groups, fixed), layers in found.items())
 
 
 @torch.inference_mode(False)
