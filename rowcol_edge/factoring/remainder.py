@@ -44,8 +44,12 @@ def remainders(study: Study) -> tuple[Remainder, ...]:
 
 def told(study: Study) -> str:
     """The largest remainders in words, and why channels stay where nothing weighed them; ``""`` where neither is."""
-    blind = "" if thin.weighed(study) else "channels stay: no gradient says what the model's output makes of them"
-    return "; ".join(filter(None, (_largest(study), blind)))
+    return "; ".join(filter(None, (_largest(study), "" if thin.weighed(study) else _blind(study))))
+
+
+def _blind(study: Study) -> str:
+    why = f" ({study.without_gradients})" if study.without_gradients else ""
+    return f"channels stay: no gradient says what the model's output makes of them{why}"
 
 
 def _largest(study: Study) -> str:

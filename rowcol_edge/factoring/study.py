@@ -52,6 +52,7 @@ _GRADIENTS, _GRADIENT_MACS = (24, 64), 112e9
 and do not come from: the more, the less a model calculates for each."""
 _JUDGES = 16  # where it is too much for the most of both: what judges costs twice what weighs
 _ROUNDING = 1e-6  # of its largest value, by which an output that does not vary may differ
+_FAILED = "without gradients"
 _ROWS, _POSITIONS = 16384, (64, 1024)  # pixels or tokens of all samples that spaces come from, and of each
 
 
@@ -93,11 +94,17 @@ class Study:
     different: int
     samples: Callable[[], Mapping[str, np.ndarray[Any, Any]]]
     _coupled: Callable[[], tuple[ChannelSet, ...]]
+    _failed: Callable[[], str]
 
     @cached_property
     def channels(self) -> tuple[ChannelSet, ...]:
         """Sets of channels, in call order; those that must stay as they are with the reason."""
         return self._coupled()
+
+    @property
+    def without_gradients(self) -> str:
+        """Where and why the model, which runs without gradients, cannot be differentiated; ``""`` if it can."""
+        return self._failed()
 
     @cached_property
     def varies(self) -> bool:
@@ -138,6 +145,7 @@ def study(
     Raises:
         ModelError, UnsupportedOpError: a model that cannot be traced.
         DataError: calibration inputs that the model cannot take, or (at the first look) NaN on the way.
+        ModelError, MemoryError: at the first look, as `sensitivity.stream`.
     """
     example = calling.feed(module, calibration.example())
     traced, first = graph.traced(module, example)
@@ -193,6 +201,7 @@ def study(
         different=len(set(calibration.sample_digests)),
         samples=lambda: calibration.spread(refit.affordable(infos)),
         _coupled=coupled,
+        _failed=lambda: known().failed,
     )
 
 
@@ -254,7 +263,7 @@ def _weighed(
     # of a layer that no gradient reaches the variance of its own output is all that is known
     rest = {name: spaces.decompose(name, left) for name, left in layers.items()}
     found = {name: weighed.layers.get(name) or rest[name] for name in names}
-    return _Known(found, weighed.inputs, weighed.channels).to_arrays()
+    return _Known(found, weighed.inputs, weighed.channels, weighed.failed).to_arrays()
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +273,7 @@ class _Known:
     outputs: dict[str, LayerSpaces]
     inputs: dict[str, LayerSpaces]
     channels: dict[str, ChannelSpaces]
+    failed: str
 
     def to_arrays(self) -> Arrays:
         parts = {
@@ -271,16 +281,20 @@ class _Known:
             "inputs/": spaces.to_arrays(self.inputs),
             "channels/": channel_spaces.to_arrays(self.channels),
         }
-        return {prefix + key: array for prefix, arrays in parts.items() for key, array in arrays.items()}
+        found = {prefix + key: array for prefix, arrays in parts.items() for key, array in arrays.items()}
+        return found | ({_FAILED: np.frombuffer(self.failed.encode(), np.uint8)} if self.failed else {})
 
     @classmethod
     def from_arrays(cls, arrays: Arrays) -> _Known:
         parts: dict[str, Arrays] = {"": {}, "inputs/": {}, "channels/": {}}
         for key, array in arrays.items():
+            if key == _FAILED:
+                continue
             prefix = next((each for each in ("inputs/", "channels/") if key.startswith(each)), "")
             parts[prefix][key.removeprefix(prefix)] = array
         outputs, inputs = spaces.from_arrays(parts[""]), spaces.from_arrays(parts["inputs/"])
-        return cls(outputs, inputs, channel_spaces.from_arrays(parts["channels/"]))
+        failed = arrays[_FAILED].tobytes().decode() if _FAILED in arrays else ""
+        return cls(outputs, inputs, channel_spaces.from_arrays(parts["channels/"]), failed)
 
 
 class _WhenMeasured(Mapping[str, _T]):

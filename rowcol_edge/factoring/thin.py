@@ -32,11 +32,11 @@ def weighed(study: Study) -> bool:
 
 def _without_gradients(study: Study, plan: FactorPlan) -> str:
     if not weighed(study):
+        why = study.without_gradients or "all are zero, as behind a saturated or zero head"
         return (
-            "no gradient says what the model's output makes of its layers (an output of integers, a forward under "
-            "torch.no_grad(), an operator without a backward pass, a saturated or zero head): they are weighed by the "
-            "variance of what they give, channels stay, no loss is predicted, and to integers no second pass fits "
-            "anything. Hand over the model up to its logits, without such operators"
+            f"no gradient says what the model's output makes of its layers ({why}): they are weighed by the variance "
+            "of what they give, channels stay, no loss is predicted, and to integers no second pass fits anything. "
+            "Hand over the model up to its logits, without what stops gradients"
         )
     blind = [layer.name for layer in plan.projected if study.spaces[layer.name].dual is None]
     if not blind:
