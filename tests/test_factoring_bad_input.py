@@ -401,6 +401,46 @@ def test_a_budget_that_cannot_be_met_names_what_stays(calib: str) -> None:
             rowcol_edge.factor(model, calib=calib, budget=budget, cache=False)
 
 
+class Buffered(nn.Module):
+    """The middle one of three layers keeps its weight in a buffer; (N, 16) → (N, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.head = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 5)
+        weight = self.middle.weight.detach()
+        del self.middle.weight
+        self.middle.register_buffer("weight", weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(torch.relu(self.middle(torch.relu(self.first(x)))))
+        return logits
+
+
+def test_weights_in_buffers_are_counted_nowhere(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32))
+    calib, model = str(tmp_path / "x.npz"), Buffered().eval()
+    found = rowcol_edge.inspect(model, calib=calib)
+    assert found.parameters == sum(layer.parameters for layer in found.layers) == 544 + 32 + 165
+    with pytest.raises(BudgetError, match=r"at most 444 parameters.* middle \(32 parameters\)") as caught:
+        rowcol_edge.factor(model, calib=calib, budget="params<=0.6x", cache=False)
+    assert "or a target file of your own with a rank_multiple below 16" in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_that_casts_by_itself_is_told_what_its_code_may_cast_to(dtype: torch.dtype, calib: str) -> None:
+    class Casting(Doubled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.to(dtype))
+
+    class Following(Doubled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.to(self.stem.weight.dtype))
+
+    with pytest.raises(ModelError, match=r"in module 'stem'.*worked on in float32: .*x\.to\(layer\.weight\.dtype\)"):
+        rowcol_edge.inspect(Casting().to(dtype).eval(), calib=calib)
+    assert rowcol_edge.inspect(Following().to(dtype).eval(), calib=calib).layers
+
+
 def test_a_budget_that_cannot_be_met_without_gradients_says_that_channels_stay(calib: str) -> None:
     model = WITHOUT_GRADIENTS["integers"][0]()
     says = r"channels stay: no gradient says what the model's output makes of them \(outputs are integers"

@@ -304,8 +304,10 @@ def stream(
     """
     inside, bordered = ({p: each for p, each in watched.items() if p.border is border} for border in (False, True))
     padded = borders.padded(model, [place.name for place in bordered])
-    observed = watching(model, inside, laid), padded, watching(model, bordered, laid)
-    with evaluating(model), frozen(model), observed[0], observed[1], observed[2], calling.watching(model) as calls:
+    with (
+        evaluating(model), frozen(model), watching(model, inside, laid), padded, watching(model, bordered, laid),
+        calling.watching(model) as calls,
+    ):  # fmt: skip
         for chunk in chunks:
             args, kwargs = bind(model, feed(model, chunk))
             count = min(len(array) for array in chunk.values())
