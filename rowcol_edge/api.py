@@ -129,7 +129,7 @@ def inspect(
     Args:
         plot: an ``.html`` file that receives the spectra of both spaces of every layer as charts.
     """
-    from . import datasets, inspection, models
+    from . import datasets, inspection, job, models
     from .report import spectra
 
     if plot is not None:
@@ -137,6 +137,8 @@ def inspect(
     loaded = models.load(model, weights)
     options = config.make({"model": loaded.reference, "preprocess": preprocess})
     recipe = options.preprocess or (loaded.sample.preprocess if loaded.sample else None)
+    if calib is not None:
+        loaded = job.with_inputs(loaded, calib)
     split = datasets.load(calib, "calibration", loaded.inputs, sample=loaded.sample, preprocess=recipe)
     if split is None:
         raise DataError(

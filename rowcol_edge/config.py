@@ -67,7 +67,7 @@ class BuildOptions:
         budget: ``drop<=0.5pp,size<=4MB,…``; the default holds where labels and a metric are there.
         energy: keep this share of what each layer gives to the model's output instead of searching.
         plan: apply this plan file instead of searching.
-        refit: fit the weights once more, to inputs that are already compressed (a plan file says so itself).
+        refit: fit the weights once more, to inputs that are already compressed; None for yes, or as a plan file says.
         recover: epochs of distillation from the original that a factored arm gets; 0 for none.
         recover_data: inputs to distil on, labelled or not; the calibration data where none are named.
         bake_preprocess: the graph takes camera frames, uint8 (N, height, width, channels), and normalises them itself.
@@ -91,7 +91,7 @@ class BuildOptions:
     budget: str | None = None
     energy: float | None = None
     plan: str | None = None
-    refit: bool = True
+    refit: bool | None = None
     recover: int = 0
     recover_data: str | None = None
     contract: str | None = None
@@ -131,6 +131,9 @@ class BuildOptions:
         chosen = [n for n in ("plan", "energy") if getattr(self, n) is not None]
         if len(chosen) > 1:
             raise ConfigError("plan", expected="a plan file or an energy", got="both")
+        if self.plan is not None and self.refit is not None:
+            hint = "set refit in the plan file"
+            raise ConfigError("refit", expected="a search: a plan file says itself", got="a plan file", hint=hint)
         if self.recover_data is not None and not self.recover:
             hint = "say how many epochs: --recover 3"
             raise ConfigError("recover_data", expected="epochs of recovery besides", got="none", hint=hint)

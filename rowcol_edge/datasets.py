@@ -162,6 +162,23 @@ def load(
     )
 
 
+def array_names(reference: str) -> tuple[str, ...]:
+    """The names that an ``.npz``, or the first batch of a callable, gives to its inputs; none where there are no names.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if Path(reference).suffix == ".npz":
+        return tuple(name for name in read_npz(Path(reference), DataError) if name not in _LABEL_KEYS)
+    if Path(reference).is_dir() or ":" not in reference:
+        return ()
+    what = f"data {reference!r}"
+    function = user_code.resolve(reference, DataError, "data")
+    batch = user_code.call(lambda: next(iter(function()), None), DataError, what)
+    inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
+    return tuple(inputs) if isinstance(inputs, Mapping) else ()
+
+
 def scan(split: Split) -> Split:
     """Go through the split once: check every batch, collect labels and digests, keep it in memory if it is small."""
     total = hashlib.sha256()

@@ -18,8 +18,9 @@ from torch import nn
 from .datasets import Split
 from .device.progress import silent
 from .factoring import ranks
+from .factoring.channels import ChannelSet
 from .factoring.costs import LayerInfo
-from .factoring.layers import base
+from .factoring.layers import base, stored
 from .factoring.spaces import LayerSpaces, collect, utilised_rank
 from .factoring.study import Study, study
 from .job import Progress
@@ -125,7 +126,13 @@ def inspect(model: LoadedModel, calibration: Split, progress: Progress = silent)
     reasons = {layer.name: layer.reason for layer in plan.layers}
     fixed = _fixed(known, calibration, progress)
     layers = tuple(
-        _use(info, known.spaces.get(name) or fixed.get(name), saves[name], reasons[name])
+        _use(
+            info,
+            stored(known.folded.get_submodule(name)),
+            known.spaces.get(name) or fixed.get(name),
+            saves[name],
+            reasons[name],
+        )
         for name, info in known.infos.items()
     )
     return Inspection(
@@ -136,10 +143,19 @@ def inspect(model: LoadedModel, calibration: Split, progress: Progress = silent)
         saves_parameters=plan.saved_parameters,
         batchnorms_folded=len(known.graph.batchnorms),
         layers=layers,
-        channels=tuple(ChannelUse(c.name, c.size, c.groups, c.layers, c.fixed) for c in known.channels),
+        channels=_channels(known.channels),
         closed=dict(known.closed),
         elsewhere=_elsewhere(known.folded, known.infos),
     )
+
+
+def _channels(sets: Iterable[ChannelSet]) -> tuple[ChannelUse, ...]:
+    """Each once: a layer that is called several times gives its channels as often, which stay each time."""
+    found: dict[tuple[str, int, int, str], tuple[str, ...]] = {}
+    for each in sets:
+        key = each.name, each.size, each.groups, each.fixed
+        found[key] = tuple(dict.fromkeys((*found.get(key, ()), *each.layers)))
+    return tuple(ChannelUse(name, size, groups, layers, fixed) for (name, size, groups, fixed), layers in found.items())
 
 
 @torch.inference_mode(False)
@@ -173,7 +189,7 @@ def _elsewhere(model: nn.Module, layers: Iterable[str]) -> tuple[MatrixElsewhere
     )
 
 
-def _use(info: LayerInfo, measured: LayerSpaces | None, saves: int, note: str) -> LayerUse:
+def _use(info: LayerInfo, parameters: int, measured: LayerSpaces | None, saves: int, note: str) -> LayerUse:
     row = measured.row_eigenvalues if measured else None
     column = measured.eigenvalues if measured else None
     if column is not None and measured is not None and measured.constant:
@@ -185,7 +201,7 @@ def _use(info: LayerInfo, measured: LayerSpaces | None, saves: int, note: str) -
         name=info.name,
         kind=info.kind,
         shape=f"{info.out_features}×{info.in_features}" + (f" {kernel}" if kernel else ""),
-        parameters=info.parameters,
+        parameters=parameters,
         macs=info.macs,
         row_size=info.in_features,
         row_rank_99=row_rank_99,

@@ -155,6 +155,8 @@ def prepare(
     progress("load model", 0, 4)
     model = model or models.load(options.model, options.weights)
     sample = model.sample
+    if options.calib is not None:
+        model = with_inputs(model, options.calib)
     preprocess = options.preprocess or (sample.preprocess if sample else None)
     if options.bake_preprocess:
         preprocess, model = _baked(preprocess, model)
@@ -212,6 +214,11 @@ def prepare(
         cache=cache or Cache(None),
         recovery=recovery,
     )
+
+
+def with_inputs(model: LoadedModel, calib: str) -> LoadedModel:
+    """The model with the inputs that the calibration data name, where its forward leaves that open."""
+    return models.named(model, datasets.array_names(calib)) if models.may_be_named(model.module) else model
 
 
 def _recovery(

@@ -11,8 +11,8 @@ import inspect
 import json
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from . import user_code
-from .errors import ModelError, WeightsError
+from .errors import DataError, ModelError, WeightsError
 from .lift import lift, load_program
 from .samples import Sample
 from .samples import load as load_sample
@@ -45,7 +45,7 @@ class LoadedModel:
         reference: how the user named it.
         name: short name for files and tables.
         module: the model; never changed by any stage.
-        inputs: names of the tensors its forward takes, in order.
+        inputs: names of the tensors its forward takes, in order (see `input_names` and `named`).
         digest: sha256 over the architecture's text and every parameter and buffer.
         sample: the embedded sample it came from, if any.
     """
@@ -316,15 +316,46 @@ def check_finite(module: nn.Module) -> None:
 
 
 def input_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of forward's arguments that have no default; ``input`` where they cannot be told."""
+    """Names of forward's arguments that have no default, or of its first one if all have; ``input`` where they cannot
+    be told."""
     if isinstance(module, OneByOne):
         return module.input_names
+    arguments = _arguments(module)
+    return tuple(n for n, required in arguments.items() if required) or tuple(arguments)[:1] or ("input",)
+
+
+def may_be_named(module: nn.Module) -> bool:
+    """Whether forward leaves open which of its arguments it gets."""
+    return not all(_arguments(module).values())
+
+
+def named(model: LoadedModel, arrays: Sequence[str]) -> LoadedModel:
+    """The model with arrays of these names as its inputs, in the order of its forward, where that has them all and
+    requires no others; as it is for a single array of another name, and where some that forward requires are missing.
+
+    Raises:
+        DataError: several arrays, one of a name that forward does not have.
+    """
+    arguments = _arguments(model.module)
+    strangers = [name for name in arrays if name not in arguments]
+    if strangers and len(arrays) > 1:
+        raise DataError(
+            "names of the input arrays",
+            expected=f"arguments of {type(model.module).__name__}.forward: {', '.join(arguments)}",
+            got=", ".join(strangers),
+            hint="rename them, or hand over a module whose forward takes arrays of these names and calls the model",
+        )
+    inputs = tuple(name for name, required in arguments.items() if required or name in arrays)
+    if strangers or not inputs or not set(inputs) <= set(arrays) or inputs == model.inputs:
+        return model
+    return replace(model, inputs=inputs, digest=hashlib.sha256(json.dumps([model.digest, inputs]).encode()).hexdigest())
+
+
+def _arguments(module: nn.Module) -> dict[str, bool]:
+    """Forward's arguments by name: whether it requires them."""
     parameters = inspect.signature(module.forward).parameters.values()
-    names = tuple(
-        p.name for p in parameters
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    )  # fmt: skip
-    return names or ("input",)
+    single = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return {p.name: p.default is p.empty for p in single}
 
 
 def digest(module: nn.Module) -> str:

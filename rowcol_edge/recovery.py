@@ -30,8 +30,8 @@ class Recovery:
     """A plan's recovered weights.
 
     Attributes:
-        plan: the plan, whose ``made_by`` says that it was recovered.
-        record: epochs, rate and figures, for the manifest; ``before`` and ``after`` are of ``measure``.
+        plan: the plan, whose ``recovered`` says for how many epochs.
+        record: epochs trained, rate and figures, for the manifest; ``before`` and ``after`` are of ``measure``.
     """
 
     plan: FactorPlan
@@ -45,7 +45,7 @@ class Recovery:
         stopped = f"; {said['stopped']}" if said["stopped"] else ""
         return (
             f"factored: recovered in {said['epochs']} epochs, the best is {said['best_epoch'] or 'none'}: "
-            f"{said['measure']} {said['before']:.4f} → {said['after']:.4f} on the {said['judged_on']} split{stopped}"
+            f"{said['measure']} {said['before']:.4g} → {said['after']:.4g} on the {said['judged_on']} split{stopped}"
         )
 
 
@@ -83,8 +83,7 @@ class Recoverer:
             entry = Path(work) / "entry"
             job.cache.get(key, entry, write)
             tensors, record = load_file(entry / _TENSORS), json.loads((entry / _SAID).read_text(encoding="utf-8"))
-        said = f"{plan.made_by}, recovered in {record['epochs']} epochs"
-        return Recovery(replace(plan, made_by=said), record, tensors)
+        return Recovery(replace(plan, recovered=record["epochs"]), record, tensors)
 
     def _recovered(self, plan: FactorPlan, key: str) -> Recovered:
         job = self._job
@@ -126,7 +125,7 @@ class Recoverer:
         sign = 1.0 if job.metric is not None and job.metric.higher_is_better else -1.0
         data = job.recovery or job.calibration
         return {
-            "epochs": job.options.recover,
+            "epochs": found.history[-1].epoch,
             "best_epoch": found.best_epoch,
             "measure": measure,
             "judged_on": "calibration" if job.selection is None else "selection",

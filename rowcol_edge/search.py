@@ -103,7 +103,7 @@ def choose(
     options, name = job.options, job.model.name
     fixed: FactorPlan | None = None
     if options.plan is not None:
-        plan = FactorPlan.read(options.plan)
+        plan = replace(FactorPlan.read(options.plan), recovered=0)  # no model of this run has been trained yet
         fixed = ranks.refresh(
             plan, study.infos, study.spaces, study.channels if plan.channels else (), study.input_spaces
         )
@@ -112,7 +112,7 @@ def choose(
     elif job.budgets.get("drop") is None:
         fixed = _by_cost(study, job.budgets, multiple, precision, name)
     if fixed is not None:
-        fixed = fixed if options.plan is not None else replace(fixed, refit=options.refit)
+        fixed = fixed if options.plan is not None else replace(fixed, refit=options.refit is not False)
         return Choice((fixed,), (_judged(study, job, fixed, reference, judge),))
     if reference is None:
         raise BudgetError("budget drop", expected="labelled selection data", got="none")
@@ -213,7 +213,7 @@ def _by_quality(
     # limits that no plan meets are refused before anything is tried
     least = [limits.cheapest(study, costs, multiple, job.model.name)] if costs else []
     least, plans = (
-        [replace(plan, refit=job.options.refit) for plan in found]
+        [replace(plan, refit=job.options.refit is not False) for plan in found]
         for found in (least, ladder(study, multiple, job.model.name, kinds))
     )
     trials: list[Trial] = []

@@ -41,6 +41,8 @@ def test_preprocess_on_the_command_line() -> None:
         ('model = "m"\nbudget = "drop<0.5"', "drop<=0.5pp"),
         ('model = "m"\ntarget = []', "at least one"),
         ('model = "m"\nplan = "p.toml"\nenergy = 0.9', "both"),
+        ('model = "m"\nplan = "p.toml"\nrefit = false', "a plan file says itself"),
+        ('model = "m"\nplan = "p.toml"\nrefit = true', "set refit in the plan file"),
         ('precision = "int8"', "model reference"),
         ("model = ", "valid TOML"),
     ],

@@ -323,24 +323,53 @@ def with_zero_head(outputs: int) -> nn.Module:
     return net
 
 
-WITHOUT_GRADIENTS: dict[str, Callable[[], nn.Module]] = {
-    "a head of zeros": lambda: with_zero_head(3),
-    "a head of zeros that is too small to factor": lambda: with_zero_head(1),
-    "a saturated softmax": lambda: with_head(lambda logits: logits.softmax(1), 1e6),
-    "saturated logits": lambda: with_head(lambda logits: logits, 1e6),
-    "a saturated sigmoid": lambda: with_head(lambda logits: logits[:, :1].sigmoid(), 200.0),
-    "integers": lambda: with_head(lambda logits: logits.argmax(1)),
-    "no backward pass": lambda: with_head(Opaque.apply),
+class Picky(nn.Module):
+    """Raises where gradients are kept."""
+
+    def __init__(self, error: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad:
+            self.error(x)
+        return x
+
+
+def picky(error: Callable[[torch.Tensor], object]) -> nn.Module:
+    return with_head(Picky(error))
+
+
+def refuse(x: torch.Tensor) -> None:
+    raise ValueError("not today\nnor tomorrow")
+
+
+def without_memory(_: torch.Tensor) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+#: model → what is said of why
+WITHOUT_GRADIENTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a head of zeros": (lambda: with_zero_head(3), "zero head"),
+    "a head of zeros that is too small to factor": (lambda: with_zero_head(1), "zero head"),
+    "a saturated softmax": (lambda: with_head(lambda logits: logits.softmax(1), 1e6), "saturated"),
+    "saturated logits": (lambda: with_head(lambda logits: logits, 1e6), "saturated"),
+    "a saturated sigmoid": (lambda: with_head(lambda logits: logits[:, :1].sigmoid(), 200.0), "saturated"),
+    "integers": (lambda: with_head(lambda logits: logits.argmax(1)), "outputs are integers"),
+    "no backward pass": (lambda: with_head(Opaque.apply), "NotImplementedError on the way back: You must implement"),
+    "no numpy": (lambda: picky(lambda x: x.numpy()), "RuntimeError in module 'head': Can't call numpy() on Tensor"),
 }
 
 
 @pytest.mark.parametrize("name", WITHOUT_GRADIENTS)
 def test_a_model_without_gradients_is_factored_by_variance_and_told_so(name: str) -> None:
-    model, x = WITHOUT_GRADIENTS[name](), pictures(32)
+    (make, why), x = WITHOUT_GRADIENTS[name], pictures(32)
+    model = make()
     known = study(model, split(x), classify=True)
     plan = limits.cheapest(known, [limits.of_parameters(known, int(0.8 * known.parameters), "")], 1, "")
     noted = thin.noted(known, replace(plan, refit=True))
     assert noted.note.startswith("no gradient says what the model's output makes of its layers")
+    assert why in noted.note.partition(": they are weighed")[0]
     assert (noted.loss, noted.gap, noted.channels) == (None, None, ())
     assert noted.projected
     result = factored(known, noted)
@@ -372,13 +401,83 @@ def test_a_budget_that_cannot_be_met_names_what_stays(calib: str) -> None:
             rowcol_edge.factor(model, calib=calib, budget=budget, cache=False)
 
 
+class Buffered(nn.Module):
+    """The middle one of three layers keeps its weight in a buffer; (N, 16) → (N, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.head = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 5)
+        weight = self.middle.weight.detach()
+        del self.middle.weight
+        self.middle.register_buffer("weight", weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(torch.relu(self.middle(torch.relu(self.first(x)))))
+        return logits
+
+
+def test_weights_in_buffers_are_counted_nowhere(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32))
+    calib, model = str(tmp_path / "x.npz"), Buffered().eval()
+    found = rowcol_edge.inspect(model, calib=calib)
+    assert found.parameters == sum(layer.parameters for layer in found.layers) == 544 + 32 + 165
+    with pytest.raises(BudgetError, match=r"at most 444 parameters.* middle \(32 parameters\)") as caught:
+        rowcol_edge.factor(model, calib=calib, budget="params<=0.6x", cache=False)
+    assert "or a target file of your own with a rank_multiple below 16" in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_that_casts_by_itself_is_told_what_its_code_may_cast_to(dtype: torch.dtype, calib: str) -> None:
+    class Casting(Doubled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.to(dtype))
+
+    class Following(Doubled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.to(self.stem.weight.dtype))
+
+    with pytest.raises(ModelError, match=r"in module 'stem'.*worked on in float32: .*x\.to\(layer\.weight\.dtype\)"):
+        rowcol_edge.inspect(Casting().to(dtype).eval(), calib=calib)
+    assert rowcol_edge.inspect(Following().to(dtype).eval(), calib=calib).layers
+
+
 def test_a_budget_that_cannot_be_met_without_gradients_says_that_channels_stay(calib: str) -> None:
-    model = WITHOUT_GRADIENTS["integers"]()
-    with pytest.raises(BudgetError, match="channels stay: no gradient says what the model's output makes of them"):
+    model = WITHOUT_GRADIENTS["integers"][0]()
+    says = r"channels stay: no gradient says what the model's output makes of them \(outputs are integers"
+    with pytest.raises(BudgetError, match=says):
         rowcol_edge.factor(model, calib=calib, budget="params<=0.01x", cache=False)
     made = rowcol_edge.factor(model, calib=calib, cache=False)
     assert "no gradient" in made.plan.note
     assert made.plan.loss is None
+
+
+def test_what_stops_gradients_is_known_from_the_cache_too(
+    calib: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROWCOL_CACHE", str(tmp_path / "cache"))
+    model = with_head(Opaque.apply)
+    notes = [rowcol_edge.factor(model, calib=calib, energy=energy).plan.note for energy in (0.9, 0.8)]
+    assert all("NotImplementedError on the way back" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (refuse, ModelError, "the model where gradients are kept: .* got ValueError in module 'head': not today"),
+        (
+            without_memory,
+            MemoryError,
+            "activations of 4 samples.*OutOfMemoryError in module 'head': CUDA out of memory",
+        ),
+        (lambda x: torch.empty(1 << 60), MemoryError, "RuntimeError in module 'head': .*DefaultCPUAllocator"),
+    ],
+)
+def test_errors_of_another_kind_are_no_lack_of_gradients(
+    error: Callable[[torch.Tensor], object], kind: type[Exception], says: str, calib: str
+) -> None:
+    with pytest.raises(kind, match=says) as caught:
+        rowcol_edge.factor(picky(error), calib=calib, budget="params<=0.8x", cache=False)
+    assert "tomorrow" not in str(caught.value)
 
 
 def test_what_is_computed_in_a_hook_is_refused_by_name(calib: str) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rowcol_edge import calling, models
-from rowcol_edge.errors import ModelError, WeightsError
+from rowcol_edge.errors import DataError, ModelError, WeightsError
 
 NET = """
 import torch
@@ -297,6 +297,52 @@ def test_what_is_no_module_with_numbers_is_refused_with_the_remedy(
     for weights in (None, tmp_path / "w.safetensors"):
         with pytest.raises(ModelError, match=says):
             models.load(model, weights=weights)
+
+
+class Open(nn.Linear):
+    def forward(self, ids: torch.Tensor | None = None, mask: torch.Tensor | None = None, *, scale: float = 1.0) -> Any:
+        return super().forward(ids if mask is None else ids * mask) * scale
+
+
+class Keyword(nn.Linear):
+    def forward(self, *, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+class Half(nn.Linear):
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Any:
+        return super().forward(ids if mask is None else ids * mask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arrays", "inputs"),
+    [
+        (Open, ("mask", "ids"), ("ids", "mask")),
+        (Open, ("mask",), ("mask",)),
+        (Open, ("anything",), ("ids",)),
+        (Open, (), ("ids",)),
+        (Keyword, ("x",), ("x",)),
+        (Half, ("mask", "ids"), ("ids", "mask")),
+        (Half, ("ids",), ("ids",)),
+        (Half, ("mask",), ("ids",)),
+        (nn.Linear, ("pixels",), ("input",)),
+    ],
+)
+def test_arrays_name_the_inputs_that_forward_leaves_open(
+    kind: type[nn.Linear], arrays: tuple[str, ...], inputs: tuple[str, ...]
+) -> None:
+    loaded = models.load(kind(3, 2))
+    found = models.named(loaded, arrays)
+    assert found.inputs == inputs
+    assert models.may_be_named(loaded.module) is (kind in (Open, Half))
+    # what is made of a model depends on what it is given
+    assert (found.digest == loaded.digest) is (loaded.inputs == inputs)
+
+
+def test_names_that_forward_does_not_have_are_refused_with_those_that_it_has() -> None:
+    says = r"names of the input arrays: expected arguments of Open.forward: ids, mask, scale, got tokens – rename them"
+    with pytest.raises(DataError, match=says):
+        models.named(models.load(Open(3, 2)), ("tokens", "mask"))
 
 
 def test_lazy_layers_that_have_seen_a_sample_are_taken() -> None:

@@ -327,6 +327,33 @@ def test_inspect_names_the_matrices_that_no_layer_holds(tmp_path: Path, capsys: 
     assert "left alone: memory.weight_ih_l0, memory.weight_hh_l0: 480 parameters of a GRU" in said
 
 
+class _Twins(torch.nn.Module):
+    """Two halves of a picture through one encoder, the second one's answer multiplied with a layer's of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.own, self.head = torch.nn.Linear(6, 8), torch.nn.Linear(6, 8), torch.nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = x[:, :6], x[:, 6:]
+        both = torch.cat([torch.relu(self.encoder(first)), torch.relu(self.encoder(second)) + self.own(second)], 1)
+        logits: torch.Tensor = self.head(both)
+        return logits
+
+
+def test_inspect_says_of_a_layer_that_is_called_twice_once_why_its_channels_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(32, 12)).astype(np.float32))
+    found = rowcol_edge.inspect(_Twins().eval(), calib=str(tmp_path / "x.npz"))
+    encoder = [each for each in found.channels if each.name == "encoder"]
+    assert [(each.fixed, set(each.layers)) for each in encoder] == [
+        ("given by encoder: shared: called 2 times", {"encoder", "own", "head"})
+    ]
+    terminal.inspection(found)
+    assert capsys.readouterr().out.count("not narrowed: channels of encoder:") == 1
+
+
 class _Louder(torch.nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2.0 * super().forward(x)
@@ -588,6 +615,40 @@ def test_a_model_with_two_inputs_and_a_free_batch(tmp_path: Path) -> None:
     with rowcol_edge.Predictor(str(one.path)) as predictor:
         feeds = {"pixels": np.ones((5, 64), np.float32), "scale": np.ones((5, 1), np.float32)}
         assert predictor.run(feeds)["output"].shape == (5, 3)
+
+
+class _Optional(torch.nn.Module):
+    """As transformers' models are called: every argument has a default, and there are more than are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = torch.nn.Embedding(20, 16)
+        self.body, self.head = torch.nn.Linear(16, 32), torch.nn.Linear(32, 3)
+
+    def forward(self, ids=None, mask=None, embeds=None, *, labels=None, **others):  # type: ignore[no-untyped-def]
+        x = self.words(ids) if embeds is None else embeds
+        x = torch.relu(self.body(x)) * (1.0 if mask is None else mask.unsqueeze(-1))
+        return {"logits": self.head(x.mean(1))}
+
+
+@pytest.mark.parametrize("names", [("ids",), ("ids", "mask")])
+def test_inputs_with_defaults_are_those_that_the_data_name(names: tuple[str, ...], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {"mask": rng.integers(0, 2, (64, 6)).astype(np.float32), "ids": rng.integers(0, 20, (64, 6))}
+    np.savez(tmp_path / "calib.npz", **{name: arrays[name] for name in names}, labels=rng.integers(0, 3, 64))
+    model, calib = _Optional().eval(), str(tmp_path / "calib.npz")
+    assert len(rowcol_edge.inspect(model, calib=calib).layers) == 2
+    built = rowcol_edge.build(
+        model, calib=calib, budget="params<=0.8x", precision="fp32", out=tmp_path / "dist", zip=False
+    )[0]
+    given = {name: arrays[name][:1] for name in names}
+    assert tuple(spec.name for spec in built.manifest.inputs) == names
+    with rowcol_edge.Predictor(str(built.path), arm="dense@fp32") as predictor:
+        got = predictor.run(given)
+    with torch.no_grad():
+        wanted = model(**{name: torch.from_numpy(array) for name, array in given.items()})["logits"].numpy()
+    np.testing.assert_allclose(got["logits"], wanted, atol=1e-5)
 
 
 def test_a_bundle_for_a_runtime_that_only_its_board_has_says_that_it_never_ran(

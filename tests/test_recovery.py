@@ -16,6 +16,7 @@ import rowcol_edge
 from rowcol_edge import cli, config, recovery
 from rowcol_edge.config import BuildOptions
 from rowcol_edge.errors import ConfigError, DataError, SplitError
+from rowcol_edge.factoring.plan import FactorPlan
 from rowcol_edge.pipeline import Factored
 
 from .nets import frames, small_net, write_splits
@@ -50,15 +51,52 @@ def test_the_chosen_plan_is_recovered(net: torch.nn.Module, splits: dict[str, st
     assert stored.keys() == before.keys()
     changed = any(not torch.equal(stored[key], before[key]) for key in stored)
     assert changed is (record["best_epoch"] > 0)
-    assert "recovered in 3 epochs" in tomllib.loads((tmp_path / "plan.toml").read_text())["made_by"]
+    plan = tomllib.loads((tmp_path / "plan.toml").read_text())
+    assert (plan["made_by"], plan["recovered"]) == (plain.plan.made_by, 3)
     assert (tmp_path / "model.pt2").is_file()
+
+
+def test_epochs_are_those_that_were_trained(net: torch.nn.Module, splits: dict[str, str], tmp_path: Path) -> None:
+    """Labels of which the model knows nothing: no epoch is better, and training stops after three."""
+    x = np.load(splits["select"])["x"]
+    np.savez(tmp_path / "select.npz", x=x, labels=np.full(len(x), 1))
+    found = _factor(net, calib=splits["calib"], select=str(tmp_path / "select.npz"), recover=9, out=tmp_path / "out")
+    assert found.recovery is not None
+    record = found.recovery.record
+    assert record["stopped"] == "no better model in 3 epochs"
+    assert record["epochs"] == len(record["history"]) - 1 == record["best_epoch"] + 3 < 9
+    assert found.recovery.note.startswith(f"factored: recovered in {record['epochs']} epochs, ")
+    assert found.plan.recovered == record["epochs"]
+
+
+def test_a_plan_of_a_recovered_model_makes_one_that_is_not(
+    net: torch.nn.Module, splits: dict[str, str], tmp_path: Path
+) -> None:
+    first = _factor(net, calib=splits["calib"], recover=2, out=tmp_path / "one")
+    assert FactorPlan.read(tmp_path / "one" / "plan.toml").recovered == 2
+    options = {"calib": splits["calib"], "plan": str(tmp_path / "one" / "plan.toml"), "budget": None}
+    plain, again = _factor(net, **options), _factor(net, **options, recover=1)
+    assert (plain.plan.recovered, again.plan.recovered) == (0, 1)
+    assert plain.plan.made_by == again.plan.made_by == first.plan.made_by
+
+
+def test_distances_have_digits_that_tell_them_apart() -> None:
+    record = {
+        "epochs": 8,
+        "best_epoch": 8,
+        "measure": "distance to the original",
+        "before": 6.6e-07,
+        "after": 6.1234e-07,
+    }
+    made = recovery.Recovery(FactorPlan(()), {**record, "judged_on": "selection", "stopped": ""}, {})
+    assert "distance to the original 6.6e-07 → 6.123e-07 on the selection split" in made.note
 
 
 def test_nothing_is_said_of_it_where_it_was_not_asked_for(net: torch.nn.Module, splits: dict[str, str]) -> None:
     found = _factor(net, calib=splits["calib"], recover=0)
     assert found.recovery is None
     assert "recovered" not in found.to_dict()
-    assert "recovered" not in found.plan.made_by
+    assert "recovered" not in found.plan.to_toml().replace("loss, gap and recovered", "")
     assert "recover" not in BuildOptions("m").to_dict()
 
 
@@ -96,7 +134,7 @@ def test_a_bundle_says_that_its_arm_was_recovered(
     assert changed is (record["best_epoch"] > 0)
     assert arm.quality["selection"]["value"] == pytest.approx(record["after"], abs=0.02)
     assert any(note.startswith("factored: recovered in 2 epochs") for note in built.manifest.build["notes"])
-    assert "recovered in 2 epochs" in tomllib.loads((built.path / "plan.toml").read_text())["made_by"]
+    assert tomllib.loads((built.path / "plan.toml").read_text())["recovered"] == 2
     assert rowcol_edge.verify(built.path).ok
 
     def never(*args: object, **options: object) -> None:

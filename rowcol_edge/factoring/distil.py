@@ -75,7 +75,7 @@ class Distillation:
             size = len(next(iter(feeds.values())))
             wanted, _ = self._taught(feeds, features=False)
             given, _ = run(student, feeds)
-            total += float(self._outputs(given, wanted, 1.0)) * size
+            total += float(self._outputs(given, wanted, 1.0).clamp_min(0.0)) * size  # equal ones are rounded below it
             count += size
         return total / max(1, count)
 

@@ -118,7 +118,7 @@ def traced(model: nn.Module, example: Mapping[str, torch.Tensor]) -> tuple[Layer
                     f"the model fails on the example input, in module {calls.innermost or type(model).__name__!r}",
                     expected="samples that its forward takes",
                     got=f"{shapes}: {_first_line(error)}",
-                    hint="hand over what it was trained on: floats scaled as then, or pictures with --preprocess",
+                    hint=_hint(error),
                 ) from error
         program = _export(model, args, kwargs)
     return _Reader(model, program, calls, _batch_size(example)).read(), program
@@ -158,6 +158,13 @@ def _export(
                 got=_first_line(error),
                 hint="rewrite that module with plain torch operators",
             ) from error
+
+
+def _hint(error: Exception) -> str:
+    """Against what made a model fail: its weights and inputs are float32, another type can only be its own code's."""
+    if any(kind in str(error) for kind in ("Half", "BFloat16", "Double")):
+        return "it is worked on in float32: let its code cast to the type of a weight (x.to(layer.weight.dtype))"
+    return "hand over what it was trained on: floats scaled as then, or pictures with --preprocess"
 
 
 def _first_line(error: BaseException) -> str:

@@ -48,6 +48,9 @@ def spatial_losses(
         samples: input name → samples, of which the half is used that directions from the other half (see
             `sensitivity.halves`) have not seen.
         inputs, outputs: what `projections.project` would be given, by layer.
+
+    Raises:
+        ModelError, MemoryError: as `sensitivity.stream`.
     """
     full: dict[str, nn.Sequential] = {}
     losses: dict[str, Losses] = {}
@@ -76,7 +79,7 @@ def spatial_losses(
 
     try:
         sensitivity.stream(whole, chunks, watched, sensitivity.Objective(classify=classify), advance)
-    except (RuntimeError, NotImplementedError):  # no backward pass through some operator
+    except sensitivity.NoGradientsError:
         return {}
     return {name: found.by_rank() for name, found in losses.items() if found.samples}
 

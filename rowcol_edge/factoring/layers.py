@@ -102,6 +102,12 @@ def describe(
     )
 
 
+def stored(module: nn.Module) -> int:
+    """Parameters that a layer has as it is: none for a weight that is a buffer, those of its parametrization for one
+    that is computed."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def skip_reasons(model: nn.Module) -> dict[str, str]:
     """What can be told without running the model: layer name → reason to leave it, ``""`` if there is none."""
     holders = _holders(model)

@@ -25,8 +25,8 @@ _HEADER = """\
 # is said), "row" (what it takes), "both" (Tucker-2: `rank` of what it gives, `taken` of what it takes) or "spatial"
 # (k×1, then 1×k; with `across_first = true` the other way round).
 # The form "narrow" (a layer whose channels got fewer and that is else dense), gauge, energy, parameters_*, macs_*, of
-# reason and note are derived: they are computed anew when the plan is applied; loss and gap are left out then. macs_*
-# are per sample.
+# reason and note are derived: they are computed anew when the plan is applied; loss, gap and recovered (epochs of the
+# model beside this file) are left out then. macs_* are per sample.
 
 """
 
@@ -86,6 +86,7 @@ class FactorPlan:
     model: str = ""
     channels: tuple[ChannelPlan, ...] = ()  # narrowed sets only
     refit: bool = False  # fit the weights once more, to inputs that are already compressed
+    recovered: int = 0  # epochs that the model beside it was trained for (see `recover`)
     loss: float | None = None  # predicted at the model's output
     gap: float | None = None  # at most so much of it could be saved by other forms and ranks at these widths
     note: str = ""  # why gradients or calibration data are too few to trust it (see `thin`)
@@ -147,6 +148,8 @@ class FactorPlan:
         content: dict[str, Any] = {"schema": SCHEMA, "model": self.model, "made_by": self.made_by}
         content["rank_multiple"] = self.rank_multiple
         content["refit"] = self.refit
+        if self.recovered:
+            content["recovered"] = self.recovered
         content |= {key: value for key in ("loss", "gap") if (value := getattr(self, key)) is not None}
         if self.note:
             content["note"] = self.note
@@ -209,6 +212,7 @@ _PLAN_TYPES: dict[str, type] = {
     "made_by": str,
     "rank_multiple": int,
     "refit": bool,
+    "recovered": int,
     "loss": float,
     "gap": float,
     "note": str,

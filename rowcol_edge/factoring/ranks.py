@@ -61,7 +61,8 @@ def plan_by_energy(
 def missed(what: str, kind: str, most: float, least: float, rank_multiple: int, why: str = "") -> BudgetError:
     """The error of a budget that allows ``most``, where the smallest ranks cost ``least``, of ``kind``."""
     limit, reached = int(most), round(least)
-    hint = f"allow at least {reached:,}" + (", or a smaller rank multiple" if rank_multiple > 1 else "")
+    smaller = f", or a target file of your own with a rank_multiple below {rank_multiple}" if rank_multiple > 1 else ""
+    hint = f"allow at least {reached:,}{smaller}"
     return BudgetError(
         what,
         expected=f"at most {limit:,} {kind}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rowcol_edge.factoring import thin
-from rowcol_edge.factoring.layers import ALREADY_FACTORED
+from rowcol_edge.factoring.layers import ALREADY_FACTORED, stored
 from rowcol_edge.factoring.study import Study
 
 _SHARE = 0.01  # of the model's parameters: less is no reason for anything
@@ -31,7 +31,7 @@ def remainders(study: Study) -> tuple[Remainder, ...]:
         constant = "its output is constant on the calibration data"
         reason = info.skip or (constant if study.spaces[name].constant else "")
         if reason and not reason.startswith(ALREADY_FACTORED):  # those can still get fewer channels
-            found.append(Remainder(name, info.parameters, reason))
+            found.append(Remainder(name, stored(study.folded.get_submodule(name)), reason))
     seen = {id(part) for name in study.infos for part in study.folded.get_submodule(name).parameters()}
     for name, module in study.folded.named_modules():
         own = [part for part in module.parameters(recurse=False) if id(part) not in seen]
@@ -44,8 +44,12 @@ def remainders(study: Study) -> tuple[Remainder, ...]:
 
 def told(study: Study) -> str:
     """The largest remainders in words, and why channels stay where nothing weighed them; ``""`` where neither is."""
-    blind = "" if thin.weighed(study) else "channels stay: no gradient says what the model's output makes of them"
-    return "; ".join(filter(None, (_largest(study), blind)))
+    return "; ".join(filter(None, (_largest(study), "" if thin.weighed(study) else _blind(study))))
+
+
+def _blind(study: Study) -> str:
+    why = f" ({study.without_gradients})" if study.without_gradients else ""
+    return f"channels stay: no gradient says what the model's output makes of them{why}"
 
 
 def _largest(study: Study) -> str:

@@ -15,7 +15,7 @@ their own size, which gives half the squared relative error.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from rowcol_edge import calling
 from rowcol_edge.calling import bind, evaluating, feed
+from rowcol_edge.errors import ModelError, RowcolError
 from rowcol_edge.factoring import borders, channel_spaces, layouts
 from rowcol_edge.factoring.abreast import abreast
 from rowcol_edge.factoring.arrivals import frozen, watching
@@ -43,13 +45,19 @@ Feeds = Mapping[str, NDArray[Any]]
 _AT_ONCE = 4  # samples whose activations are held
 
 
+class NoGradientsError(Exception):
+    """The model runs, but not where gradients are kept; says where and in which words it failed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Weighed:
-    """Spaces in the order of their worth, by layer what it gives and what it takes, and by channel set."""
+    """Spaces in the order of their worth, by layer what it gives and what it takes, and by channel set; ``failed``: why
+    there are none, where the model cannot be differentiated."""
 
-    layers: dict[str, LayerSpaces]
-    inputs: dict[str, LayerSpaces]
-    channels: dict[str, ChannelSpaces]
+    layers: dict[str, LayerSpaces] = field(default_factory=dict)
+    inputs: dict[str, LayerSpaces] = field(default_factory=dict)
+    channels: dict[str, ChannelSpaces] = field(default_factory=dict)
+    failed: str = ""
 
 
 def halves(samples: Feeds) -> tuple[Feeds, Feeds]:
@@ -87,6 +95,9 @@ def weigh_all(
         moments: at the places where `sets` are read; taken out too.
         inputs: of what layers take (see `input_spaces`); of these gradients are those through each layer alone.
         classify: the first output is logits or probabilities of classes, if it is (samples, classes).
+
+    Raises:
+        ModelError, MemoryError: as `stream`.
     """
     parts = [chunked(samples), chunked(judges)]
     total = sum(map(len, parts))
@@ -108,8 +119,8 @@ def weigh_all(
     metrics = Metrics(model, [*outputs, *taken, *(place for found in reads.values() for place in found)])
     try:
         stream(model, parts[0], metrics.watched, objective, advance, laid)
-    except (RuntimeError, NotImplementedError):  # no backward pass through some operator
-        return Weighed({}, {}, {})
+    except NoGradientsError as error:
+        return Weighed(failed=str(error))
     most = {place: _rank(model, place) for place in (*outputs, *taken)}
     weighed = _weigh(layers, inputs or {}, metrics, most)
     chosen = _choose(model, moments, metrics, sets, reads)
@@ -120,7 +131,7 @@ def weigh_all(
         for place, frame in zip(reads[name], channels.reads, strict=True):
             watched[place] = losses[name].at(frame.mean, frame.basis, frame.dual, _matrix(model, place))
     if not watched:  # all gradients are zero: a head of zeros, or a saturated one
-        return Weighed({}, {}, {})
+        return Weighed()
     stream(model, parts[1], watched, objective, advance, laid)
     judged = {place: replace(each, losses=losses[place].by_rank(len(each.mean))) for place, each in weighed.items()}
     return Weighed(
@@ -284,18 +295,45 @@ def stream(
     advance: Callable[[], None],
     laid: Mapping[str, Layout] | None = None,
 ) -> None:
-    """One backward pass a chunk; RuntimeError where there is none."""
+    """One backward pass a chunk.
+
+    Raises:
+        NoGradientsError: there is none.
+        MemoryError: not enough for the activations of a chunk.
+        ModelError: the model fails in another way than torch does.
+    """
     inside, bordered = ({p: each for p, each in watched.items() if p.border is border} for border in (False, True))
     padded = borders.padded(model, [place.name for place in bordered])
-    with evaluating(model), frozen(model), watching(model, inside, laid), padded, watching(model, bordered, laid):
+    with (
+        evaluating(model), frozen(model), watching(model, inside, laid), padded, watching(model, bordered, laid),
+        calling.watching(model) as calls,
+    ):  # fmt: skip
         for chunk in chunks:
             args, kwargs = bind(model, feed(model, chunk))
             count = min(len(array) for array in chunk.values())
-            with torch.enable_grad():
-                objective(model(*args, **kwargs), count).backward()  # type: ignore[no-untyped-call]
+            try:
+                with torch.enable_grad():
+                    objective(model(*args, **kwargs), count).backward()  # type: ignore[no-untyped-call]
+            except (RowcolError, NoGradientsError, MemoryError):
+                raise
+            except Exception as error:  # boundary: the user's own code runs here and may raise anything
+                raise _failed(error, calls) from error
             for entry in watched.values():
                 entry.flush(count)
             advance()
+
+
+def _failed(error: Exception, calls: calling.Calls) -> Exception:
+    """What an error of a model is that runs where no gradients are kept."""
+    where = f"in module {calls.innermost or 'the model itself'!r}" if calls.stack else "on the way back"
+    words = f"{type(error).__name__} {where}: {(str(error).splitlines() or [''])[0]}"
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        return MemoryError(
+            f"not enough memory for the activations of {_AT_ONCE} samples, which gradients need: {words}"
+        )
+    if isinstance(error, RuntimeError):  # of which NotImplementedError is one: no backward pass through some operator
+        return NoGradientsError(words)
+    return ModelError("the model where gradients are kept", expected="a forward that runs as without them", got=words)
 
 
 class Objective:
@@ -308,12 +346,12 @@ class Objective:
         self._samples = 0
 
     def __call__(self, result: Any, samples: int) -> torch.Tensor:
-        """Of what the model makes of so many samples; RuntimeError where no output has a gradient."""
+        """Of what the model makes of so many samples; NoGradientsError where no output has a gradient."""
         values = list(result.values()) if isinstance(result, Mapping) else result
         every = [values] if isinstance(values, torch.Tensor) else [v for v in values if isinstance(v, torch.Tensor)]
         outputs = [output for output in every if output.is_floating_point()]
         if not any(output.requires_grad for output in outputs):
-            raise RuntimeError("no output has a gradient")
+            raise NoGradientsError("outputs are integers, detached or made under torch.no_grad()")
         first = outputs[0]
         if self._classify and first.requires_grad and first.dim() == 2 and first.shape[1] > 1:
             return self._drawn(first.float())

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from rowcol_edge import calling
 from rowcol_edge.cache import Arrays
@@ -50,6 +51,8 @@ _GRADIENTS, _GRADIENT_MACS = (24, 64), 112e9
 """Samples that spaces are weighed with, and as many again, but not more than a quarter of all, that they are judged on
 and do not come from: the more, the less a model calculates for each."""
 _JUDGES = 16  # where it is too much for the most of both: what judges costs twice what weighs
+_ROUNDING = 1e-6  # of its largest value, by which an output that does not vary may differ
+_FAILED = "without gradients"
 _ROWS, _POSITIONS = 16384, (64, 1024)  # pixels or tokens of all samples that spaces come from, and of each
 
 
@@ -71,8 +74,8 @@ class Study:
         parameters: unique parameters of the folded model.
         macs: multiply-accumulates of its layers, one sample.
         classify: its first output is a classifier's.
-        judges: calibration samples that directions are judged on and do not come from; 0 of fewer than four, where what
-            they come from judges them.
+        given: calibration samples.
+        different: of these, those that differ from each other.
         samples: calibration samples for a second pass.
     """
 
@@ -87,14 +90,32 @@ class Study:
     parameters: int
     macs: int
     classify: bool
-    judges: int
+    given: int
+    different: int
     samples: Callable[[], Mapping[str, np.ndarray[Any, Any]]]
     _coupled: Callable[[], tuple[ChannelSet, ...]]
+    _failed: Callable[[], str]
 
     @cached_property
     def channels(self) -> tuple[ChannelSet, ...]:
         """Sets of channels, in call order; those that must stay as they are with the reason."""
         return self._coupled()
+
+    @property
+    def without_gradients(self) -> str:
+        """Where and why the model, which runs without gradients, cannot be differentiated; ``""`` if it can."""
+        return self._failed()
+
+    @cached_property
+    def varies(self) -> bool:
+        """Whether the model gives other outputs for some of `samples` than for the first of them."""
+        first: list[torch.Tensor] = []
+        for chunk in sensitivity.chunked(self.samples()):
+            outputs = _outputs(self.folded, chunk)
+            first = first or [output[:1] for output in outputs]
+            if not all(map(_same, outputs, first)):
+                return True
+        return False
 
     def allocator(self, multiple: int, break_even: float) -> Allocator | None:
         """Proposes widths; None where no set can be narrowed or nothing was weighed."""
@@ -124,6 +145,7 @@ def study(
     Raises:
         ModelError, UnsupportedOpError: a model that cannot be traced.
         DataError: calibration inputs that the model cannot take, or (at the first look) NaN on the way.
+        ModelError, MemoryError: at the first look, as `sensitivity.stream`.
     """
     example = calling.feed(module, calibration.example())
     traced, first = graph.traced(module, example)
@@ -178,10 +200,27 @@ def study(
         parameters=sum(p.numel() for p in folded.parameters()),
         macs=sum(info.macs for info in infos.values()),
         classify=bool(classify),
-        judges=judges,
+        given=len(calibration),
+        different=len(set(calibration.sample_digests)),
         samples=lambda: calibration.spread(refit.affordable(infos)),
         _coupled=coupled,
+        _failed=lambda: known().failed,
     )
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[torch.Tensor]:
+    args, kwargs = calling.bind(model, calling.feed(model, feeds))
+    with calling.evaluating(model):
+        leaves = pytree.tree_leaves(model(*args, **kwargs))
+    return [leaf.double() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.numel()]
+
+
+def _same(output: torch.Tensor, first: torch.Tensor) -> bool:
+    """But for rounding, as a batch's samples are not all rounded alike."""
+    if output.shape[1:] != first.shape[1:]:
+        return False
+    return bool((output - first).abs().max() <= _ROUNDING * first.abs().max())
 
 
 def _gradients(macs: int) -> int:
@@ -227,7 +266,7 @@ def _weighed(
     # of a layer that no gradient reaches the variance of its own output is all that is known
     rest = {name: spaces.decompose(name, left) for name, left in layers.items()}
     found = {name: weighed.layers.get(name) or rest[name] for name in names}
-    return _Known(found, weighed.inputs, weighed.channels).to_arrays()
+    return _Known(found, weighed.inputs, weighed.channels, weighed.failed).to_arrays()
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +276,7 @@ class _Known:
     outputs: dict[str, LayerSpaces]
     inputs: dict[str, LayerSpaces]
     channels: dict[str, ChannelSpaces]
+    failed: str
 
     def to_arrays(self) -> Arrays:
         parts = {
@@ -244,16 +284,20 @@ class _Known:
             "inputs/": spaces.to_arrays(self.inputs),
             "channels/": channel_spaces.to_arrays(self.channels),
         }
-        return {prefix + key: array for prefix, arrays in parts.items() for key, array in arrays.items()}
+        found = {prefix + key: array for prefix, arrays in parts.items() for key, array in arrays.items()}
+        return found | ({_FAILED: np.frombuffer(self.failed.encode(), np.uint8)} if self.failed else {})
 
     @classmethod
     def from_arrays(cls, arrays: Arrays) -> _Known:
         parts: dict[str, Arrays] = {"": {}, "inputs/": {}, "channels/": {}}
         for key, array in arrays.items():
+            if key == _FAILED:
+                continue
             prefix = next((each for each in ("inputs/", "channels/") if key.startswith(each)), "")
             parts[prefix][key.removeprefix(prefix)] = array
         outputs, inputs = spaces.from_arrays(parts[""]), spaces.from_arrays(parts["inputs/"])
-        return cls(outputs, inputs, channel_spaces.from_arrays(parts["channels/"]))
+        failed = arrays[_FAILED].tobytes().decode() if _FAILED in arrays else ""
+        return cls(outputs, inputs, channel_spaces.from_arrays(parts["channels/"]), failed)
 
 
 class _WhenMeasured(Mapping[str, _T]):

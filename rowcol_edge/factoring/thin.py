@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from rowcol_edge.factoring.plan import FactorPlan
 from rowcol_edge.factoring.study import Study
 
 _NAMED = 3
+_JUDGED = 4  # different samples, of which one judges (see `study`)
 
 
 def noted(study: Study, plan: FactorPlan) -> FactorPlan:
@@ -30,11 +32,11 @@ def weighed(study: Study) -> bool:
 
 def _without_gradients(study: Study, plan: FactorPlan) -> str:
     if not weighed(study):
+        why = study.without_gradients or "all are zero, as behind a saturated or zero head"
         return (
-            "no gradient says what the model's output makes of its layers (an output of integers, a forward under "
-            "torch.no_grad(), an operator without a backward pass, a saturated or zero head): they are weighed by the "
-            "variance of what they give, channels stay, no loss is predicted, and to integers no second pass fits "
-            "anything. Hand over the model up to its logits, without such operators"
+            f"no gradient says what the model's output makes of its layers ({why}): they are weighed by the variance "
+            "of what they give, channels stay, no loss is predicted, and to integers no second pass fits anything. "
+            "Hand over the model up to its logits, without what stops gradients"
         )
     blind = [layer.name for layer in plan.projected if study.spaces[layer.name].dual is None]
     if not blind:
@@ -43,13 +45,19 @@ def _without_gradients(study: Study, plan: FactorPlan) -> str:
 
 
 def told(study: Study, plan: FactorPlan) -> str:
-    """What is too thin for this plan in words, ``""`` if nothing is: no sample is left to judge directions on, or
-    layers that it changes were measured at fewer rows than they have directions."""
+    """What is too thin for this plan in words, ``""`` if nothing is: no sample is left to judge directions on, the
+    model gives the same for all, or layers that it changes were measured at fewer rows than they have directions.
+    Samples that are there again tell nothing new and do not count."""
     if not plan.changes:
         return ""
     said = []
-    if not study.judges:
-        said.append("fewer than 4 samples leave none to judge what directions are worth that they do not come from")
+    if study.different < _JUDGED:
+        few = f"different samples ({study.different} of {study.given})" if study.different < study.given else "samples"
+        said.append(
+            f"fewer than {_JUDGED} {few} leave none to judge what directions are worth that they do not come from"
+        )
+    elif not study.varies:
+        said.append("the model's output is the same for all samples, so they do not show what it depends on")
     thin = sorted(_thin(study, plan), key=lambda each: each[1] / each[2])
     if thin:
         named = _list([f"{name} ({rows} of {size})" for name, rows, size in thin])
@@ -73,6 +81,7 @@ def _thin(study: Study, plan: FactorPlan) -> list[tuple[str, int, int]]:
         if layer.name in study.input_spaces:
             measured.append((study.input_spaces[layer.name].samples, info.in_features))
         rows, size = min(measured, key=lambda each: each[0] / each[1])
-        if rows < size:
-            found.append((layer.name, rows, size))
+        new = math.ceil(rows * study.different / study.given)
+        if new < size:
+            found.append((layer.name, new, size))
     return found

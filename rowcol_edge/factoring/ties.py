@@ -42,13 +42,14 @@ class TiedFeedForward(nn.Module):
     def from_dense(
         cls, expand: nn.Linear, contract: nn.Linear, inputs: Tensor, activation: Callable[[Tensor], Tensor] = F.gelu
     ) -> tuple[TiedFeedForward, Tie]:
-        """The nearest tied layer to ``contract(σ(expand(x)))`` on ``inputs`` (…, width): a start for fine-tuning."""
+        """The nearest tied layer to ``contract(σ(expand(x)))`` on ``inputs`` (…, width), of the type and on the device
+        of ``expand``: a start for fine-tuning."""
         with torch.no_grad():
             hidden = activation(expand(inputs))
         found = tie_from_dense(
             _array(expand.weight), _array(contract.weight), _moments(inputs), _moments(hidden), relative=True
         )
-        layer = cls(expand.in_features, expand.out_features, activation)
+        layer = cls(expand.in_features, expand.out_features, activation).to(expand.weight)
         _fill(layer.weight, found.weight)
         for own, given in ((layer.hidden_bias, expand.bias), (layer.bias, contract.bias)):
             _fill(own, given)
@@ -85,14 +86,18 @@ class TiedAttention(nn.Module):
     def from_dense(
         cls, query: nn.Linear, key: nn.Linear, value: nn.Linear, output: nn.Linear, heads: int, inputs: Tensor
     ) -> tuple[TiedAttention, Tie, Tie]:
-        """The nearest tied layer to dense attention on ``inputs`` (N, tokens, width), with the ties of query and
-        output, and of key and value."""
+        """The nearest tied layer to dense attention on ``inputs`` (N, tokens, width), of the type and on the device of
+        ``query``, with the ties of query and output, and of key and value.
+
+        Raises:
+            ModelError: the width is no multiple of ``heads``.
+        """
+        layer = cls(query.in_features, heads, bias=True).to(query.weight)
         with torch.no_grad():
             mixed = _mixed(query(inputs), key(inputs), value(inputs), heads)
         seen = _moments(inputs)
         outer = tie_from_dense(_array(query.weight), _array(output.weight), seen, _moments(mixed), relative=True)
         inner = tie_from_dense(_array(key.weight), _array(value.weight), seen, seen, relative=True)
-        layer = cls(query.in_features, heads, bias=True)
         _fill(layer.query, outer.weight)
         _fill(layer.weight, inner.weight)
         names = ("query_bias", "key_bias", "value_bias", "bias")

@@ -47,7 +47,7 @@ def test_splits_are_read_again_and_count_as_decisions() -> None:
         LayerPlan("conv2", "project", 16, split="row"),
         LayerPlan("conv3", "project", 16, energy=None, split="spatial", across_first=True),
     )
-    plan = FactorPlan(layers, loss=0.25, gap=0.125, note="too few data")
+    plan = FactorPlan(layers, recovered=3, loss=0.25, gap=0.125, note="too few data")
     assert FactorPlan.from_toml(plan.to_toml()) == plan
     digests = {replace(plan, layers=(replace(layers[0], **change), *layers[1:])).digest
                for change in ({}, {"taken": 9}, {"split": "row", "taken": None}, {"rank": 17})}  # fmt: skip

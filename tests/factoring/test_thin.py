@@ -13,7 +13,7 @@ from rowcol_edge import job, limits
 from rowcol_edge.config import make
 from rowcol_edge.datasets import Split, scan
 from rowcol_edge.factoring import ranks, thin
-from rowcol_edge.factoring.plan import FactorPlan
+from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan
 from rowcol_edge.factoring.study import Study, study
 
 
@@ -43,11 +43,63 @@ def halved(found: Study) -> FactorPlan:
     return limits.cheapest(found, [limits.of_parameters(found, found.parameters // 2, "params<=0.5x")], 1, "")
 
 
-@pytest.mark.parametrize(("samples", "judges"), [(1, 0), (3, 0), (4, 1), (200, 50)])
-def test_fewer_than_four_samples_leave_none_to_judge(samples: int, judges: int) -> None:
+def of(x: np.ndarray, net: nn.Module | None = None) -> Study:
+    data = scan(Split("calibration", "given", lambda: iter([({"x": x}, None)])))
+    return study(net or Mixed().eval(), data, classify=True)
+
+
+def pictures(count: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(count, 3, 8, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("different", "times"), [(1, 48), (2, 24), (3, 16)])
+def test_samples_that_are_there_again_are_none_to_judge(different: int, times: int) -> None:
+    found = of(np.repeat(pictures(different), times, axis=0))
+    said = thin.told(found, halved(found))
+    assert f"fewer than 4 different samples ({different} of 48) leave none to judge" in said
+    assert f"wide ({different} of 48)" in said
+
+
+def test_pictures_without_content_are_told() -> None:
+    found = of(np.zeros((48, 3, 8, 8), np.float32))
+    plan = replace(ranks.plan_by_energy(found.infos, found.spaces, 0.5), channels=(ChannelPlan("first", 1, 16),))
+    assert "fewer than 4 different samples (1 of 48)" in thin.told(found, plan)
+
+
+def test_rows_of_samples_that_are_there_twice_count_once() -> None:
+    once, twice = of(pictures(40)), of(np.tile(pictures(40), (2, 1, 1, 1)))
+    assert "wide (30 of 48)" in thin.told(once, halved(once))
+    assert "wide (30 of 48)" in thin.told(twice, halved(twice))
+
+
+class Deaf(nn.Module):
+    """What it takes is too small to reach the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide, self.head = nn.Linear(12, 32), nn.Linear(32, 4)
+        self.wide.bias.data.fill_(-100.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(torch.relu(self.wide(x.flatten(1))))
+        return logits
+
+
+def test_an_output_that_does_not_vary_is_told() -> None:
+    x = np.random.default_rng(0).normal(size=(200, 12)).astype(np.float32)
+    for scale, varies in ((1.0, False), (100.0, True)):
+        found = of(scale * x, Deaf().eval())
+        plan = ranks.plan_by_energy(found.infos, found.spaces, 0.5)
+        assert plan.changes
+        assert found.varies is varies
+        assert ("the model's output is the same for all samples" in thin.told(found, plan)) is not varies
+
+
+@pytest.mark.parametrize(("samples", "enough"), [(1, False), (3, False), (4, True), (200, True)])
+def test_fewer_than_four_samples_leave_none_to_judge(samples: int, enough: bool) -> None:
     found = known(samples)
-    assert found.judges == judges
-    assert ("none to judge" in thin.told(found, halved(found))) is (judges == 0)
+    assert ("none to judge" in thin.told(found, halved(found))) is not enough
 
 
 def test_layers_that_cannot_be_filled_are_named_the_thinnest_first() -> None:

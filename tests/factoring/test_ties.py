@@ -134,6 +134,21 @@ def test_attention_from_tied_matrices_calculates_the_same_as_torch() -> None:
     assert torch.allclose(layer(x), dense(x, x, x)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_what_is_made_from_dense_has_its_type(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    expand, contract, *four = (nn.Linear(*size).to(dtype) for size in ((8, 16), (16, 8), *[(8, 8)] * 4))
+    x = torch.randn(2, 10, 8, dtype=dtype)
+    for layer in (TiedFeedForward.from_dense(expand, contract, x)[0], TiedAttention.from_dense(*four, 2, x)[0]):
+        assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+        assert layer(x).dtype == dtype
+
+
+def test_heads_that_do_not_divide_the_width_are_refused() -> None:
+    with pytest.raises(ModelError, match="heads of a tied attention: expected a divisor of width 8, got 3"):
+        TiedAttention.from_dense(*(nn.Linear(8, 8) for _ in range(4)), 3, torch.randn(2, 5, 8))
+
+
 def test_attention_has_two_matrices_and_no_biases_unless_asked() -> None:
     assert sum(p.numel() for p in TiedAttention(8, 2).parameters()) == 2 * 64
     assert sum(p.numel() for p in TiedAttention(8, 2, bias=True).parameters()) == 2 * 64 + 4 * 8
