@@ -4,7 +4,7 @@ The unit of evidence is the process, as it is of latencies: each round runs ever
 with the runtime's profiler on. A layer has won where the slowest process of the factored arm was faster than the
 fastest of the dense one, and lost the other way round; where the two ranges overlap, nothing is said, nor where the
 medians differ by no more than the µs that runtimes count in. For six rounds of arms that do not differ, ranges lie
-apart by chance in two of 924 layers.
+apart by chance in two of 924 layers. Nor is anything said of a layer whose products one of the two arms has elsewhere.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import stats
-from .layers import FileLayer, FileOperator, Finder, LayerMap
+from .layers import MODEL, FileLayer, FileOperator, Finder, LayerMap
 from .roofline import Peaks, bound
 from .runtimes.base import OperatorRuns
 
@@ -77,9 +77,10 @@ class ArmOperators:
 
     @property
     def attributed(self) -> float:
-        """The share of the operators' time that layers are known for."""
+        """The share of the operators' time that is the layers', without what the model's own code does between."""
         known = sum(layer.ns for layer in self.layers)
-        return known / (known + self.elsewhere_ns) if known > 0 else 0.0
+        own = sum(layer.ns for layer in self.layers if layer.layer == MODEL)
+        return (known - own) / (known + self.elsewhere_ns) if known > own else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +166,12 @@ def compared(arms: Mapping[str, ArmOperators], pairs: Iterable[tuple[str, str]])
 
 
 def compare(layer: LayerTime, other: LayerTime, arm: str, baseline: str) -> LayerComparison:
-    """One layer in two arms."""
+    """One layer in two arms; no verdict where only one of them multiplies there."""
     mine, its = layer.rounds_ns, other.rounds_ns
     if min(*mine, *its) <= 0:
         return LayerComparison(layer.layer, arm, baseline, None, None, None, OPEN)
     interval = stats.ratio_interval(mine, its)
-    told = abs(layer.ns - other.ns) > _RESOLUTION_NS
+    told = abs(layer.ns - other.ns) > _RESOLUTION_NS and (layer.macs > 0) == (other.macs > 0)
     verdict = WON if told and max(mine) < min(its) else LOST if told and min(mine) > max(its) else OPEN
     return LayerComparison(layer.layer, arm, baseline, interval.ratio, interval.low, interval.high, verdict)
 

@@ -13,7 +13,7 @@ import pytest
 from rowcol_edge.device import layers, system
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.layer_times import LOST, OPEN, WON, LayerTime, OperatorsRun, compare, of_arm
-from rowcol_edge.device.layers import FileLayer, FileOperator, LayerMap
+from rowcol_edge.device.layers import MODEL, FileLayer, FileOperator, LayerMap
 from rowcol_edge.device.measure import profile
 from rowcol_edge.device.operators import ROUNDS
 from rowcol_edge.device.processes import Processes
@@ -154,6 +154,24 @@ def test_nothing_is_said_of_what_is_shorter_than_runtimes_count() -> None:
     two, one = (LayerTime("l", "dense", None, 1, 1, ns, (ns,) * 6, 1.0, "memory") for ns in (2_000.0, 1_000.0))
     found = compare(one, two, "factored@int8", "dense@int8")
     assert (found.verdict, found.ratio) == (OPEN, pytest.approx(0.5))
+
+
+def test_nothing_is_said_of_a_layer_whose_products_are_elsewhere_in_one_arm() -> None:
+    slow, fast = (LayerTime("l", "dense", None, macs, 1, t, (t,) * 6, 1.0, "memory") for macs, t in ((9, MS), (0, 9.0)))
+    assert compare(fast, slow, "factored@int8", "dense@int8").verdict == OPEN
+    assert compare(replace(fast, macs=9), slow, "factored@int8", "dense@int8").verdict == WON
+
+
+def test_what_the_models_own_code_does_is_in_no_layer() -> None:
+    known = layer_map("dense", 10)
+    known = replace(known, layers=(*known.layers, FileLayer(MODEL, "dense", None, 0, 0)),
+                    operators=(known.operators[0], replace(known.operators[1], layer=1)))  # fmt: skip
+    runs = (
+        OperatorRuns("linear/MatMul", "MatMul", ("linear/MatMul",), (30_000,) * 4),
+        OperatorRuns("Flatten", "Flatten", ("Flatten",), (10_000,) * 4),
+    )
+    found = of_arm([OperatorsRun("1", (50_000,) * 4, runs)] * 3, known, MACHINE)
+    assert ([layer.layer for layer in found.layers], found.attributed) == (["linear", MODEL], 0.75)
 
 
 def test_operators_of_one_layer_add_up_within_an_inference() -> None:
