@@ -1,6 +1,7 @@
 """The time of single operators: each arm with its runtime's own profiler on, in processes of their own.
 
-A profiler slows what it looks at, so none of these processes gives a latency. They run in the same balanced order as
+A profiler slows what it looks at, so none of these processes gives a latency; how much it does is told by the latency
+that was measured before. They run in the same balanced order as
 the latency rounds, with the null arm; before and after them one measures what the machine can do at most.
 """
 
@@ -46,7 +47,10 @@ def operators(
     peaks = roofline.higher(before, executor.peaks(asked, "the machine's peaks"))
     progress("operators", total, total)
     limits = peaks if _on_processor(asked.providers) else None
-    arms = {name: of_arm(of_name, maps[name], limits) for name, of_name in runs.items()}
+    arms = {
+        name: of_arm(of_name, maps[name], limits, 1e9 * requests[name].inference_seconds)
+        for name, of_name in runs.items()
+    }
     null = compared(arms, [(NULL, null_of)]) if NULL in arms else ()
     real = {name: arm for name, arm in arms.items() if name != NULL}
     return Operators(peaks, real, compared(arms, pairs), len(null), sum(map(_decided, null)))
