@@ -83,17 +83,15 @@ def by_layer(
     """
     groups = merged([graph], layers) if together is None else tuple(together)
     joint = {name: _joint(group) for group in groups for name in group}
-    known = forms or {}
-    found_forms = {_joint(group): _form([known[name] for name in sorted(group) if name in known]) for group in groups}
+    known = dict(forms or {})
+    known |= {_joint(group): _form([known[name] for name in sorted(group) if name in known]) for group in groups}
     homes = [joint.get(home, home) for home in _homes(graph, layers)]
     names = list(dict.fromkeys(filter(None, homes)))
     macs: Counter[str] = Counter()
     for operator, home in zip(graph.operators, homes, strict=True):
         macs[home] += operator.macs
     traffic = _traffic(graph, homes)
-    found = tuple(
-        FileLayer(name, *(found_forms | known).get(name, _DENSE), macs[name], traffic[name]) for name in names
-    )
+    found = tuple(FileLayer(name, *known.get(name, _DENSE), macs[name], traffic[name]) for name in names)
     places = {name: place for place, name in enumerate(names)}
     return found, tuple(
         FileOperator(operator.name, operator.kind, places.get(home, -1), operator.macs, _named(operator))
