@@ -5,10 +5,11 @@ with the runtime's profiler on. A layer has won where the slowest process of the
 fastest of the dense one, and lost the other way round; where the two ranges overlap, nothing is said. For six rounds of
 arms that do not differ, ranges lie apart by chance in two of 924 layers.
 
-A profiler takes time itself at each operator, and counts it as the operator's: where their sum is above the latency of
-the arm without it, the difference is subtracted, the same from each. That it is the same for each is assumed, and so
-nothing is said where two medians differ by no more than their corrections do and the µs that runtimes count in. Nor is
-anything said of a layer whose products one of the two arms has elsewhere.
+A profiler takes time itself at each operator, and counts it as the operator's: where their sum is above what an
+inference takes without it, the difference is subtracted, the same from each. That it is the same for each is assumed,
+and so nothing is said where two medians differ by no more than their corrections do and the µs that runtimes count in,
+one more for each operator that one arm has more. Nor is anything said of a layer whose products one of the two arms has
+elsewhere.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class OperatorTime:
 @dataclass(frozen=True, slots=True)
 class LayerTime:
     """One layer of the original model, as an arm has it: ``ns`` of an inference is the median of ``rounds_ns``, which
-    holds one of each process; ``overhead_ns``, the profiler's own, is subtracted from each.
+    holds one of each process; ``overhead_ns``, the profiler's own at its ``operators``, is subtracted from each.
+    Both are 0 in older profiles.
 
     ``macs`` and ``traffic_bytes`` as `layers.FileLayer`. ``least_ns`` is what the machine's peaks allow at best,
     ``bound`` which of them binds; None and empty where the bytes, or the peaks of an accelerator, are not known.
@@ -61,6 +63,7 @@ class LayerTime:
     least_ns: float | None
     bound: str
     overhead_ns: float = 0.0
+    operators: int = 0
 
     @property
     def reached(self) -> float | None:
@@ -75,8 +78,9 @@ class ArmOperators:
 
     Other work that interrupts single operators is in the last two, and hardly in the times of operators and layers.
 
-    ``latency_ns`` is that of an inference without the profiler, ``uncorrected_ns`` the sum of operators before
-    ``overhead_ns``, the profiler's own, was subtracted from each; both None where nothing was, as in older profiles.
+    ``latency_ns`` is that of an inference without the profiler that nothing interrupts, ``uncorrected_ns`` the sum of
+    operators before ``overhead_ns``, the profiler's own, was subtracted from each; both None where nothing was, as
+    in older profiles.
     """
 
     layers: tuple[LayerTime, ...]
@@ -136,7 +140,7 @@ def of_arm(
     runs: Sequence[OperatorsRun], known: LayerMap | None, peaks: Peaks | None, latency_ns: float
 ) -> ArmOperators:
     """The processes of one arm; without a map, all of its time is elsewhere. ``peaks`` of what it ran on, if known;
-    ``latency_ns`` without the profiler."""
+    ``latency_ns`` of an inference that nothing interrupts, without the profiler."""
     find = Finder(known or LayerMap((), ()))
     layers = known.layers if known else ()
     known_as: dict[str, FileOperator | None] = {}
@@ -163,7 +167,7 @@ def of_arm(
     )
     return ArmOperators(
         layers=tuple(
-            _layer(layer, [sums.get(place, 0.0) for sums in by_layer], counts[place] * overhead_ns, peaks)
+            _layer(layer, [sums.get(place, 0.0) for sums in by_layer], counts[place], overhead_ns, peaks)
             for place, layer in enumerate(layers)
             if any(place in sums for sums in by_layer)
         ),
@@ -194,18 +198,21 @@ def compare(layer: LayerTime, other: LayerTime, arm: str, baseline: str) -> Laye
     if min(*mine, *its) <= 0:
         return LayerComparison(layer.layer, arm, baseline, None, None, None, OPEN)
     interval = stats.ratio_interval(mine, its)
-    least_ns = _RESOLUTION_NS + abs(layer.overhead_ns - other.overhead_ns)
+    least_ns = _RESOLUTION_NS * (1 + abs(layer.operators - other.operators))
+    least_ns += abs(layer.overhead_ns - other.overhead_ns)
     told = abs(layer.ns - other.ns) > least_ns and (layer.macs > 0) == (other.macs > 0)
     verdict = WON if told and max(mine) < min(its) else LOST if told and min(mine) > max(its) else OPEN
     return LayerComparison(layer.layer, arm, baseline, interval.ratio, interval.low, interval.high, verdict)
 
 
-def _layer(layer: FileLayer, uncorrected_ns: Sequence[float], overhead_ns: float, peaks: Peaks | None) -> LayerTime:
+def _layer(
+    layer: FileLayer, uncorrected_ns: Sequence[float], operators: int, overhead_ns: float, peaks: Peaks | None
+) -> LayerTime:
     found = bound(layer.macs, layer.traffic_bytes, peaks) if peaks else None
-    rounds_ns = tuple(max(0.0, ns - overhead_ns) for ns in uncorrected_ns)
+    rounds_ns = tuple(max(0.0, ns - operators * overhead_ns) for ns in uncorrected_ns)
     return LayerTime(
         layer.name, layer.form, layer.rank, layer.macs, layer.traffic_bytes, stats.median(rounds_ns), rounds_ns,
-        found.least_ns if found else None, found.kind if found else "", overhead_ns,
+        found.least_ns if found else None, found.kind if found else "", operators * overhead_ns, operators,
     )  # fmt: skip
 
 
