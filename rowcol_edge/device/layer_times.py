@@ -198,8 +198,8 @@ def compare(layer: LayerTime, other: LayerTime, arm: str, baseline: str) -> Laye
     if min(*mine, *its) <= 0:
         return LayerComparison(layer.layer, arm, baseline, None, None, None, OPEN)
     interval = stats.ratio_interval(mine, its)
-    least_ns = _RESOLUTION_NS * (1 + abs(layer.operators - other.operators))
-    least_ns += abs(layer.overhead_ns - other.overhead_ns)
+    counted_ns = _RESOLUTION_NS * (1 + abs(layer.operators - other.operators))
+    least_ns = counted_ns + abs(layer.overhead_ns - other.overhead_ns)
     told = abs(layer.ns - other.ns) > least_ns and (layer.macs > 0) == (other.macs > 0)
     verdict = WON if told and max(mine) < min(its) else LOST if told and min(mine) > max(its) else OPEN
     return LayerComparison(layer.layer, arm, baseline, interval.ratio, interval.low, interval.high, verdict)

@@ -230,8 +230,8 @@ def test_what_the_profiler_itself_takes_is_no_time_of_operators() -> None:
     ],
 )
 def test_nothing_is_said_within_what_is_subtracted(mine: tuple[int, ...], its: tuple[int, ...], verdict: str) -> None:
-    arms = [arm_of(times, float(sum(times))) for times in (mine, its)]
-    found = compare(*(arm.layers[0] for arm in arms), "factored@int8", "dense@int8")
+    [one], [other] = (arm_of(times, float(sum(times))).layers for times in (mine, its))
+    found = compare(one, other, "factored@int8", "dense@int8")
     assert (found.verdict, found.ratio) == (verdict, pytest.approx(sum(mine) / sum(its)))
 
 
