@@ -184,14 +184,18 @@ def encoder() -> nn.Module:
 
 
 def split_up(model: nn.Module) -> nn.Module:
-    """Each linear layer as two, the first without a bias: the form of a factored one."""
+    """The first layer of each FFN as two, of which one has no bias: the form of a factored one."""
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and opens(layer):
             rank = min(layer.weight.shape) // 2
             parts = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features)
             holder, _, last = name.rpartition(".")
             setattr(model.get_submodule(holder), last, nn.Sequential(*parts))
     return model
+
+
+def opens(layer: nn.Linear) -> bool:
+    return layer.in_features < layer.out_features
 
 
 def simplified(model: nn.Module, shape: tuple[int, ...], precision: str, folder: Path) -> OperatorGraph:
@@ -200,7 +204,7 @@ def simplified(model: nn.Module, shape: tuple[int, ...], precision: str, folder:
     feeds = [{name: rng.normal(size=shape).astype(np.float32)} for _ in range(2)]
     export(model.eval(), feeds[0], folder / "whole.onnx", opset=RUNTIME.opset, ir_version=RUNTIME.ir_version)
     source = simplify(folder / "whole.onnx", folder / "simple.onnx")
-    assert source.applied or "nodes, more than" in source.reason
+    assert source.applied, source.reason
     made = load_backend("onnxruntime").compile(
         source.path, RUNTIME, QuantSpec(precision), lambda: iter(feeds), folder / "a.onnx"
     )
@@ -235,7 +239,7 @@ def test_the_products_of_a_simplified_transformer_are_those_of_its_linear_layers
 def macs_of(layer: nn.Linear, rows: int, factored: bool) -> int:
     whole = layer.in_features * layer.out_features
     rank = min(layer.in_features, layer.out_features) // 2
-    return rows * (rank * (layer.in_features + layer.out_features) if factored else whole)
+    return rows * (rank * (layer.in_features + layer.out_features) if factored and opens(layer) else whole)
 
 
 def test_layers_that_a_converter_makes_one_stand_together_wherever_they_are_set_side_by_side() -> None:
