@@ -164,15 +164,17 @@ def _entry(arm: Arm, job: Job, target: Target, runtime: RuntimeSpec, original: Q
 
 def _layer_maps(arms: Sequence[Arm], runtime: RuntimeSpec) -> dict[str, bytes]:
     """By path in the bundle: which layer each operator of an arm's file belongs to. Every arm has those that the plan
-    speaks of, so that a layer's parts are set against the layer."""
+    speaks of, so that a layer's parts are set against the layer, and together those that stand together in any arm."""
     plan = next((arm.plan for arm in arms if arm.plan is not None), None)
     planned = {layer.name: layer for layer in plan.layers} if plan else {}
+    backend = load_backend(runtime.name)
+    graphs = {arm.name: graph for arm in arms if (graph := backend.operators(arm.artifact.path)) is not None}
+    together = operators.merged(graphs.values(), planned)
     found = {}
     for arm in arms:
-        graph = load_backend(runtime.name).operators(arm.artifact.path)
-        if graph is not None:
+        if arm.name in graphs:
             forms = {name: (layer.shape, layer.rank) for name, layer in planned.items()} if arm.plan else {}
-            layer_map = LayerMap(*operators.by_layer(graph, planned, forms))
+            layer_map = LayerMap(*operators.by_layer(graphs[arm.name], planned, forms, together))
             found[layers.path(arm.name)] = layer_map.to_json().encode()
     return found
 

@@ -242,8 +242,8 @@ def factor(
             model,
             weights=weights, calib=calib, select=select, metric=metric, contract=contract, labels=labels,
             positive=positive, preprocess=preprocess, budget=budget, energy=energy, plan=plan, refit=refit,
-            target=target, precision=precision, out=out or "factored", recover=recover, recover_data=recover_data, cache=cache,
-            progress=progress,
+            target=target, precision=precision, out=out or "factored", recover=recover, recover_data=recover_data,
+            cache=cache, progress=progress,
         )  # fmt: skip
     if json:
         _print_json(result.to_dict())

@@ -152,3 +152,17 @@ def test_an_interval_that_reaches_beyond_the_limit_is_named(table: ModuleType) -
         "against": {"litert-benchmark": {"ratio": 1.01, "ci_low": 0.97, "ci_high": 1.03, "longer_ns": 10.0}},
     }  # fmt: skip
     assert "the interval reaches beyond it for `dense@fp32`, tflite" in table.verdict([row])
+
+
+@pytest.mark.parametrize(("ratio", "low", "high", "told"), [
+    (1.03, 0.99, 1.05, False), (1.03, 1.015, 1.05, False), (0.97, 0.95, 0.985, False), (0.97, 0.95, 0.975, True),
+    (1.03, 1.025, 1.05, True),
+])  # fmt: skip
+def test_a_difference_whose_interval_reaches_below_the_limit_is_not_called_beyond_it(
+    table: ModuleType, ratio: float, low: float, high: float, told: bool
+) -> None:
+    found = row("onnxruntime", {"profiler": 4.0, "plain loop": 4.0})
+    found["against"]["plain loop"] |= {"ratio": ratio, "ci_low": low, "ci_high": high}
+    said = table.verdict([found])
+    assert "brings): 0 of 1." in said
+    assert ("below it for `dense@fp32`, onnxruntime: not told to be beyond." in said) is not told

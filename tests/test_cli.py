@@ -238,8 +238,8 @@ def test_outputs_are_scores_of_classes_only_where_nothing_else_is_said(
     (tmp_path / "loads.py").write_text(REGRESSION)
     inputs = np.random.default_rng(0).normal(size=(256, 16)).astype(np.float32)
     np.savez(tmp_path / "calib.npz", x=inputs)
-    errors = []
-    for contract, taken, unit in (("classify", True, "nats"), ("embed", False, "of half the outputs' squared relative")):
+    errors, half = [], "of half the outputs' squared relative error"
+    for contract, taken, unit in (("classify", True, "nats"), ("embed", False, half)):
         out, said = tmp_path / contract, [] if taken else ["--contract", "embed"]
         asked = [f"{tmp_path / 'loads.py'}:build", "--calib", str(tmp_path / "calib.npz"), "--budget", "params<=0.5x"]
         assert run("factor", *asked, *said, "--out", str(out)) == 0

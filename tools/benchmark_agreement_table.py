@@ -21,7 +21,7 @@ def agreement(found: Mapping[str, Any]) -> str:
     for row in found["rows"]:
         tool = next((name for name in row["against"] if name != _LOOP), None)
         rows.append([
-            f"`{row['arm']}`, {row['runtime']}", _median(row, _OURS),
+            _title(row), _median(row, _OURS),
             "–" if tool is None else f"{_median(row, tool)} (`{tool}`)", _ratio(row, tool),
             _median(row, _LOOP), _ratio(row, _LOOP), *_inside(row, tool),
         ])  # fmt: skip
@@ -29,7 +29,9 @@ def agreement(found: Mapping[str, Any]) -> str:
     rounded = " The tools state two decimals of a ms." if any(len(row["against"]) > 1 for row in found["rows"]) else ""
     foot = (
         f"`{found['sample']}`, {found['threads']} threads of {found['machine']['cpu_model']}; medians over "
-        f"{found['rounds']} rounds, in which all take turns, each in a process of its own.{rounded} Versions: "
+        f"{found['rounds']} rounds, in which all take turns, each in a process of its own. "
+        "A ratio is the median of the rounds' paired ratios: where rounds differ "
+        f"more than those who measure, it may point the other way than the two medians.{rounded} Versions: "
         f"{', '.join(versions)}. "
         f"Command: `{found['command']}`."
     )
@@ -47,14 +49,21 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
     whose = "the runtime's own tool (of the loop for onnxruntime, whose tool no package brings)"
     said = [f"Within {LIMIT:.0%} of {whose}: {len(pairs) - len(beyond)} of {len(pairs)}."]
     wide = [
-        f"`{row['arm']}`, {row['runtime']}"
+        _title(row)
         for row, _, each in pairs
         if abs(each["ratio"] - 1) <= LIMIT and not 1 - LIMIT <= each["ci_low"] <= each["ci_high"] <= 1 + LIMIT
     ]
     if wide:
         said.append(f"Of these the interval reaches beyond it for {', '.join(wide)}.")
+    near = [_title(row) for row, _, each in beyond if each["ci_low"] <= 1 + LIMIT and each["ci_high"] >= 1 - LIMIT]
+    if near:
+        said.append(f"Of the others the interval reaches below it for {', '.join(near)}: not told to be beyond.")
     said += [_difference(row, name) for row, name, _ in beyond]
     return " ".join(said)
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    return f"`{row['arm']}`, {row['runtime']}"
 
 
 def _difference(row: Mapping[str, Any], name: str) -> str:

@@ -4,17 +4,25 @@ as the integers it is made of."""
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
 
+from ..device.layers import MODEL
 from . import onnx_files
 from .onnx_liveness import inferred, size_bytes
 from .operators import Operator, OperatorGraph, module_of
 
 _DEQUANTIZE = "DequantizeLinear"
 _QUANTIZERS = ("QuantizeLinear", _DEQUANTIZE)
+_PRODUCTS = ("Gemm", "MatMul")
+_SIMPLIFIERS = (*_PRODUCTS, "Reshape", "Split", "Transpose")
+"""What onnxsim makes linear layers of. It names its operators as the export names those of the whole model, but its
+values by themselves."""
+_SIMPLIFIERS_VALUE = re.compile(r"_v_\d")
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -27,24 +35,38 @@ def operators(path: Path) -> OperatorGraph:
     shapes |= {value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim) for value in values}
     sizes: dict[str, int | None] = {value.name: size_bytes(value) for value in values}
     sizes |= {name: _stored(tensor) for name, tensor in constants.items()}
+    reads = Counter(name for node in graph.node for name in set(node.input))
     found = []
     for node in graph.node:
         if node.op_type == _DEQUANTIZE and sizes.get(node.output[0]):
             sizes[node.output[0]] = sizes.get(node.input[0])
         name = node.name or node.output[0]
         inputs, outputs = tuple(filter(None, node.input)), tuple(filter(None, node.output))
-        found.append(Operator(name, node.op_type, _module(node), inputs, outputs, _macs(node, shapes)))
+        found.append(
+            Operator(name, node.op_type, _module(node, constants, reads), inputs, outputs, _macs(node, shapes))
+        )
     fed = tuple(value.name for value in graph.input if value.name not in constants)
     return OperatorGraph(tuple(found), sizes, fed, tuple(value.name for value in graph.output))
 
 
-def _module(node: onnx.NodeProto) -> str:
-    """By its name; or by its weight, where the quantizer has named the layer after that (see `qdq`)."""
+def _module(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], reads: Mapping[str, int]) -> str:
+    """By its name; or by its weight, where the quantizer has named the layer after that (see `qdq`). Of what the
+    simplifier has made by the weight or bias that it alone reads, empty if neither has kept its name."""
     if node.op_type in _QUANTIZERS:
         return ""
     if node.name and any(name.startswith(f"{node.name}.") for name in node.input[1:]):
         return str(node.name)
-    return module_of(node.name, node.op_type)
+    module = module_of(node.name, node.op_type)
+    if module != MODEL or node.op_type not in _SIMPLIFIERS:
+        return module
+    if node.op_type in _PRODUCTS:
+        for name in node.input[1:]:
+            holder, _, parameter = name.rpartition(".")
+            # two equal biases are stored as one, under the name of the first
+            if holder and parameter in ("weight", "bias") and reads[name] == 1:
+                return str(holder)
+    values = (name for name in (*node.input, *node.output) if name not in constants)
+    return "" if any(map(_SIMPLIFIERS_VALUE.match, values)) else MODEL
 
 
 def _stored(tensor: onnx.TensorProto) -> int:

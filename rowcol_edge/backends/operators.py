@@ -4,7 +4,8 @@ profiler are read by.
 An operator belongs to the module it was written from, by its name (``blocks.0.attention/MatMul``). What converters and
 quantizers have put in between belongs where its input comes from, what reads constants alone where its output goes.
 Parts of a factored layer lie in a module of the layer's name, so they count to it, and so does what only changes a
-layer's output value by value. All else that no module is known for is left without a layer.
+layer's output value by value. Layers that a converter has made one product of stand together, in all files that are set
+side by side. All else that no module is known for is left without a layer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..device.layers import FileLayer, FileOperator
+from ..device.layers import MODEL, FileLayer, FileOperator
 
 _ON_OUTPUTS = frozenset({
     "BatchNormalization", "Cast", "Clamp", "Clip", "Convert", "DequantizeLinear", "Elu", "FakeQuantize", "Gelu",
@@ -26,12 +27,12 @@ _ON_OUTPUTS = frozenset({
 
 
 _BETWEEN = frozenset({
-    "Cast", "Constant", "Convert", "Expand", "Flatten", "Identity", "Reorder", "Reshape", "Squeeze", "Transpose",
-    "Unsqueeze", "CAST", "EXPAND_DIMS", "RESHAPE", "SQUEEZE", "TRANSPOSE",
+    "Cast", "Constant", "Convert", "Expand", "Flatten", "Identity", "Reorder", "Reshape", "Split", "Squeeze",
+    "Transpose", "Unsqueeze", "CAST", "EXPAND_DIMS", "RESHAPE", "SQUEEZE", "TRANSPOSE",
 })  # fmt: skip
 """What lays out values anew for what comes next, see also `_ON_OUTPUTS`."""
-MODEL = "(model)"
-"""Stands for the module that is the whole model: what its own code does between its layers."""
+_SPLIT = "Split"
+_DENSE: tuple[str, int | None] = ("dense", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,10 @@ def module_of(name: str, kind: str) -> str:
 
 
 def by_layer(
-    graph: OperatorGraph, layers: Collection[str], forms: Mapping[str, tuple[str, int | None]] | None = None
+    graph: OperatorGraph,
+    layers: Collection[str],
+    forms: Mapping[str, tuple[str, int | None]] | None = None,
+    together: Iterable[frozenset[str]] | None = None,
 ) -> tuple[tuple[FileLayer, ...], tuple[FileOperator, ...]]:
     """The operators with their layers; layers in the order they first run.
 
@@ -75,21 +79,49 @@ def by_layer(
     Args:
         layers: names of the layers that could be factored; a module that lies in none stands for itself.
         forms: form and rank by layer; ``dense`` where nothing is said.
+        together: layers that stand together as one, see `merged`; those of the graph itself where nothing is said.
     """
-    homes = _homes(graph, layers)
+    groups = merged([graph], layers) if together is None else tuple(together)
+    joint = {name: _joint(group) for group in groups for name in group}
+    known = dict(forms or {})
+    known |= {_joint(group): _form([known[name] for name in sorted(group) if name in known]) for group in groups}
+    homes = [joint.get(home, home) for home in _homes(graph, layers)]
     names = list(dict.fromkeys(filter(None, homes)))
     macs: Counter[str] = Counter()
     for operator, home in zip(graph.operators, homes, strict=True):
         macs[home] += operator.macs
     traffic = _traffic(graph, homes)
-    found = tuple(
-        FileLayer(name, *(forms or {}).get(name, ("dense", None)), macs[name], traffic[name]) for name in names
-    )
+    found = tuple(FileLayer(name, *known.get(name, _DENSE), macs[name], traffic[name]) for name in names)
     places = {name: place for place, name in enumerate(names)}
     return found, tuple(
         FileOperator(operator.name, operator.kind, places.get(home, -1), operator.macs, _named(operator))
         for operator, home in zip(graph.operators, homes, strict=True)
     )
+
+
+def merged(graphs: Iterable[OperatorGraph], layers: Collection[str]) -> tuple[frozenset[str], ...]:
+    """Layers whose products a converter has made one in any of the graphs: queries, keys and values, say. Times of such
+    layers can be compared with those of other files only together."""
+    found: list[frozenset[str]] = []
+    for graph in graphs:
+        homes = [_layer(operator.module, layers) for operator in graph.operators]
+        for members in _members(graph, homes, layers).values():
+            touched = [group for group in found if not group.isdisjoint(members)]
+            found = [group for group in found if group not in touched] + [frozenset(members).union(*touched)]
+    return tuple(group for group in found if len(group) > 1)
+
+
+def _joint(group: Collection[str]) -> str:
+    """``blocks.0.attention.key+query+value``."""
+    names = sorted(group)
+    parent, point, _ = names[0].rpartition(".")
+    return f"{parent}{point}" + "+".join(name.removeprefix(f"{parent}{point}") for name in names)
+
+
+def _form(forms: Sequence[tuple[str, int | None]]) -> tuple[str, int | None]:
+    """The form and rank of layers that stand together; no rank where they differ."""
+    kinds = dict.fromkeys(kind for kind, _ in forms)
+    return forms[0] if len(set(forms)) == 1 else (", ".join(kinds), None) if kinds else _DENSE
 
 
 def _named(operator: Operator) -> tuple[str, ...]:
@@ -98,14 +130,13 @@ def _named(operator: Operator) -> tuple[str, ...]:
 
 
 def _homes(graph: OperatorGraph, layers: Collection[str]) -> list[str]:
-    """The layer of each operator; empty where none can be told."""
+    """The layer of each operator, one of them for a product of several; empty where none can be told."""
     made = {name: place for place, operator in enumerate(graph.operators) for name in operator.outputs}
-    read: dict[str, list[int]] = {}
-    for place, operator in enumerate(graph.operators):
-        for name in operator.inputs:
-            read.setdefault(name, []).append(place)
+    read = _readers(graph)
     live = _live(graph)
     homes = [_layer(operator.module, layers) for operator in graph.operators]
+    for place, members in _members(graph, homes, layers).items():
+        homes[place] = members[0]
     for place, operator in enumerate(graph.operators):
         sources = [name for name in operator.inputs if name in live]
         maker = made.get(sources[0]) if sources else None
@@ -119,6 +150,56 @@ def _homes(graph: OperatorGraph, layers: Collection[str]) -> list[str]:
         if readers and (lost or live.isdisjoint(graph.operators[place].inputs)):
             homes[place] = homes[readers[0]] or homes[place]
     return homes
+
+
+def _readers(graph: OperatorGraph) -> dict[str, list[int]]:
+    """By tensor, the places of the operators that read it."""
+    read: dict[str, list[int]] = {}
+    for place, operator in enumerate(graph.operators):
+        for name in operator.inputs:
+            read.setdefault(name, []).append(place)
+    return read
+
+
+def _members(graph: OperatorGraph, homes: Sequence[str], layers: Collection[str]) -> dict[int, tuple[str, ...]]:
+    """By place of a product that no module is known for, the layers whose product it is, by what reads it: the bias of
+    one, or the parts it is split into. Parts that only the module around them reads are of those of its layers that
+    the graph has no operator of."""
+    read, live = _readers(graph), _live(graph)
+    found = {}
+    for place, operator in enumerate(graph.operators):
+        if homes[place] or not operator.macs:
+            continue
+        readers, parted = _first_known(graph, place, homes, read)
+        heirs = tuple(dict.fromkeys(homes[reader] for reader in readers))
+        holders = {name.rpartition(".")[0] for name in heirs}
+        biased = len(readers) == 1 and _adds_a_constant(graph.operators[readers[0]], live)
+        if parted and len(heirs) == 1:
+            inner = [name for name in layers if name.rpartition(".")[0] == heirs[0] and name not in homes]
+            found[place] = tuple(inner) or heirs
+        elif (parted and len(holders) == 1) or biased:
+            found[place] = heirs
+    return found
+
+
+def _first_known(
+    graph: OperatorGraph, place: int, homes: Sequence[str], read: Mapping[str, Sequence[int]]
+) -> tuple[list[int], bool]:
+    """The first operators with a layer that read what one without gives, and whether it is split on the way."""
+    found, ahead, parted = [], [place], False
+    while ahead:
+        for name in graph.operators[ahead.pop(0)].outputs:
+            for reader in read.get(name, ()):
+                if homes[reader]:
+                    found.append(reader)
+                elif (kind := graph.operators[reader].kind) in _BETWEEN:
+                    parted |= kind == _SPLIT
+                    ahead.append(reader)
+    return found, parted
+
+
+def _adds_a_constant(operator: Operator, live: Collection[str]) -> bool:
+    return operator.kind == "Add" and sum(name in live for name in operator.inputs) == 1
 
 
 def _layer(module: str, layers: Collection[str]) -> str:

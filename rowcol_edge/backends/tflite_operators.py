@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..device.layers import MODEL
 from . import tflite_files
-from .operators import MODEL, Operator, OperatorGraph
+from .operators import Operator, OperatorGraph
 
 _WITH_WEIGHT = {"CONV_2D": 1, "DEPTHWISE_CONV_2D": 1, "TRANSPOSE_CONV": 1, "FULLY_CONNECTED": 1}
 """Which of their inputs is the weight."""

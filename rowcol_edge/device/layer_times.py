@@ -2,20 +2,26 @@
 
 The unit of evidence is the process, as it is of latencies: each round runs every arm once, in processes of their own
 with the runtime's profiler on. A layer has won where the slowest process of the factored arm was faster than the
-fastest of the dense one, and lost the other way round; where the two ranges overlap, nothing is said, nor where the
-medians differ by no more than the µs that runtimes count in. For six rounds of arms that do not differ, ranges lie
-apart by chance in two of 924 layers.
+fastest of the dense one, and lost the other way round; where the two ranges overlap, nothing is said. For six rounds of
+arms that do not differ, ranges lie apart by chance in two of 924 layers.
+
+A profiler takes time itself at each operator, and counts it as the operator's: where their sum is above what an
+inference takes without it, the difference is subtracted, the same from each. That it is the same for each is assumed,
+and so nothing is said where two medians differ by no more than their corrections do and the µs that runtimes count in,
+one more for each operator that one arm has more. Nor is anything said of a layer whose products one of the two arms has
+elsewhere.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from . import stats
-from .layers import FileLayer, FileOperator, Finder, LayerMap
+from .layers import MODEL, FileLayer, FileOperator, Finder, LayerMap
 from .roofline import Peaks, bound
 from .runtimes.base import OperatorRuns
 
@@ -26,8 +32,9 @@ _RESOLUTION_NS = 1_000
 
 @dataclass(frozen=True, slots=True)
 class OperatorTime:
-    """One operator, as the runtime calls it: ns of an inference, the median over processes. ``origin`` is the operator
-    of the file that it is known by; that and ``layer`` are empty where they could not be told."""
+    """One operator, as the runtime calls it: ns of an inference, the median over processes, less the profiler's own.
+    ``origin`` is the operator of the file that it is known by; that and ``layer`` are empty where they could not be
+    told."""
 
     name: str
     origin: str
@@ -39,7 +46,8 @@ class OperatorTime:
 @dataclass(frozen=True, slots=True)
 class LayerTime:
     """One layer of the original model, as an arm has it: ``ns`` of an inference is the median of ``rounds_ns``, which
-    holds one of each process.
+    holds one of each process; ``overhead_ns``, the profiler's own at its ``operators``, is subtracted from each.
+    Both are 0 in older profiles.
 
     ``macs`` and ``traffic_bytes`` as `layers.FileLayer`. ``least_ns`` is what the machine's peaks allow at best,
     ``bound`` which of them binds; None and empty where the bytes, or the peaks of an accelerator, are not known.
@@ -54,6 +62,8 @@ class LayerTime:
     rounds_ns: tuple[float, ...]
     least_ns: float | None
     bound: str
+    overhead_ns: float = 0.0
+    operators: int = 0
 
     @property
     def reached(self) -> float | None:
@@ -67,6 +77,10 @@ class ArmOperators:
     known for, ``total_ns`` of all operators of an inference, ``inference_ns`` of the whole by the clock outside.
 
     Other work that interrupts single operators is in the last two, and hardly in the times of operators and layers.
+
+    ``latency_ns`` is that of an inference without the profiler that nothing interrupts, ``uncorrected_ns`` the sum of
+    operators before ``overhead_ns``, the profiler's own, was subtracted from each; both None where nothing was, as
+    in older profiles.
     """
 
     layers: tuple[LayerTime, ...]
@@ -74,12 +88,16 @@ class ArmOperators:
     elsewhere_ns: float
     total_ns: float
     inference_ns: float
+    latency_ns: float | None = None
+    uncorrected_ns: float | None = None
+    overhead_ns: float = 0.0
 
     @property
     def attributed(self) -> float:
-        """The share of the operators' time that layers are known for."""
+        """The share of the operators' time that is the layers', without what the model's own code does between."""
         known = sum(layer.ns for layer in self.layers)
-        return known / (known + self.elsewhere_ns) if known > 0 else 0.0
+        own = sum(layer.ns for layer in self.layers if layer.layer == MODEL)
+        return (known - own) / (known + self.elsewhere_ns) if known > own else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +136,11 @@ class OperatorsRun:
     operators: tuple[OperatorRuns, ...]
 
 
-def of_arm(runs: Sequence[OperatorsRun], known: LayerMap | None, peaks: Peaks | None) -> ArmOperators:
-    """The processes of one arm; without a map, all of its time is elsewhere. ``peaks`` of what it ran on, if known."""
+def of_arm(
+    runs: Sequence[OperatorsRun], known: LayerMap | None, peaks: Peaks | None, latency_ns: float
+) -> ArmOperators:
+    """The processes of one arm; without a map, all of its time is elsewhere. ``peaks`` of what it ran on, if known;
+    ``latency_ns`` of an inference that nothing interrupts, without the profiler."""
     find = Finder(known or LayerMap((), ()))
     layers = known.layers if known else ()
     known_as: dict[str, FileOperator | None] = {}
@@ -130,26 +151,33 @@ def of_arm(runs: Sequence[OperatorsRun], known: LayerMap | None, peaks: Peaks | 
     by_layer = [_sums(run, homes) for run in runs]
     names = list(dict.fromkeys((operator.name, operator.kind) for run in runs for operator in run.operators))
     each = [_each(run) for run in runs]
+    counts = Counter(homes[operator.name] for operator in runs[0].operators)
+    uncorrected_ns = stats.median([sum(sums.values()) for sums in by_layer])
+    overhead_ns = max(0.0, uncorrected_ns - latency_ns) / max(1, counts.total())
+    of_one_name = Counter(operator.name for operator in runs[0].operators)
     operators = tuple(
         OperatorTime(
             name=name,
             origin=found.name if (found := known_as[name]) else "",
             kind=kind,
             layer=layers[homes[name]].name if homes[name] >= 0 else "",
-            ns=stats.median([times.get(name, 0.0) for times in each]),
+            ns=max(0.0, stats.median([times.get(name, 0.0) for times in each]) - of_one_name[name] * overhead_ns),
         )
         for name, kind in names
     )
     return ArmOperators(
         layers=tuple(
-            _layer(layer, [sums.get(place, 0.0) for sums in by_layer], peaks)
+            _layer(layer, [sums.get(place, 0.0) for sums in by_layer], counts[place], overhead_ns, peaks)
             for place, layer in enumerate(layers)
             if any(place in sums for sums in by_layer)
         ),
         operators=operators,
-        elsewhere_ns=stats.median([sums.get(-1, 0.0) for sums in by_layer]),
+        elsewhere_ns=max(0.0, stats.median([sums.get(-1, 0.0) for sums in by_layer]) - counts[-1] * overhead_ns),
         total_ns=stats.median([_middle(np.sum([each.runs_ns for each in run.operators], 0)) for run in runs]),
         inference_ns=stats.median([_middle(run.samples_ns) for run in runs]),
+        latency_ns=latency_ns,
+        uncorrected_ns=uncorrected_ns,
+        overhead_ns=overhead_ns,
     )
 
 
@@ -165,21 +193,26 @@ def compared(arms: Mapping[str, ArmOperators], pairs: Iterable[tuple[str, str]])
 
 
 def compare(layer: LayerTime, other: LayerTime, arm: str, baseline: str) -> LayerComparison:
-    """One layer in two arms."""
+    """One layer in two arms; no verdict where only one of them multiplies there."""
     mine, its = layer.rounds_ns, other.rounds_ns
     if min(*mine, *its) <= 0:
         return LayerComparison(layer.layer, arm, baseline, None, None, None, OPEN)
     interval = stats.ratio_interval(mine, its)
-    told = abs(layer.ns - other.ns) > _RESOLUTION_NS
+    counted_ns = _RESOLUTION_NS * (1 + abs(layer.operators - other.operators))
+    least_ns = counted_ns + abs(layer.overhead_ns - other.overhead_ns)
+    told = abs(layer.ns - other.ns) > least_ns and (layer.macs > 0) == (other.macs > 0)
     verdict = WON if told and max(mine) < min(its) else LOST if told and min(mine) > max(its) else OPEN
     return LayerComparison(layer.layer, arm, baseline, interval.ratio, interval.low, interval.high, verdict)
 
 
-def _layer(layer: FileLayer, rounds_ns: Sequence[float], peaks: Peaks | None) -> LayerTime:
+def _layer(
+    layer: FileLayer, uncorrected_ns: Sequence[float], operators: int, overhead_ns: float, peaks: Peaks | None
+) -> LayerTime:
     found = bound(layer.macs, layer.traffic_bytes, peaks) if peaks else None
+    rounds_ns = tuple(max(0.0, ns - operators * overhead_ns) for ns in uncorrected_ns)
     return LayerTime(
-        layer.name, layer.form, layer.rank, layer.macs, layer.traffic_bytes, stats.median(rounds_ns),
-        tuple(rounds_ns), found.least_ns if found else None, found.kind if found else "",
+        layer.name, layer.form, layer.rank, layer.macs, layer.traffic_bytes, stats.median(rounds_ns), rounds_ns,
+        found.least_ns if found else None, found.kind if found else "", operators * overhead_ns, operators,
     )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from .records import decode
 SCHEMA = 1
 """Version of the file's format. History: 1 – first one."""
 FOLDER = "layers"
+MODEL = "(model)"
+"""Stands for the module that is the whole model: what its own code does between its layers."""
 _ADDED = ("fused ",)
 """What runtimes write before the name of an operator that they have changed."""
 

@@ -105,7 +105,7 @@ def profile(
         "energy": _no_energy(host, level) if energy else NOT_ASKED,
         "operators": _no_operators(bundle, level) if ops else NOT_ASKED,
     }
-    extras = _measured_too(why_not, bundle, requests, pairs, null_of, executor, tell)
+    extras = _measured_too(why_not, bundle, requests, pairs, null_of, session.blocks, executor, tell)
     after = system.readings(system.environment())
     obstacle = (
         "" if len(session.versions) == 1 else f"the runtime changed in between: {', '.join(sorted(session.versions))}"
@@ -184,6 +184,7 @@ def _measured_too(
     requests: Mapping[str, Request],
     pairs: Sequence[tuple[str, str]],
     null_of: str,
+    blocks: Mapping[str, Sequence[Block]],
     executor: Executor,
     tell: Progress,
 ) -> _Extras:
@@ -207,7 +208,7 @@ def _measured_too(
     return _Extras(
         attempt("memory", lambda: footprint_runs(requests, executor, tell), none),
         attempt("energy", lambda: energy_runs(requests, executor, tell), unspent),
-        attempt("operators", lambda: operators(bundle, requests, pairs, null_of, executor, tell), None),
+        attempt("operators", lambda: operators(bundle, requests, pairs, null_of, blocks, executor, tell), None),
         notes,
         tuple(warnings),
     )

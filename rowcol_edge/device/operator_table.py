@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
-from .layer_times import ArmOperators, LayerComparison, LayerTime, Operators
+from .layer_times import LOST, OPEN, WON, ArmOperators, LayerComparison, LayerTime, Operators
 from .profile import NOT_ASKED, Profile
 from .roofline import Peaks
 from .table import NONE, columns, milliseconds
 
 TOP = 20
-"""Layers of a table; the profile's JSON has all."""
+"""Layers of a table, beside those that have lost; the profile's JSON has all."""
 
 
 def operator_lines(profile: Profile) -> list[str]:
@@ -50,16 +51,33 @@ def null_text(found: Operators) -> str:
 
 
 def share_text(arm: ArmOperators) -> str:
-    """``3.91 ms where nothing interrupts them, 97.3 % in layers of the model; 4.02 ms as they ran, of …``."""
+    """``1.14 ms where nothing interrupts them, 0.36 ms without the profiler: …``, what is subtracted and what is the
+    layers', then the times as they ran."""
     own = arm.elsewhere_ns + sum(layer.ns for layer in arm.layers)
+    if arm.latency_ns is None or arm.uncorrected_ns is None:
+        head = f"{time_text(own)} where nothing interrupts them, the profiler's own part not subtracted; "
+    else:
+        head = f"{time_text(arm.uncorrected_ns)} where nothing interrupts them, "
+        head += f"of an inference's {time_text(arm.latency_ns)} without the profiler (a tenth is faster)"
+        if arm.overhead_ns > 0:
+            head += (
+                f": {time_text(arm.overhead_ns)} an operator are the profiler's and subtracted, {time_text(own)} left"
+            )
+        head += "; "
     return (
-        f"{time_text(own)} where nothing interrupts them, {arm.attributed:.1%} of it in layers of the model; "
+        f"{head}{arm.attributed:.1%} of it in layers of the model; "
         f"{time_text(arm.total_ns)} as they ran, of an inference's {time_text(arm.inference_ns)} with the profiler on"
     )
 
 
+def verdicts_text(found: Sequence[LayerComparison]) -> str:
+    """``12 won, 3 lost, 40 without verdict``."""
+    counts = Counter(each.verdict for each in found)
+    return f"{counts[WON]} won, {counts[LOST]} lost, {counts[OPEN]} without verdict"
+
+
 def side_by_side(found: Operators, arm: str, baseline: str) -> list[str]:
-    """The layers of two arms, those that take most in the baseline first."""
+    """The layers of two arms, those that take most in the baseline first: the first TOP, and all that have lost."""
     pairs = [each for each in found.comparisons if (each.arm, each.baseline) == (arm, baseline)]
     mine = {layer.layer: layer for layer in found.arms[arm].layers}
     its = {layer.layer: layer for layer in found.arms[baseline].layers}
@@ -68,12 +86,14 @@ def side_by_side(found: Operators, arm: str, baseline: str) -> list[str]:
         f"layers, {arm} / {baseline}", "form", baseline.partition("@")[0], arm.partition("@")[0], "ratio [95 %]", "",
         "MACs", "after", "bound", "reached", "after",
     ]  # fmt: skip
-    rows = [_row(each, mine[each.layer], its[each.layer]) for each in ordered[:TOP]]
+    shown = [each for place, each in enumerate(ordered) if place < TOP or each.verdict == LOST]
+    rows = [_row(each, mine[each.layer], its[each.layer]) for each in shown]
     elsewhere = [time_text(found.arms[name].elsewhere_ns) for name in (baseline, arm)]
     rows.append(["elsewhere", NONE, *elsewhere, *[NONE] * (len(head) - 4)])
     text = columns([head, *rows], [False, False, True, True, False, False] + [True] * 2 + [False] + [True] * 2)
-    left = len(ordered) - TOP
-    return [*text, f"and {left} more in the profile's JSON"] if left > 0 else text
+    left = len(ordered) - len(shown)
+    more = f"; {left} more in the profile's JSON, none of them lost" if left else ""
+    return [*text, f"layers: {verdicts_text(pairs)}{more}"]
 
 
 def alone(name: str, arm: ArmOperators) -> list[str]:

@@ -15,8 +15,9 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -33,9 +34,12 @@ _HWMON = "sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*/in*_label"
 _IIO = "sys/bus/i2c/drivers/ina3221*/*/iio:device*/rail_name_*"
 _POWERCAP = "sys/class/powercap/intel-rapl:*"
 _UNCONNECTED = "NC"
-_WHOLE = ("VDD_IN", "POM_5V_IN", "psys", "package-0")
+_PLATFORM = "psys"
+_WHOLE = ("VDD_IN", "POM_5V_IN", _PLATFORM, "package-0")
 """Rails that stand for the most, and so come first: a Jetson module's input, an Intel platform, the processor's
 package."""
+_PACKAGE = re.compile(r"package-[0-9]+(-die-[0-9]+)?")
+"""A RAPL domain that is a whole processor, or a die of it: a machine with several takes their sum."""
 _INPUTS = (("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"), ("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V"))
 """Rails that are a module's inputs side by side, where no rail is behind another: their sum stands for the most.
 
@@ -101,7 +105,7 @@ def rails(root: Path = Path("/")) -> Rails:
         unread += [f"{rail.source} {rail.name}, {text}" for text in why[:1]]
     if not candidates:
         unread = ["no INA3221 monitor and no RAPL counter here"]
-    found = [rail for rail in candidates if rail.read() is not None]
+    found = _told_apart([rail for rail in candidates if rail.read() is not None])
     found.sort(key=lambda rail: _WHOLE.index(rail.name) if rail.name in _WHOLE else len(_WHOLE))
     return Rails(tuple(found), "; ".join(unread))
 
@@ -124,8 +128,8 @@ def mean_watts(rail: Rail, samples: Samples) -> float | None:
 
 
 def set_against(rails_read: Sequence[Rail], idle: Sequence[Samples], busy: Sequence[Samples]) -> tuple[RailRun, ...]:
-    """Each rail at rest and at work, before them the sum of those that are a module's inputs; one that could not be
-    read throughout is left out."""
+    """Each rail at rest and at work, before them the sum of those that are a module's inputs, or of several processors;
+    one that could not be read throughout is left out."""
     runs: list[RailRun] = []
     for rail, at_rest, at_work in zip(rails_read, idle, busy, strict=True):
         idle_watts, watts = mean_watts(rail, at_rest), mean_watts(rail, at_work)
@@ -135,17 +139,30 @@ def set_against(rails_read: Sequence[Rail], idle: Sequence[Samples], busy: Seque
 
 
 def _sums(runs: Sequence[RailRun]) -> Iterator[RailRun]:
-    by_name = {run.rail: run for run in runs if run.source == INA3221}
-    for names in _INPUTS:
+    by_name = {run.rail: run for run in runs}
+    packages = tuple(run.rail for run in runs if run.source == RAPL and _PACKAGE.fullmatch(run.rail))
+    whole = (packages,) if len(packages) > 1 and _PLATFORM not in by_name else ()
+    for names in (*_INPUTS, *whole):
         if all(name in by_name for name in names):
             parts = [by_name[name] for name in names]
             yield RailRun(
                 " + ".join(names),
-                INA3221,
+                parts[0].source,
                 sum(part.idle_watts for part in parts),
                 sum(part.watts for part in parts),
                 min(part.samples for part in parts),
             )
+
+
+def _told_apart(found: Sequence[Rail]) -> list[Rail]:
+    """Rails of one source and name under names of their own: the second is ``VDD_IN (2)``."""
+    seen: Counter[tuple[str, str]] = Counter()
+    told = []
+    for rail in found:
+        seen[rail.source, rail.name] += 1
+        count = seen[rail.source, rail.name]
+        told.append(rail if count == 1 else replace(rail, name=f"{rail.name} ({count})"))
+    return told
 
 
 class Recorder:

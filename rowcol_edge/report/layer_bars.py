@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..device.layer_times import ArmOperators, LayerComparison, LayerTime, OperatorTime
+from ..device.operator_table import verdicts_text
 from .charts import WIDTH, Axis, Tick
 from .figures import ProfileFigures
 
@@ -67,11 +68,13 @@ class LayerRow:
 
 @dataclass(frozen=True, slots=True)
 class LayerTable:
-    """``arms`` have their numbers in the report, the dense one first; ``rows`` what takes most there first."""
+    """``arms`` have their numbers in the report, the dense one first; ``rows`` what takes most there first;
+    ``verdicts`` how many have won and lost, empty for a single arm."""
 
     arms: tuple[tuple[int, str], ...]
     rows: tuple[LayerRow, ...]
     elsewhere_ns: tuple[float, ...]
+    verdicts: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ def table(profile: ProfileFigures) -> LayerTable | None:
         tuple((numbers[name], name) for name in names),
         tuple(LayerRow(name, tuple(each.get(name) for each in times), compared.get(name)) for name in layers),
         tuple(found.arms[name].elsewhere_ns for name in names),
+        verdicts_text(tuple(compared.values())) if compared else "",
     )
 
 
@@ -126,9 +130,7 @@ def bars(layers: LayerTable) -> Bars:
     names = " and ".join(name for _, name in layers.arms)
     left = len(layers.rows) - len(shown)
     cut = " Lines that end at the right go on beyond it." if farthest > limit else ""
-    said = (
-        f"Time of an inference spent in each layer, {names}, with the runtime's profiler on; lines span the processes."
-    )
+    said = f"Time of an inference spent in each layer, {names}, by the runtime's profiler; lines span the processes."
     return Bars(
         "Time by layer", said + cut + (f" {left} more layers in the table." if left > 0 else ""), y + 26, "time, ms",
         axis.ticks(), tuple(rows),
@@ -157,7 +159,7 @@ def _operators(number: int, name: str, arm: ArmOperators) -> OperatorBars:
         rows.append(Row(_short(operator.name), said, y + _LABEL - 5, (bar,)))
         y += _LABEL + _BAR + _GAP
     left = len(arm.operators) - len(shown)
-    said = "Time of an inference spent in each operator, as the runtime calls them, with its profiler on."
+    said = "Time of an inference spent in each operator, as the runtime calls them, by its profiler."
     bars = Bars(
         f"Time by operator, {name}", said + (f" {left} more in the profile's JSON." if left else ""), y + 26,
         "time, ms", axis.ticks(), tuple(rows),

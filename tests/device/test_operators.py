@@ -12,9 +12,10 @@ import pytest
 
 from rowcol_edge.device import layers, system
 from rowcol_edge.device.bundle import Bundle
-from rowcol_edge.device.layer_times import LOST, OPEN, WON, LayerTime, OperatorsRun, compare, of_arm
-from rowcol_edge.device.layers import FileLayer, FileOperator, LayerMap
+from rowcol_edge.device.layer_times import LOST, OPEN, WON, ArmOperators, LayerTime, OperatorsRun, compare, of_arm
+from rowcol_edge.device.layers import MODEL, FileLayer, FileOperator, LayerMap
 from rowcol_edge.device.measure import profile
+from rowcol_edge.device.operator_table import TOP, share_text, side_by_side
 from rowcol_edge.device.operators import ROUNDS
 from rowcol_edge.device.processes import Processes
 from rowcol_edge.device.profile import Profile
@@ -27,7 +28,7 @@ from rowcol_edge.device.worker import OPERATORS, PEAKS, Request
 from rowcol_edge.errors import BundleError, MeasurementError
 from rowcol_edge.package import write_bundle
 
-from ..profiles import ENVIRONMENT, MS, FakeExecutor
+from ..profiles import ENVIRONMENT, MS, FakeExecutor, make_operators, with_arms
 
 LEVELS = {"factored@fp32": 2.0, "dense@fp32": 4.0}
 MACHINE = Peaks(1e9, 5e9, 1, "made up")
@@ -156,17 +157,124 @@ def test_nothing_is_said_of_what_is_shorter_than_runtimes_count() -> None:
     assert (found.verdict, found.ratio) == (OPEN, pytest.approx(0.5))
 
 
+def test_nothing_is_said_of_a_layer_whose_products_are_elsewhere_in_one_arm() -> None:
+    slow, fast = (LayerTime("l", "dense", None, macs, 1, t, (t,) * 6, 1.0, "memory") for macs, t in ((9, MS), (0, 9.0)))
+    assert compare(fast, slow, "factored@int8", "dense@int8").verdict == OPEN
+    assert compare(replace(fast, macs=9), slow, "factored@int8", "dense@int8").verdict == WON
+
+
+def test_what_the_models_own_code_does_is_in_no_layer() -> None:
+    known = layer_map("dense", 10)
+    known = replace(known, layers=(*known.layers, FileLayer(MODEL, "dense", None, 0, 0)),
+                    operators=(known.operators[0], replace(known.operators[1], layer=1)))  # fmt: skip
+    runs = (
+        OperatorRuns("linear/MatMul", "MatMul", ("linear/MatMul",), (30_000,) * 4),
+        OperatorRuns("Flatten", "Flatten", ("Flatten",), (10_000,) * 4),
+    )
+    found = of_arm([OperatorsRun("1", (50_000,) * 4, runs)] * 3, known, MACHINE, 50_000.0)
+    assert ([layer.layer for layer in found.layers], found.attributed) == (["linear", MODEL], 0.75)
+
+
 def test_operators_of_one_layer_add_up_within_an_inference() -> None:
     runs = (
         OperatorRuns("linear/MatMul", "MatMul", ("linear/MatMul",), (10, 30, 10, 10)),
         OperatorRuns("Flatten", "Flatten", ("Flatten",), (30, 10, 30, 30)),
         OperatorRuns("Reorder", "Reorder", ("Reorder",), (5, 5, 5, 5)),
     )
-    found = of_arm([OperatorsRun("1", (50,) * 4, runs)] * 3, layer_map("dense", 10), MACHINE)
+    found = of_arm([OperatorsRun("1", (50,) * 4, runs)] * 3, layer_map("dense", 10), MACHINE, 48.0)
     assert (found.layers[0].ns, found.elsewhere_ns, found.total_ns, found.inference_ns) == (40.0, 5.0, 45.0, 50.0)
     assert [(o.origin, o.layer) for o in found.operators] == [
         ("linear/MatMul", "linear"), ("Flatten", "linear"), ("", "")
     ]  # fmt: skip
+
+
+def arm_of(times_us: tuple[int, ...], latency_us: float) -> ArmOperators:
+    """One layer of so many operators, each of so many µs, of which the profiler counts 3 µs too many."""
+    known = LayerMap(
+        (FileLayer("l", "dense", None, 10, 1_000),),
+        tuple(FileOperator(f"l.{i}/MatMul", "MatMul", 0, 5) for i in range(len(times_us))),
+    )
+    runs = tuple(
+        OperatorRuns(f"l.{i}/MatMul", "MatMul", (f"l.{i}/MatMul",), (1_000 * (us + 3),) * 4)
+        for i, us in enumerate(times_us)
+    )
+    run = OperatorsRun("1", (1_000 * (sum(times_us) + 30),) * 4, runs)
+    return of_arm([run] * 6, known, Peaks(1e9, 1e6, 1, "made up"), 1_000 * latency_us)
+
+
+def test_what_the_profiler_itself_takes_is_no_time_of_operators() -> None:
+    found = arm_of((9, 4, 2), 15.0)
+    assert (found.latency_ns, found.uncorrected_ns, found.overhead_ns) == (15_000.0, 24_000.0, 3_000.0)
+    assert [operator.ns for operator in found.operators] == [9_000.0, 4_000.0, 2_000.0]
+    [layer] = found.layers
+    assert (layer.ns, layer.rounds_ns, layer.overhead_ns, layer.operators) == (15_000.0, (15_000.0,) * 6, 9_000.0, 3)
+    assert layer.reached == pytest.approx(10_000 / 15_000)
+    assert found.total_ns == 24_000.0  # as they ran
+    assert (
+        "24.0 µs where nothing interrupts them, of an inference's 15.0 µs without the profiler (a tenth is faster): "
+        "3.0 µs an operator are the profiler's and subtracted, 15.0 µs left; 100.0% of it in layers"
+        in (share_text(found))
+    )
+    slower = arm_of((9, 4, 2), 30.0)  # calls take time beside the operators: nothing is added to these
+    assert (slower.overhead_ns, slower.layers[0].ns) == (0.0, 24_000.0)
+    assert "an operator" not in share_text(slower)
+
+
+@pytest.mark.parametrize(
+    ("mine", "its", "verdict"),
+    [
+        ((1, 1, 1), (4,), OPEN),  # shorter, though the profiler counts 12 µs against 7: too near to be told
+        ((2, 2, 2), (4,), OPEN),
+        ((4, 4, 4), (30,), WON),
+        ((30, 30, 30), (30,), LOST),
+    ],
+)
+def test_nothing_is_said_within_what_is_subtracted(mine: tuple[int, ...], its: tuple[int, ...], verdict: str) -> None:
+    [one], [other] = (arm_of(times, float(sum(times))).layers for times in (mine, its))
+    found = compare(one, other, "factored@int8", "dense@int8")
+    assert (found.verdict, found.ratio) == (verdict, pytest.approx(sum(mine) / sum(its)))
+
+
+def test_nothing_is_said_within_the_us_that_each_operator_is_counted_in() -> None:
+    few, many = arm_of((10,), 99.0), arm_of((4, 4, 4), 99.0)  # a profiler whose cost cannot be told from the latency
+    assert (few.overhead_ns, many.overhead_ns) == (0.0, 0.0)
+    wide, narrow = many.layers[0], replace(few.layers[0], ns=18_500.0, rounds_ns=(18_500.0,) * 6)
+    assert wide.ns - narrow.ns == 2_500.0
+    assert compare(wide, narrow, "factored@int8", "dense@int8").verdict == OPEN
+    assert compare(replace(wide, operators=1), narrow, "factored@int8", "dense@int8").verdict == LOST
+
+
+def test_older_profiles_have_uncorrected_times_and_the_table_says_so() -> None:
+    found = replace(arm_of((9, 4, 2), 15.0), latency_ns=None, uncorrected_ns=None, overhead_ns=0.0)
+    assert "the profiler's own part not subtracted" in share_text(found)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_profile_without_the_latency_beside_its_operators_is_read(mapped: Bundle) -> None:
+    measured = profile(mapped, ops=True, executor=FakeExecutor(LEVELS))
+    values = measured.to_dict()
+    for arm in values["operators"]["arms"].values():
+        for key in ("latency_ns", "uncorrected_ns", "overhead_ns"):
+            del arm[key]
+        for layer in arm["layers"]:
+            del layer["overhead_ns"], layer["operators"]
+    found = Profile.from_dict(values).operators
+    assert found is not None
+    assert [arm.latency_ns for arm in found.arms.values()] == [None, None]
+
+
+def test_all_that_lost_stands_in_the_table_beside_what_takes_most() -> None:
+    found = make_operators(["dense@int8", "factored@int8"], layers=TOP + 10)
+    last = found.arms["factored@int8"].layers[-1]
+    slow = replace(last, ns=3 * last.ns, rounds_ns=tuple(3 * ns for ns in last.rounds_ns))
+    arm = replace(found.arms["factored@int8"], layers=(*found.arms["factored@int8"].layers[:-1], slow))
+    lines = side_by_side(with_arms(found, {**found.arms, "factored@int8": arm}), "factored@int8", "dense@int8")
+    names = [line.split()[0] for line in lines]
+    assert names[1 : TOP + 3] == [*(f"body.{i}" for i in range(TOP)), f"body.{TOP + 9}", "elsewhere"]
+    assert " lost " in lines[TOP + 1]
+    assert lines[-1] == (
+        f"layers: {TOP + 9} won, 1 lost, 0 without verdict; 9 more in the profile's JSON, none of them lost"
+    )
 
 
 def event(name: str, dur: int, cat: str = "Node", **args: str) -> dict[str, Any]:

@@ -50,6 +50,31 @@ def test_where_a_module_has_several_inputs_their_sum_stands_for_the_most(tmp_pat
     assert taken(["VDD_GPU_SOC", "VIN_SYS_5V0"])[0] == ("VDD_GPU_SOC", 4.0, 14.0)  # no sum without all of them
 
 
+def test_rails_of_one_label_are_told_apart(tmp_path: Path) -> None:
+    found = power.rails(lay(tmp_path, trees.ORIN_JETPACK_6, in3_label="VDD_IN\n")).found
+    assert [rail.name for rail in found] == ["VDD_IN", "VDD_CPU_GPU_CV", "VDD_IN (2)"]
+    assert found[0].files != found[2].files
+
+
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [
+        (("package-0", "package-1", "package-0/core"), ("package-0 + package-1", 3.0, 30.0)),
+        (("package-0-die-0", "package-0-die-1"), ("package-0-die-0 + package-0-die-1", 3.0, 30.0)),
+        (("psys", "package-0", "package-1"), ("psys", 1.0, 10.0)),  # the platform, which all packages are in
+        (("package-0", "package-0/core"), ("package-0", 1.0, 10.0)),
+    ],
+)
+def test_several_processors_stand_for_the_most_together(
+    names: tuple[str, ...], first: tuple[str, float, float]
+) -> None:
+    found = [Rail(name, RAPL, (), 1.0, counter=True) for name in names]
+    at_rest, at_work = ([[(0.0, 0.0), (1.0, factor * (i + 1))] for i in range(len(names))] for factor in (1.0, 10.0))
+    runs = set_against(found, at_rest, at_work)
+    assert (runs[0].rail, runs[0].idle_watts, runs[0].watts) == first
+    assert runs[0].source == RAPL
+
+
 def test_nvidias_older_driver_gives_milliwatts(tmp_path: Path) -> None:
     assert watts(lay(tmp_path, trees.XAVIER_JETPACK_4)) == {
         "VDD_IN": pytest.approx(4.027), "VDD_CPU_GPU_CV": pytest.approx(0.394)

@@ -29,6 +29,9 @@ def test_the_default_arm_stands_beside_the_dense_one_of_its_precision(tmp_path: 
     assert last is not None
     assert (first.verdict, first.ratio) == ("won", pytest.approx(0.5))
     assert (last.verdict, last.ratio) == ("no verdict", pytest.approx(1.0))
+    assert "factored@int8 against dense@int8: 2 won, 0 lost, 1 without verdict." in page(
+        reading.load([tmp_path / "p.json"])
+    )
 
 
 def test_bars_are_as_long_as_their_times(tmp_path: Path) -> None:
