@@ -16,6 +16,7 @@ import rowcol_edge
 from rowcol_edge import cli, config, recovery
 from rowcol_edge.config import BuildOptions
 from rowcol_edge.errors import ConfigError, DataError, SplitError
+from rowcol_edge.factoring.distil import Distillation
 from rowcol_edge.factoring.plan import FactorPlan
 from rowcol_edge.pipeline import Factored
 
@@ -205,3 +206,13 @@ def test_data_of_another_shape_or_of_the_selection_split_are_refused(
             _factor(net, **splits, recover=1, recover_data=splits[name])
     # what spaces are measured on may be trained on
     assert _factor(net, calib=splits["calib"], recover=1, recover_data=splits["calib"]).recovery is not None
+
+
+@pytest.mark.parametrize(("rounded", "shown"), [(-1e-9, 0.0), (2.0, 2.0), (float("nan"), float("nan"))])
+def test_no_distance_is_below_zero(
+    rounded: float, shown: float, net: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = [{"x": frames(4, seed=0)[0]}]
+    measured = Distillation(net, net, batches, classify=True)
+    monkeypatch.setattr(measured, "_outputs", lambda *_: torch.tensor(rounded))
+    assert measured.distance(net, batches) == pytest.approx(shown, nan_ok=True)
