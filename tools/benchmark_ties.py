@@ -4,6 +4,8 @@ the tied network beside the same one untied.
     python tools/benchmark_ties.py                        # writes tools/results/ties.json
     python tools/benchmark_ties.py --models halvit-tiny --runtimes onnxruntime --seconds 20
 
+What the file holds of rows that were not asked for stays in it.
+
 The untied network has a matrix of its own for each use, with the same numbers: the same operators, more bytes. Files of
 one runtime and precision take turns in one session, a null arm among them. A parameter counts with the bytes it is
 stored in: at int8 one for those of matrices and kernels, four for biases, norms and positions. Memory is what a process
@@ -67,7 +69,6 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     target = targets.load(TARGET)
     inputs = np.random.default_rng(0).normal(size=(_SAMPLES, 3, 224, 224)).astype(np.float32)
-    rows = []
     for name in options.models:
         tied = models.load(f"sample:{name}").module
         networks = {"tied": tied, "untied": untied(tied)}
@@ -79,19 +80,25 @@ def main() -> None:
                 made = [
                     _compiled(arm, networks[arm], programs[arm], target, runtime, precision, inputs) for arm in networks
                 ]
-                rows.append({"model": name, **_measured(made, target, runtime, precision, inputs, options)})
-                print(_line(rows[-1]), flush=True)
-                _write(rows, options.out)
+                row = {"model": name, **_measured(made, target, runtime, precision, inputs, options)}
+                print(_line(row), flush=True)
+                _keep(row, options.out)
     print(f"written to {options.out}")
 
 
-def _write(rows: list[dict[str, Any]], out: Path) -> None:
-    """After each row: what a command that is stopped has measured stays."""
-    result = {
+def _keep(row: dict[str, Any], out: Path) -> None:
+    """After each row: what a command that is stopped has measured stays, and what the file holds of others."""
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.is_file() else []
+    said = {
         "command": shlex.join(["python", *sys.argv]), "machine": machine(), "tools": job.tool_versions(),
-        "source": job.own_source(), "rows": rows,
+        "source": job.own_source(),
     }  # fmt: skip
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    found = {_place(each): each for each in rows} | {_place(row): row | said}
+    out.write_text(json.dumps({"rows": sorted(found.values(), key=_place)}, indent=1) + "\n", encoding="utf-8")
+
+
+def _place(row: dict[str, Any]) -> tuple[int, str, int]:
+    return MODELS.index(row["model"]), row["runtime"], PRECISIONS.index(row["precision"])
 
 
 def _options() -> argparse.Namespace:

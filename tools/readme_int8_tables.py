@@ -29,9 +29,10 @@ def ties(found: dict[str, Any]) -> str:
             ]
         )
     evidence = ", ".join(sorted({row["latency_ratio"]["evidence"] for row in found["rows"]}))
+    made = dict.fromkeys(f"`{row['command']}`, {_machine(row)}" for row in found["rows"])
     foot = (
         "Batch 1, random weights; the error is that of the file's outputs against the float network's. Evidence: "
-        f"{evidence} – {_machine(found)}. Command: `{found['command']}`."
+        f"{evidence}. {'; '.join(made)}."
     )
     return "\n\n".join([table(heads, rows), foot])
 
