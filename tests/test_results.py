@@ -42,9 +42,10 @@ def test_factoring_large_models_keeps_its_bounds(results: Path) -> None:
         assert max(plans.values()) <= 2
 
 
-def test_no_other_way_to_factor_is_nearer_to_the_original(results: Path) -> None:
+def test_other_ways_to_factor_are_nearer_to_the_original_only_where_the_readme_says(results: Path) -> None:
     models = read(results / "factoring.json")["models"]
     assert len(models) == 5
+    nearer = set()
     for name, model in models.items():
         cells = {(row["axis"], row["share"]): {} for row in model["rows"]}
         for row in model["rows"]:
@@ -53,7 +54,10 @@ def test_no_other_way_to_factor_is_nearer_to_the_original(results: Path) -> None
         for cell, found in cells.items():
             rivals = [kl for way, kl in found.items() if not way.startswith("ours")]
             assert len(rivals) == 4
-            assert min(found["ours"], found["ours, project only"]) < min(rivals), (name, cell)
+            if min(rivals) < min(found["ours"], found["ours, project only"]):
+                nearer.add((name, *cell))
+    models_there = ("efficientnet-lite0", "efficientnet-lite0, same photos")
+    assert nearer == {(name, "parameters", 0.8) for name in models_there}
 
 
 def test_what_the_readme_says_of_forms_at_int8_is_in_the_result(root: Path, results: Path) -> None:

@@ -20,6 +20,7 @@ import argparse
 import copy
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -70,6 +71,7 @@ def main() -> None:
     target = targets.load(TARGET)
     inputs = np.random.default_rng(0).normal(size=(_SAMPLES, 3, 224, 224)).astype(np.float32)
     for name in options.models:
+        shutil.rmtree(options.work / name, ignore_errors=True)  # an older converter's files would be taken
         tied = models.load(f"sample:{name}").module
         networks = {"tied": tied, "untied": untied(tied)}
         for runtime in (target.runtime(found) for found in options.runtimes):
