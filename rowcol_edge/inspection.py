@@ -20,7 +20,7 @@ from .device.progress import silent
 from .factoring import ranks
 from .factoring.channels import ChannelSet
 from .factoring.costs import LayerInfo
-from .factoring.layers import base, stored
+from .factoring.layers import base, computes_alike, stored
 from .factoring.spaces import LayerSpaces, collect, utilised_rank
 from .factoring.study import Study, study
 from .job import Progress
@@ -177,7 +177,7 @@ def _computes_as_its_kind(layer: nn.Module) -> bool:
     """Features are where those of its kind are."""
     own = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
     kind = base(layer)
-    return not own and kind is not None and type(layer).forward is kind.forward
+    return not own and kind is not None and (type(layer).forward is kind.forward or computes_alike(layer, kind))
 
 
 def _elsewhere(model: nn.Module, layers: Iterable[str]) -> tuple[MatrixElsewhere, ...]:

@@ -47,14 +47,14 @@ class Widths:
         self.infos = {**infos, **{own: _loose_info(own, self.sets[name]) for name, own in self._loose.items()}}
         self._gives: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
         self._takes: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
-        self._readers: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
+        self._read: dict[str, set[str]] = defaultdict(set)
         for name, each in self.sets.items():
             for slot in (*each.producers, *each.carriers):
                 self._gives[slot.name].append((name, each.size, each.groups))
             for slot in (*each.uses, *each.carriers):
                 self._takes[slot.name].append((name, each.size, each.groups * slot.index.shape[2]))
             for slot in each.uses:
-                self._readers[slot.name].append((name, each.size, 1))
+                self._read[slot.name].add(name)
         for name, own in self._loose.items():
             self._gives[own].append((name, self.sets[name].size, 1))
 
@@ -65,13 +65,13 @@ class Widths:
         if not given and not taken:
             return info
         groups = info.groups if info.groups == 1 else info.out_features - given
-        bias = info.bias or _lost(self._readers.get(name, ()), widths) > 0  # see `narrow`: what is gone has a mean
+        narrower = (widths.get(each, self.sets[each].size) < self.sets[each].size for each in self._read.get(name, ()))
         return replace(
             info,
             out_features=info.out_features - given,
             in_features=info.in_features - taken,
             groups=groups,
-            bias=bias,
+            bias=info.bias or any(narrower),  # a reader takes up the mean of what is gone, see `narrow`
         )
 
     def lost(self, name: str, widths: Mapping[str, int]) -> tuple[int, int]:

@@ -152,7 +152,7 @@ def _held(module: nn.Module) -> str:
     if parametrize.is_parametrized(module) or module._parameters.get("weight") is None:
         return "its weight is parametrized"
     own = any(getattr(type(module), name, None) is not getattr(kind, name, None) for name in _COMPUTES)
-    if (own and not _computes_alike(module, kind)) or "forward" in vars(module):
+    if (own and not computes_alike(module, kind)) or "forward" in vars(module):
         return f"{type(module).__name__} has a forward of its own"
     # A replacement would lose them silently.
     if module._forward_hooks or module._forward_pre_hooks:
@@ -163,7 +163,7 @@ def _held(module: nn.Module) -> str:
     return ""
 
 
-def _computes_alike(module: nn.Module, kind: type[nn.Module]) -> bool:
+def computes_alike(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a forward of its own gives what its kind's does, on random inputs, from the weight and bias alone: timm's
     linear layers are such."""
     if set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:

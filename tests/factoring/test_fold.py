@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from rowcol_edge.datasets import Split, scan
 from rowcol_edge.errors import ModelError
 from rowcol_edge.factoring.fold import fold_batchnorm
 from rowcol_edge.factoring.graph import trace
+from rowcol_edge.factoring.study import study
 
 
 def _random_norms(model: nn.Module) -> nn.Module:
@@ -141,6 +143,30 @@ def test_norms_of_timm_fold_with_their_activations(name: str) -> None:
         before, after = model(x), fold_batchnorm(model, graph)(x)
     assert len(graph.batchnorms) == norms
     assert float((after - before).norm() / before.norm()) < 1e-4
+
+
+class _Asking(nn.Module):
+    """Its code reads an attribute of the norm, which nothing that takes its place has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.norm(self.first(x)))) / self.norm.num_features
+
+
+def test_a_model_that_asks_its_norms_keeps_them() -> None:
+    torch.manual_seed(0)
+    model = _random_norms(_Asking())
+    inputs = torch.randn(8, 2, 8, 8)
+    split = scan(Split("calibration", "random", lambda: iter([({"x": inputs.numpy()}, None)])))
+    known = study(model, split, classify=False)
+    assert known.graph.batchnorms == ()
+    assert isinstance(known.dense.norm, nn.BatchNorm2d)
+    assert set(known.spaces) == {"first", "last"}
+    with torch.no_grad():
+        assert torch.equal(known.dense(inputs), model(inputs))
 
 
 def test_half_precision_keeps_its_type() -> None:

@@ -141,3 +141,36 @@ def test_break_even_is_the_last_rank_that_saves(bias: bool) -> None:
             rank for rank in range(1, outputs + 1) if info.split_parameters(Split(Form.COLUMN, rank)) < info.parameters
         ]
         assert info.break_even == max(saving, default=0)
+
+
+class Same(nn.Linear):
+    """It computes what torch's does, in words of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Scaled(Same):
+    """What it holds beside may count some day."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.register_buffer("scale", torch.ones(1))
+
+
+class Padded(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.pad(x, (1, 0, 1, 0)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (Same(16, 16), ""),
+        (Scaled(16, 16), "Scaled has a forward of its own"),
+        (Own(16, 16), "Own has a forward of its own"),
+        (Padded(16, 16, 3), "Padded has a forward of its own"),
+    ],
+)
+def test_a_forward_of_its_own_counts_where_it_computes_something_else(layer: nn.Module, reason: str) -> None:
+    assert skip_reasons(nn.Sequential(layer)) == {"0": reason}
