@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from . import schedule, stats
 from .memory import Usage
-from .profile import NULL, Block, Comparison, Footprint, FootprintReading
+from .profile import NULL, TWICE, Block, Comparison, Footprint, FootprintReading
 from .runtimes.memory import VARIANTS
 from .session import Executor, Progress
 from .verdicts import judge
@@ -54,17 +54,18 @@ def footprint_runs(requests: Mapping[str, Request], executor: Executor, progress
 def variants(runtime: str) -> dict[str, dict[str, str]]:
     """The properties that each variant adds to those of the target, by name; where there are any, a null arm too."""
     own = VARIANTS.get(runtime, {})
-    return {DEFAULT: {}, **own, NULL: {}} if own else {DEFAULT: {}}
+    return {DEFAULT: {}, **own, TWICE: {}} if own else {DEFAULT: {}}
 
 
 def footprints(runtime: str, runs: Runs, evidence: str) -> tuple[Footprint, ...]:
     """One a variant: medians over its runs, and its latency against the default's of the same rounds."""
-    blocks = {name: [_block(i, run) for i, run in enumerate(of_variant)] for name, of_variant in runs.items()}
     latencies: dict[str, Comparison] = {}
-    if NULL in runs:
-        pairs = [(name, DEFAULT) for name in runs if name not in (DEFAULT, NULL)]
+    if TWICE in runs:
+        names = {name: NULL if name == TWICE else name for name in runs}
+        blocks = {names[name]: [_block(i, run) for i, run in enumerate(found)] for name, found in runs.items()}
+        pairs = [(name, DEFAULT) for name in runs if name not in (DEFAULT, TWICE)]
         judged = judge(blocks, pairs, DEFAULT, evidence)
-        latencies = {DEFAULT: judged.null, **{found.arm: found for found in judged.comparisons}}
+        latencies = {TWICE: judged.null, **{found.arm: found for found in judged.comparisons}}
     return tuple(
         Footprint(
             variant=name,
@@ -79,7 +80,6 @@ def footprints(runtime: str, runs: Runs, evidence: str) -> tuple[Footprint, ...]
             runs=tuple(map(_reading, of_variant)),
         )
         for name, of_variant in runs.items()
-        if name != NULL
     )
 
 

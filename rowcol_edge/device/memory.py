@@ -5,8 +5,8 @@
 so that the import of the runtime does not count as the model's peak (proc(5)).
 
 ``smaps_rollup`` (Linux 4.14 or newer) tells the pages apart: PSS counts one that n processes share for 1/n, private are
-those that no other process has (``Private_Clean`` and ``Private_Dirty``), which is what a further process would cost
-(kernel.org, filesystems/proc).
+those that no other process has (``Private_Clean`` and ``Private_Dirty``), which is what the end of the process would
+free (kernel.org, filesystems/proc): the runtime's libraries too, unless another process has them.
 """
 
 from __future__ import annotations

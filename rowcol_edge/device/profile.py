@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
@@ -38,6 +38,8 @@ _LIMIT_BYTES = 256 * _MIB
 
 NULL = "null"
 """Name of the null arm: the same file as its baseline, in processes of its own."""
+TWICE = "default twice"
+"""Of the runtime's settings the null arm: further processes without any."""
 NOT_ASKED = "not asked for"
 """Why something was not measured that takes time of its own."""
 
@@ -144,13 +146,19 @@ class FootprintReading:
     median_ns: float
     curve: Curve | None = None
 
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most at any time, RSS."""
+        return _most(self.load_peak_bytes, self.run_peak_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Memory of a process that runs an arm, at each stage: medians over ``runs``.
+    """Memory of a process that runs an arm, at each stage: medians over ``runs``, one a round.
 
-    ``variant`` is ``default``, or the name of the ``properties`` that were set besides the target's. ``latency`` is
-    that with them over that of the default; of the default, that of further such processes over its own, the null arm.
+    ``variant`` is ``default``, the name of the ``properties`` that were set besides the target's, or TWICE. ``latency``
+    is that with them over that of the default; of the default None, in older profiles that of the null arm, which has
+    no entry of its own there.
     """
 
     variant: str
@@ -167,19 +175,18 @@ class Footprint:
     @property
     def peak_bytes(self) -> int | None:
         """The most at any time, RSS."""
-        peaks = self.load_peak_bytes, self.run_peak_bytes
-        return None if None in peaks else max(filter(None, peaks), default=0)
+        return _most(self.load_peak_bytes, self.run_peak_bytes)
 
     def beyond(self, default: Footprint) -> tuple[int | None, int | None, int | None]:
         """Bytes beyond those of ``default``, below zero where it takes less: at the peak; and of many inferences, RSS
-        and private ones."""
-        pairs = (
-            (self.peak_bytes, default.peak_bytes),
-            (self.steady.resident_bytes, default.steady.resident_bytes),
-            (self.steady.private_bytes, default.steady.private_bytes),
+        and private ones. Medians over rounds, each process against the default's of its round: private bytes rise by
+        all of a runtime's libraries when another process that has them ends."""
+        pairs = list(zip(self.runs, default.runs, strict=False))
+        return (
+            _median_change([(a.peak_bytes, b.peak_bytes) for a, b in pairs]),
+            _median_change([(a.steady.resident_bytes, b.steady.resident_bytes) for a, b in pairs]),
+            _median_change([(a.steady.private_bytes, b.steady.private_bytes) for a, b in pairs]),
         )
-        peak, resident, private = (None if a is None or b is None else a - b for a, b in pairs)
-        return peak, resident, private
 
     @property
     def running_bytes(self) -> int | None:
@@ -383,6 +390,17 @@ class Profile:
         if profile.operators:
             _check_operators(profile.operators, profile.arms, where)
         return profile
+
+
+def _most(*peaks: int | None) -> int | None:
+    """None where one of them is not known."""
+    return None if None in peaks else max(filter(None, peaks), default=0)
+
+
+def _median_change(pairs: Sequence[tuple[int | None, int | None]]) -> int | None:
+    """None where one of them is not known, or there are none."""
+    changes = [a - b for a, b in pairs if a is not None and b is not None]
+    return int(median(changes)) if changes and len(changes) == len(pairs) else None
 
 
 def _check_arm(arm: ArmProfile, where: str) -> None:

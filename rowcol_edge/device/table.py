@@ -9,6 +9,7 @@ from .profile import (
     NOT_ASKED,
     NOT_MEASURED,
     OVER,
+    TWICE,
     ArmProfile,
     Comparison,
     MemoryBudget,
@@ -244,8 +245,8 @@ def _variants(profile: Profile) -> list[str]:
         for found in shown[1:]:
             changes = map(mib_change, found.beyond(shown[0]))
             rows.append([f"{name}, {found.variant}", *changes, ratio_text(found.latency) if found.latency else NONE])
-        if shown[1:] and shown[0].latency:
-            rows.append([f"{name}, {shown[0].variant} twice", NONE, NONE, NONE, ratio_text(shown[0].latency)])
+        if shown[1:] and shown[0].latency:  # of an older profile, which has no memory of its null arm
+            rows.append([f"{name}, {TWICE}", NONE, NONE, NONE, ratio_text(shown[0].latency)])
     return ["", *columns(rows, [False, True, True, True, False])] if rows[1:] else []
 
 

@@ -68,8 +68,8 @@ class ArmFigures:
     ``quality``, ``drop_pp`` and its interval are the manifest's, on ``split``; None without a bundle.
     ``curve`` holds (percent, ns) of all raw samples, ``percentiles`` those of TABLED. ``memory_curve`` holds (ns,
     bytes) of one process, of those of the footprint the one of middle length, and ``memory_marks`` its stages and its
-    peak; empty without a footprint. ``memory_variants`` are of the runtime's settings that were tried, ``memory_null``
-    is their null arm: the latency without them, twice.
+    peak; empty without a footprint. ``memory_variants`` are of the runtime's settings that were tried, in the end
+    ``default twice``, their null arm; ``memory_null`` is the latency of that.
     """
 
     arm: str

@@ -13,7 +13,7 @@ from ..device.bundle import Bundle
 from ..device.manifest import PLAN_NAME, ArmEntry
 from ..device.memory import STAGES as MARKS
 from ..device.memory import Curve
-from ..device.profile import ArmProfile, Profile
+from ..device.profile import TWICE, ArmProfile, Profile
 from ..device.stats import MIN_SAMPLES, percentile
 from ..device.system import counts
 from ..errors import BundleError, NotComparableError
@@ -110,6 +110,7 @@ def _arm(profile: Profile, name: str, entry: ArmEntry | None, default: bool) -> 
     stated = quality.get(split, {})
     energy = arm.energy[0] if real and arm.energy else None
     over = _over_time(arm) if real else None
+    variants = _variants(arm) if real else ()
     dense = f"dense@{name.partition('@')[2]}"
     return ArmFigures(
         arm=name,
@@ -139,8 +140,8 @@ def _arm(profile: Profile, name: str, entry: ArmEntry | None, default: bool) -> 
         stages=_stages(arm) if real else (),
         memory_curve=tuple(zip(over.times_ns, over.resident_bytes, strict=True)) if over else (),
         memory_marks=_marks(over) if over else (),
-        memory_variants=_variants(arm) if real else (),
-        memory_null=arm.footprints[0].latency if real and arm.footprints[1:] else None,
+        memory_variants=variants,
+        memory_null=next((variant.latency for variant in variants if variant.name == TWICE), None),
     )
 
 
@@ -165,10 +166,13 @@ def _stages(arm: ArmProfile) -> tuple[Stage, ...]:
 
 
 def _variants(arm: ArmProfile) -> tuple[MemoryVariant, ...]:
-    return tuple(
-        MemoryVariant(found.variant, found.properties, *found.beyond(arm.footprints[0]), found.latency)
-        for found in arm.footprints[1:]
-    )
+    if not arm.footprints[1:]:
+        return ()
+    default, *others = arm.footprints
+    variants = [MemoryVariant(each.variant, each.properties, *each.beyond(default), each.latency) for each in others]
+    if default.latency:  # of an older profile, which has no memory of its null arm
+        variants.append(MemoryVariant(TWICE, {}, None, None, None, default.latency))
+    return tuple(variants)
 
 
 def _over_time(arm: ArmProfile) -> Curve | None:

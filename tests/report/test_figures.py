@@ -79,8 +79,9 @@ def test_settings_of_the_runtime_are_in_json_and_csv(tmp_path: Path) -> None:
     arms = {**profile.arms, "dense@fp32": make_profile().arms["dense@fp32"]}
     found = load(tmp_path, replace(profile, arms=arms))
     arm = found.to_dict()["profiles"][0]["arms"][0]
-    [variant] = arm["memory_variants"]
+    variant, twice = arm["memory_variants"]
     latency = variant.pop("latency")
+    assert (twice["name"], twice["peak_change_bytes"], twice["latency"]) == ("default twice", 0, arm["memory_null"])
     assert (latency["ratio"], latency["verdict"], arm["memory_null"]["ratio"]) == (1.25, "slower", 1.0)
     assert variant == {
         "name": "no arena", "properties": {"enable_cpu_mem_arena": "0"},

@@ -14,7 +14,15 @@ import rowcol_edge
 from rowcol_edge import cli
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.memory import Curve, Usage
-from rowcol_edge.device.profile import Comparison, Footprint, FootprintReading, MemoryBudget, Profile, RailEnergy
+from rowcol_edge.device.profile import (
+    TWICE,
+    Comparison,
+    Footprint,
+    FootprintReading,
+    MemoryBudget,
+    Profile,
+    RailEnergy,
+)
 from rowcol_edge.errors import BundleError, ConfigError, MissingDependencyError, NotComparableError
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan
 from rowcol_edge.report import charts, figures, reading
@@ -86,13 +94,17 @@ def rich_profile(samples: int = 60) -> Profile:
         Comparison(name, "default", ratio, ratio - 0.01, ratio + 0.01, verdict, "target", 6)
         for name, ratio, verdict in (("null", 1.0, "no significant difference"), ("no arena", 1.25, "slower"))
     )
-    default = Footprint("default", {}, *stages, *peaks, null, runs)
+    default = Footprint("default", {}, *stages, *peaks, None, runs)
     smaller = replace(steady, resident_bytes=60 * MIB, private_bytes=None)
+    saving = tuple(replace(each, steady=smaller, run_peak_bytes=88 * MIB) for each in runs)
     without = Footprint(
-        "no arena", {"enable_cpu_mem_arena": "0"}, use, use, use, smaller, 80 * MIB, 88 * MIB, slower, runs
+        "no arena", {"enable_cpu_mem_arena": "0"}, use, use, use, smaller, 80 * MIB, 88 * MIB, slower, saving
     )
+    twice = Footprint(TWICE, {}, *stages, *peaks, null, runs)
     energy = RailEnergy("VDD_IN", "INA3221", 0.0042, 0.004, 0.005, ())
-    arms = {name: replace(arm, footprints=(default, without), energy=(energy,)) for name, arm in profile.arms.items()}
+    arms = {
+        name: replace(arm, footprints=(default, without, twice), energy=(energy,)) for name, arm in profile.arms.items()
+    }
     budget = MemoryBudget(64 * MIB, dict.fromkeys(arms, "over"), ("factored@int8",))
     return replace(
         profile, arms=arms, memory_budget=budget, operators=make_operators(), operators_note="",
@@ -155,12 +167,24 @@ def test_the_runtimes_settings_stand_with_what_they_save_and_cost(tmp_path: Path
     first = found.index("no arena")
     assert found[first : first + 11] == [
         "no arena", "-2.0", "-6.0", "–", "1.250 [1.240, 1.260] slower",
-        "default twice", "–", "–", "–", "1.000 [0.990, 1.010] no significant difference", "no arena",
+        "default twice", "+0.0", "+0.0", "+0.0", "1.000 [0.990, 1.010] no significant difference", "no arena",
     ]  # fmt: skip
     (without := tmp_path / "without").mkdir()
     (emulated := tmp_path / "emulated").mkdir()
     assert "settings</h3>" not in written(without, make_profile())
     assert "settings</h3>" not in written(emulated, replace(rich_profile(), evidence="emulated"))
+
+
+def test_an_older_profile_tells_of_the_settings_null_arm_its_latency_alone(tmp_path: Path) -> None:
+    profile = rich_profile()
+    arm = profile.arms["factored@int8"]
+    default, without, twice = arm.footprints
+    older = replace(arm, footprints=(replace(default, latency=twice.latency), without))
+    text = written(tmp_path, replace(profile, arms={**profile.arms, arm.name: older}))
+    found = [text for tag, text in Document(text).texts if tag == "td"]
+    first = found.index("default twice")
+    assert found[first + 1 : first + 5] == ["–", "–", "–", "1.000 [0.990, 1.010] no significant difference"]
+    assert found[first + 6 : first + 10] == ["-2.0", "-6.0", "–", "1.250 [1.240, 1.260] slower"]  # the next arm's
 
 
 def test_the_page_is_made_for_keyboards_and_screen_readers(tmp_path: Path) -> None:
