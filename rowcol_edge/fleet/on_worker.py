@@ -43,7 +43,7 @@ def do(job_id: str, job: dict[str, Any], topic: str, limit_seconds: float) -> di
         job = {**job, "bundle": path}
     place = _machine(job, worker.address)
     with contextlib.ExitStack() as held:
-        if place and not held.enter_context(_alone(place, tell, wanted)):
+        if place and not held.enter_context(_alone(place, str(job["board"]["on"]), tell, wanted)):
             return _told(Outcome("failed", reason="interrupted"))
         tell({"begun": True})  # not before: another run may hold the board for as long as it likes
         return _told(work.run(job, limit_seconds=limit_seconds, tell=tell, wanted=wanted, unset=_of_dask()))
@@ -64,9 +64,9 @@ def _machine(job: dict[str, Any], worker: str) -> str:
 
 
 @contextlib.contextmanager
-def _alone(place: str, tell: work.Tell, wanted: Callable[[], bool]) -> Iterator[bool]:
-    """Hold a board among all clients of this scheduler, so that two of them cannot measure on it at once; False: not
-    wanted any more.
+def _alone(place: str, on: str, tell: work.Tell, wanted: Callable[[], bool]) -> Iterator[bool]:
+    """Hold a board, reached at ``on``, among all clients of this scheduler, so that two of them cannot measure on it at
+    once; False: not wanted any more.
 
     Its lease ends by itself half a minute after its worker has died.
     """
@@ -77,7 +77,8 @@ def _alone(place: str, tell: work.Tell, wanted: Callable[[], bool]) -> Iterator[
             yield False
             return
         if not told:
-            tell({"say": f"{place} is in use by another run, or its worker has just died: waiting"})
+            board = f"the worker's machine ({place})" if on == LOCAL else on
+            tell({"say": f"{board} is in use by another run, or its worker has just died: waiting"})
             told = True
     try:
         yield True
