@@ -67,8 +67,10 @@ class LayerTime:
 
     @property
     def reached(self) -> float | None:
-        """The share of what the peaks allow; over 1 where data lie in a cache, or int8 multiplies faster."""
-        return None if self.least_ns is None or self.ns <= 0 else self.least_ns / self.ns
+        """The share of what the peaks allow; over 1 where data lie in a cache, or int8 multiplies faster. None where
+        more was subtracted than is left: that time is known too roughly."""
+        rough = self.ns <= max(0.0, self.overhead_ns)
+        return None if self.least_ns is None or rough else self.least_ns / self.ns
 
 
 @dataclass(frozen=True, slots=True)

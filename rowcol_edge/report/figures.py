@@ -66,6 +66,8 @@ class ArmFigures:
 
     ``against_dense`` is the paired ratio to the dense arm of the same precision, ``against_original`` to dense@fp32.
     ``quality``, ``drop_pp`` and its interval are the manifest's, on ``split``; None without a bundle.
+    ``energy_joules`` is what an inference adds to the power at rest: the median over runs, beside the least and the
+    most.
     ``curve`` holds (percent, ns) of all raw samples, ``percentiles`` those of TABLED. ``memory_curve`` holds (ns,
     bytes) of one process, of those of the footprint the one of middle length, and ``memory_marks`` its stages and its
     peak; empty without a footprint. ``memory_variants`` are of the runtime's settings that were tried, in the end
@@ -91,6 +93,8 @@ class ArmFigures:
     drop_low_pp: float | None
     drop_high_pp: float | None
     energy_joules: float | None
+    energy_low_joules: float | None
+    energy_high_joules: float | None
     energy_rail: str
     against_dense: Comparison | None
     against_original: Comparison | None

@@ -1,7 +1,8 @@
 """Gates on a profile: limits that a pipeline holds a bundle's arm to, each with what was found.
 
 A gate that cannot be judged is not one that holds: a ratio without an interval or no larger than what the null arm of
-its session shows, memory that nobody measured or a drop that no manifest states ends as not comparable.
+its session shows, memory that nobody measured or a drop that no manifest states ends as not comparable. The target's
+own memory budget needs no asking: `profile` has judged it, or could not.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from ..budgets import Budgets
 from ..device.bundle import Bundle
 from ..device.manifest import MANIFEST_NAME, PROFILES_FOLDER, Manifest
-from ..device.profile import ArmProfile, Profile
+from ..device.profile import NOT_MEASURED, ArmProfile, Profile
 from ..device.stats import NO_DIFFERENCE, NOT_COMPARABLE
 from ..device.table import times_count
 from ..errors import BudgetError, BundleError, ConfigError, NotComparableError, did_you_mean
@@ -143,6 +144,9 @@ def gate(
         gates.append(Gate(f"file of {measured.name}", "bytes", limit, got, f"at most {_bytes(limit)}", _bytes(got)))
     if limits.memory_bytes is not None:
         gates.append(_memory(profile, measured, limits.memory_bytes))
+    budget = profile.memory_budget
+    if budget and budget.verdicts.get(measured.name, NOT_MEASURED) != NOT_MEASURED:
+        gates.append(_memory(profile, measured, budget.limit_bytes, of="the target's budget"))
     return GateReport(profile.bundle, profile.target, measured.name, baseline, profile.evidence, tuple(gates))
 
 
@@ -245,8 +249,9 @@ def _drop(manifest: Manifest | None, arm: str, limit: float) -> Gate:
     return Gate(what, "pp", limit, drop, expected, f"{drop:+.3f} pp{interval} of {test['metric']}, n = {test['n']}")
 
 
-def _memory(profile: Profile, arm: ArmProfile, limit: float) -> Gate:
-    what, expected = f"peak memory of {arm.name} ({profile.evidence})", f"at most {_mebibytes(limit)}"
+def _memory(profile: Profile, arm: ArmProfile, limit: float, of: str = "") -> Gate:
+    what = f"peak memory of {arm.name} ({profile.evidence})"
+    expected = f"at most {_mebibytes(limit)}{f', {of}' if of else ''}"
     if not times_count(profile):
         return Gate(what, "bytes", limit, None, expected, f"{profile.evidence} memory, which is not the target's")
     if arm.memory is None:

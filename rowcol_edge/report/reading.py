@@ -132,6 +132,8 @@ def _arm(profile: Profile, name: str, entry: ArmEntry | None, default: bool) -> 
         drop_low_pp=stated.get("ci_low_pp"),
         drop_high_pp=stated.get("ci_high_pp"),
         energy_joules=energy.joules if energy else None,
+        energy_low_joules=energy.low if energy else None,
+        energy_high_joules=energy.high if energy else None,
         energy_rail=energy.rail if energy else "",
         against_dense=paired(profile, name, dense) if dense in profile.arms else None,
         against_original=paired(profile, name, _ORIGINAL) if _ORIGINAL in profile.arms else None,

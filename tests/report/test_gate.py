@@ -12,7 +12,7 @@ import rowcol_edge
 from rowcol_edge import cli
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.manifest import Manifest
-from rowcol_edge.device.profile import WITHIN, MemoryBudget, Profile
+from rowcol_edge.device.profile import NOT_MEASURED, OVER, WITHIN, MemoryBudget, Profile
 from rowcol_edge.device.stats import NO_DIFFERENCE, SLOWER
 from rowcol_edge.errors import BundleError, ConfigError, NotComparableError
 
@@ -76,6 +76,21 @@ def test_the_arm_and_its_baseline_can_be_named(gate: Callable[..., tuple[int, li
 def test_the_default_arm_is_the_one_that_decides_about_memory(gate: Callable[..., tuple[int, list[str]]]) -> None:
     budget = MemoryBudget(99 * MIB, {"dense@int8": WITHIN}, ("dense@int8",))
     assert "peak memory of dense@int8" in gate(make_profile(memory_budget=budget), "--max-memory", "70MiB")[1][0]
+
+
+def test_the_targets_memory_budget_is_a_gate_that_nobody_has_to_ask_for(
+    gate: Callable[..., tuple[int, list[str]]],
+) -> None:
+    for limit, verdict, code, said in ((70, WITHIN, 0, "held"), (69, OVER, 1, "missed")):
+        budget = MemoryBudget(limit * MIB, {"factored@int8": verdict}, ("factored@int8",))
+        found, lines = gate(make_profile(memory_budget=budget), "--max-bytes", "2MB")
+        assert found == code
+        assert lines[1] == (
+            f"{said}: peak memory of factored@int8 (target): "
+            f"expected at most {limit}.00 MiB, the target's budget, got 70.00 MiB"
+        )
+    unknown = MemoryBudget(99 * MIB, {"factored@int8": NOT_MEASURED}, ("factored@int8",))
+    assert len(gate(make_profile(memory_budget=unknown), "--max-bytes", "2MB")[1]) == 1
 
 
 def test_the_bundle_says_which_arm_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
