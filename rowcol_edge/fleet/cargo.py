@@ -91,10 +91,13 @@ class Cargo:
 
     @classmethod
     def pack(cls, bundle: Bundle, folder: Path) -> Cargo:
-        """From an open bundle; what has to be made for it is written into ``folder``."""
+        """From an open bundle; what has to be made for it is written into ``folder``. OSError names that."""
         program = folder / PROGRAM
-        program.write_bytes(device_archive_bytes())
-        packed = bundle.source if bundle.source.is_file() else zip_bundle(bundle.root, folder / BUNDLE, "bundle")
+        try:
+            program.write_bytes(device_archive_bytes())
+            packed = bundle.source if bundle.source.is_file() else zip_bundle(bundle.root, folder / BUNDLE, "bundle")
+        except OSError as e:  # a disk that is full has no name
+            raise OSError(e.errno, e.strerror, e.filename or str(folder)) from e
         with zipfile.ZipFile(packed) as archive:
             unpacked_bytes = sum(entry.file_size for entry in archive.infolist())
         need_bytes = packed.stat().st_size + unpacked_bytes + SPARE_BYTES

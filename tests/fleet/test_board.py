@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import resource
 import subprocess
 import sys
 import venv
@@ -393,3 +395,14 @@ def test_a_link_in_the_place_of_a_lost_folder_is_not_followed(pipe: Pipe, home: 
         assert opened["folder"] != str(link)
         connection.ask("remove", folder=opened["folder"])
     assert list(precious.iterdir()) == []
+
+
+def test_a_disk_here_that_is_full_while_the_cargo_is_packed_is_named(opened: Bundle, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))  # Python ignores the signal: a write is an error
+    try:
+        with pytest.raises(OSError, match=str(tmp_path)) as caught:
+            cargo.Cargo.pack(opened, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
