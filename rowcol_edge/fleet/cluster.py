@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import socket
+import sys
 import tempfile
 import time
 import uuid
@@ -31,6 +33,7 @@ from .queueing import FAILED, Job, Outcome
 
 try:
     from distributed import Client, Future, Security
+    from distributed.comm.addressing import get_address_host_port, parse_address
 except ImportError as e:
     raise MissingDependencyError("--scheduler needs Dask", package="rowcol-edge[fleet]") from e
 
@@ -43,6 +46,7 @@ NO_WORKER_SECONDS = 300.0
 _LOOK_SECONDS = 5.0
 _SENDS = 5
 """How often a bundle is sent for one job, to workers that die or lose it."""
+_GREETING_BYTES = 1 << 20
 _SLACK_SECONDS = 600.0
 """What a job that has its board may take beyond its limit, to clean it and to bring back what was measured."""
 
@@ -215,6 +219,11 @@ class Cluster:
 
 def _connected(address: str, security: Security | None) -> Client:
     """A client of a scheduler that has this package: Dask's scheduler opens what is sent to its workers."""
+    if greeting := _no_greeting(address):
+        raise SchedulerError(
+            f"scheduler {address}", expected="a Dask scheduler", got=greeting,
+            hint="`dask scheduler` prints its address; it is not that of its dashboard",
+        )  # fmt: skip
     try:
         client = Client(
             address, timeout=CONNECT_SECONDS, set_as_default=False, security=security, name="rowcol-edge-fleet"
@@ -230,6 +239,27 @@ def _connected(address: str, security: Security | None) -> Client:
         client.close(timeout=2)
         raise
     return client
+
+
+def _no_greeting(address: str) -> str:
+    """What is not as Dask begins; empty where all is well, and where the client itself will tell.
+
+    Whoever is connected to is the first to speak, and says how long its greeting is (distributed.comm.tcp). Dask's
+    client takes the first bytes of anything else for that length, or waits for them without end.
+    """
+    try:
+        scheme, _ = parse_address(address)
+        with socket.create_connection(get_address_host_port(address), timeout=CONNECT_SECONDS) as line:
+            if scheme != "tcp":
+                return ""
+            try:
+                first = line.recv(8, socket.MSG_WAITALL)
+            except TimeoutError:
+                return f"something that says nothing for {CONNECT_SECONDS:.0f} s"
+    except (OSError, ValueError):
+        return ""
+    greeted = len(first) == 8 and int.from_bytes(first, sys.byteorder) < _GREETING_BYTES
+    return "" if greeted else f"something that says {first!r}" if first else "something that hangs up"
 
 
 def _silenced() -> list[logging.Logger]:

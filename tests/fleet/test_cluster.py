@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -348,6 +349,38 @@ def test_a_scheduler_that_is_not_there(
     assert "error: scheduler tcp://127.0.0.1:1" in told
     assert "  hint:     start one with: dask scheduler" in told
     assert not any("Traceback" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("words", "got"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "something that says b'SSH-2.0-'"),
+        (b"", "something that hangs up"),
+        (None, "something that says nothing for 1 s"),
+    ],
+)
+def test_what_listens_there_is_no_scheduler(
+    words: bytes | None, got: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            line, _ = server.accept()
+            with line:
+                line.sendall(words) if words is not None else over.wait(30)
+
+        over = threading.Event()
+        listener = threading.Thread(target=answer)
+        listener.start()
+        try:
+            with pytest.raises(SchedulerError) as raised:
+                cluster.Cluster(f"tcp://127.0.0.1:{server.getsockname()[1]}", {}, 100.0, said.append)
+        finally:
+            over.set()
+            listener.join()
+    assert raised.value.got == got
+    assert "dashboard" in raised.value.hint
 
 
 def test_a_sweep_on_workers(
