@@ -7,8 +7,9 @@ longer of the two is what binds it. Both peaks are measured, not those of a data
 - bandwidth: arrays of 64 MiB, more where the caches are large and less where memory is short, copied, one a thread,
   bytes read and written counted; what the processor reads besides, to write, is not. A layer whose data lie in a cache
   can be faster than that.
-- arithmetic: a product of float32 matrices by numpy's BLAS, with as many threads. Kernels in int8 can be faster than
-  that: then the fraction reached is over 100 %.
+- arithmetic: products of float32 matrices by numpy's BLAS, one in each thread, and the shortest of each: threads that
+  share a product wait for one another, which beside other work takes many times as long. Kernels in int8 can be faster
+  than that: then the fraction reached is over 100 %.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from . import memory, sysfs
 
@@ -72,25 +74,21 @@ def bound(macs: int, traffic_bytes: int | None, peaks: Peaks) -> Bound | None:
     return Bound(1e9 * max(reading, working), MEMORY if reading > working else COMPUTE, macs / traffic_bytes)
 
 
-def limit_threads(threads: int) -> None:
+def one_thread_a_product() -> None:
     """Before numpy is imported: its BLAS reads how many threads to start when it is loaded."""
-    os.environ.update(dict.fromkeys(_VARIABLES, str(threads)))
+    os.environ.update(dict.fromkeys(_VARIABLES, "1"))
 
 
 def peaks(threads: int, seconds: float = SECONDS, clock: Callable[[], float] = time.perf_counter) -> Peaks:
-    """Measure both in this process, see `limit_threads`. MemoryError: not enough for the arrays."""
-    import numpy as np
-
+    """Measure both in this process, see `one_thread_a_product`. MemoryError: not enough for the arrays."""
     cache = cache_bytes(threads)
     size = copy_bytes(threads, memory.available_bytes(), cache)
     copying = _copying(size, threads, seconds, clock)
-    left = np.random.default_rng(0).standard_normal((_SIZE, _SIZE)).astype(np.float32)
-    out = np.empty_like(left)
-    working = _best(lambda: np.matmul(left, left, out=out), seconds, clock)
+    working = _multiplying(threads, seconds, clock)
     # too little memory for more: what is copied may never leave the cache
     within = f", which caches of {cache >> 20} MiB may hold: not the memory's" if threads * size <= cache else ""
-    method = f"numpy: {size >> 20} MiB copied a thread{within}; float32 product of {_SIZE}×{_SIZE} matrices"
-    return Peaks(2 * threads * size / copying, _SIZE**3 / working, threads, method)
+    method = f"numpy: {size >> 20} MiB copied a thread{within}; float32 products of {_SIZE}×{_SIZE} matrices"
+    return Peaks(2 * threads * size / copying, sum(_SIZE**3 / each for each in working), threads, method)
 
 
 def copy_bytes(threads: int, available_bytes: int, cache: int) -> int:
@@ -118,6 +116,19 @@ def _copying(size: int, threads: int, seconds: float, clock: Callable[[], float]
     targets = [np.zeros_like(source) for source in sources]
     with ThreadPoolExecutor(threads) as pool:
         return _best(lambda: list(pool.map(np.copyto, targets, sources)), seconds, clock)
+
+
+def _multiplying(threads: int, seconds: float, clock: Callable[[], float]) -> list[float]:
+    """Seconds for a product in each thread, all at work at the same time."""
+    import numpy as np
+
+    factor = np.random.default_rng(0).standard_normal((_SIZE, _SIZE)).astype(np.float32)
+
+    def multiply(out: np.ndarray[Any, np.dtype[np.float32]]) -> float:
+        return _best(lambda: np.matmul(factor, factor, out=out), seconds, clock)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(multiply, [np.empty_like(factor) for _ in range(threads)]))
 
 
 def _best(do: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:

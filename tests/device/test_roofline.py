@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,6 +79,21 @@ def test_arrays_that_a_cache_may_hold_are_told(monkeypatch: pytest.MonkeyPatch, 
     method = roofline.peaks(1, 0.0).method
     assert method.startswith("numpy: 8 MiB copied a thread")
     assert (f"which caches of {cache_mib} MiB may hold: not the memory's" in method) == said
+
+
+def test_each_thread_multiplies_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one of them is held up by is not the other's."""
+    held_up = {}
+
+    def best(do: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:
+        do()
+        everyone.wait(10.0)
+        return held_up.setdefault(threading.get_ident(), 2e-3 * (len(held_up) + 1))
+
+    everyone = threading.Barrier(3)
+    monkeypatch.setattr(roofline, "_best", best)
+    found = roofline._multiplying(3, 0.0, time.perf_counter)
+    assert sorted(found) == [2e-3, 4e-3, 6e-3]
 
 
 def test_a_process_of_its_own_measures_with_as_many_threads() -> None:
