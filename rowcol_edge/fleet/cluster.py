@@ -47,6 +47,7 @@ _LOOK_SECONDS = 5.0
 _SENDS = 5
 """How often a bundle is sent for one job, to workers that die or lose it."""
 _GREETING_BYTES = 1 << 20
+"""More than any greeting of Dask's has."""
 _SLACK_SECONDS = 600.0
 """What a job that has its board may take beyond its limit, to clean it and to bring back what was measured."""
 
@@ -248,10 +249,9 @@ def _no_greeting(address: str) -> str:
     client takes the first bytes of anything else for that length, or waits for them without end.
     """
     try:
-        scheme, _ = parse_address(address)
+        if parse_address(address)[0] != "tcp":  # what speaks no TLS is told by that
+            return ""
         with socket.create_connection(get_address_host_port(address), timeout=CONNECT_SECONDS) as line:
-            if scheme != "tcp":
-                return ""
             try:
                 first = line.recv(8, socket.MSG_WAITALL)
             except TimeoutError:
