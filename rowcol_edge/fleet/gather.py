@@ -12,7 +12,7 @@ from typing import Any
 from ..device.files import write_whole
 from ..device.main import check_room, write_profile
 from ..device.profile import Profile
-from ..device.table import milliseconds, ratio_text, times_count
+from ..device.table import mebibytes, milliseconds, ratio_text, times_count
 from ..errors import BundleError, ConfigError, FleetError
 from ..report.compare import paired
 from ..report.gate import default_arm, default_baseline
@@ -28,7 +28,8 @@ MEASURED, KEPT, FAILED = "measured", "kept", "failed"
 class Entry:
     """One job: where it was measured and what its default arm showed, or why it was not measured.
 
-    ``latency`` and ``ratio`` are texts as in the table; what is not known is empty.
+    ``latency``, ``ratio`` and ``memory``, the peak with the verdict on the target's budget, are texts as in the table;
+    what is not known is empty.
     """
 
     bundle: str
@@ -43,6 +44,7 @@ class Entry:
     arm: str = ""
     latency: str = ""
     ratio: str = ""
+    memory: str = ""
     evidence: str = ""
 
 
@@ -137,8 +139,16 @@ class Folder:
             arm=arm,
             latency=milliseconds(measured.arms[arm].latency.median_ns) if times_count(measured) else "",
             ratio=ratio_text(against) if against else "",
+            memory=_memory(measured, arm),
             evidence=measured.evidence,
         )
+
+
+def _memory(measured: Profile, arm: str) -> str:
+    peak, budget = measured.arms[arm].memory, measured.memory_budget
+    if peak is None or not times_count(measured):
+        return ""
+    return ", ".join(filter(None, (mebibytes(peak.peak_bytes), budget.verdicts.get(arm, "") if budget else "")))
 
 
 def unmeasured(job: Job, reason: str, place: str = "") -> Entry:

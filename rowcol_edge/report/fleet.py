@@ -50,6 +50,7 @@ def profiles(found: Gathered) -> None:
         "arm": [e.arm or NONE for e in found.entries],
         "latency": [e.latency or NONE for e in found.entries],
         "ratio [95 %]": [e.ratio or NONE for e in found.entries],
+        "peak memory": [e.memory or NONE for e in found.entries],
         "evidence": [e.evidence or NONE for e in found.entries],
         "": [e.state for e in found.entries],
     }

@@ -20,12 +20,12 @@ import pytest
 from rowcol_edge import cli
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.profile import Profile
-from rowcol_edge.errors import BundleError, ConfigError, FleetError
+from rowcol_edge.errors import BudgetError, BundleError, ConfigError, FleetError
 from rowcol_edge.fleet import campaign, work
 from rowcol_edge.fleet.boards import Board
 from rowcol_edge.fleet.gather import FAILED, KEPT, MEASURED
 from rowcol_edge.fleet.queueing import DONE
-from rowcol_edge.package import zip_bundle
+from rowcol_edge.package import write_bundle, zip_bundle
 
 from .conftest import OPTIONS, TESTS, Home, Sshd, kill, parent, processes, script, until
 
@@ -208,7 +208,11 @@ def test_this_machine_is_a_board_too(bundle_path: Path, tmp_path: Path, said: li
     found = campaign.profile([bundle_path], [LOCAL], out=out, say=said.append, **OPTIONS)
     [entry] = found.entries
     assert (entry.state, entry.board, entry.arm, entry.attempts) == (MEASURED, "here", "dense@fp32", 1)
-    assert Profile.load(out / entry.file).digest == entry.digest
+    measured = Profile.load(out / entry.file)
+    peak = measured.arms["dense@fp32"].memory
+    assert measured.digest == entry.digest
+    assert peak is not None
+    assert entry.memory == f"{peak.peak_bytes / (1 << 20):.0f} MiB"  # of a target that grants as much as there is
     assert json.loads((out / "fleet.json").read_text()) == found.to_dict()
     found.raise_if_incomplete()
     assert [line.partition(":")[0] for line in said] == ["1/1 tiny on here"]
@@ -220,6 +224,19 @@ def test_this_machine_is_a_board_too(bundle_path: Path, tmp_path: Path, said: li
     (out / entry.file).write_text("{")
     mended = campaign.profile([bundle_path], [LOCAL], out=out, say=said.append, **OPTIONS)
     assert [e.state for e in mended.entries] == [MEASURED]
+
+
+def test_what_takes_more_than_the_target_grants_is_measured_and_said(
+    bundle_parts: dict[str, Any], tmp_path: Path, said: list[str]
+) -> None:
+    manifest = bundle_parts["manifest"]
+    parts = bundle_parts | {"manifest": replace(manifest, target={**manifest.target, "memory_mb": 1})}
+    path = write_bundle(tmp_path / "large" / "bundle", **parts)
+    found = campaign.profile([path], [LOCAL], out=tmp_path / "results", say=said.append, **OPTIONS)
+    [entry] = found.entries
+    assert (entry.state, entry.memory.partition(", ")[2]) == (MEASURED, "over")
+    with pytest.raises(BudgetError, match="at most 1 MiB"):
+        found.raise_if_incomplete()
 
 
 @pytest.mark.system("openssh")
