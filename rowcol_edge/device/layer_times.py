@@ -81,8 +81,8 @@ class ArmOperators:
     Other work that interrupts single operators is in the last two, and hardly in the times of operators and layers.
 
     ``latency_ns`` is that of an inference without the profiler that nothing interrupts, ``uncorrected_ns`` the sum of
-    operators before ``overhead_ns``, the profiler's own, was subtracted from each; both None where nothing was, as
-    in older profiles.
+    operators in the fastest process, before ``overhead_ns``, the profiler's own, was subtracted from each; both None
+    where nothing was, as in older profiles.
     """
 
     layers: tuple[LayerTime, ...]
@@ -154,7 +154,7 @@ def of_arm(
     names = list(dict.fromkeys((operator.name, operator.kind) for run in runs for operator in run.operators))
     each = [_each(run) for run in runs]
     counts = Counter(homes[operator.name] for operator in runs[0].operators)
-    uncorrected_ns = stats.median([sum(sums.values()) for sums in by_layer])
+    uncorrected_ns = min(sum(sums.values()) for sums in by_layer)  # slow processes are not the profiler's doing
     overhead_ns = max(0.0, uncorrected_ns - latency_ns) / max(1, counts.total())
     of_one_name = Counter(operator.name for operator in runs[0].operators)
     operators = tuple(

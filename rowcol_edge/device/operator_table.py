@@ -51,13 +51,13 @@ def null_text(found: Operators) -> str:
 
 
 def share_text(arm: ArmOperators) -> str:
-    """``1.14 ms where nothing interrupts them, 0.36 ms without the profiler: …``, what is subtracted and what is the
-    layers', then the times as they ran."""
+    """``1.14 ms in the fastest process, of an inference's 0.36 ms without the profiler: …``, what is subtracted and
+    what is the layers', then the times as they ran."""
     own = arm.elsewhere_ns + sum(layer.ns for layer in arm.layers)
     if arm.latency_ns is None or arm.uncorrected_ns is None:
         head = f"{time_text(own)} where nothing interrupts them, the profiler's own part not subtracted; "
     else:
-        head = f"{time_text(arm.uncorrected_ns)} where nothing interrupts them, "
+        head = f"{time_text(arm.uncorrected_ns)} in the fastest process, "
         head += f"of an inference's {time_text(arm.latency_ns)} without the profiler (a tenth is faster)"
         if arm.overhead_ns > 0:
             head += (
