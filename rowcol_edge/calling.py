@@ -9,7 +9,7 @@ import itertools
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +87,14 @@ def feed(model: nn.Module, batch: Mapping[str, np.ndarray]) -> dict[str, torch.T
             tensor = tensor if weight is None else tensor.to(weight.dtype)
         tensors[name] = tensor if weight is None else tensor.to(weight.device)
     return tensors
+
+
+def tensors(result: object) -> list[torch.Tensor]:
+    """What a model returns, in its own order, however deep it lies in dicts, tuples and lists; without what is none."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    parts = result.values() if isinstance(result, Mapping) else result
+    return [one for part in parts for one in tensors(part)] if isinstance(parts, (list, tuple, ValuesView)) else []
 
 
 @contextlib.contextmanager

@@ -303,10 +303,19 @@ def check_copyable(module: nn.Module) -> None:
 
 
 def check_finite(module: nn.Module) -> None:
-    """Raises WeightsError naming the first parameter or buffer that holds NaN or Inf."""
+    """Raises WeightsError naming the first parameter or buffer that holds NaN or Inf.
+
+    Buffers but a norm's statistics may hold infinities, as the masks of attention do.
+    """
+    masks = {
+        name for name, _ in module.named_buffers() if name.rpartition(".")[2] not in ("running_mean", "running_var")
+    }
     for key, value in module.state_dict().items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
-            bad = int((~torch.isfinite(value)).sum())
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            wrong = value.isnan() if key in masks else ~value.isfinite()
+            bad = int(wrong.sum())
+            if not bad:
+                continue
             raise WeightsError(
                 f"weights {key}",
                 expected="finite values",

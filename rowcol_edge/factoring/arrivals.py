@@ -112,6 +112,8 @@ class _Layer:
         return self._layout.by_sample(rows(self._layout.first(values), self._layer, place).float())
 
     def _watched(self, value: Tensor, seen: _Seen, *, given: bool) -> Tensor:
+        if not torch.is_grad_enabled():  # a part that the model itself keeps out: none will arrive
+            return value
         if not value.requires_grad:  # the first layer on its way: gradients begin here
             value = value.detach().requires_grad_().clone()  # what follows may work in place, and on no leaf
         elif not given:

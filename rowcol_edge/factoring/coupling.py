@@ -135,6 +135,8 @@ class _Sets:
                 reasons.setdefault(self.top(atom), reason)
         for place, cuts in self.cuts.items():
             ordered = sorted(cuts)
+            if not trail.roots[place].size:  # an empty buffer
+                continue
             if any(b % a for a, b in itertools.pairwise(ordered)):
                 for atom in self.atoms(Digit(place, trail.roots[place].size, 1)):
                     reasons.setdefault(self.top(atom), "reshaped in two ways")

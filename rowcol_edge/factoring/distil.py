@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from rowcol_edge.calling import bind, feed
+from rowcol_edge.calling import bind, feed, tensors
 from rowcol_edge.datasets import evenly
 from rowcol_edge.errors import DataError, ModelError
 
@@ -106,7 +105,8 @@ class Distillation:
 
     def _divergence(self, given: torch.Tensor, wanted: torch.Tensor, temperature: float) -> torch.Tensor:
         s, t = (self._logs(scores.float(), temperature) for scores in (given, wanted))
-        return (t.exp() * (t - s)).sum(1).mean() * temperature**2
+        apart = torch.where(t.isneginf(), 0.0, t - s)  # a class that is masked has no share
+        return (t.exp() * apart).sum(1).mean() * temperature**2
 
     def _logs(self, scores: torch.Tensor, temperature: float) -> torch.Tensor:
         if scores.shape[1] == 1:  # one logit decides between two classes
@@ -140,8 +140,7 @@ def run(
 
 
 def _floats(result: object) -> list[torch.Tensor]:
-    leaves = pytree.tree_leaves(result)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    return [each for each in tensors(result) if each.is_floating_point()]
 
 
 def _relative(given: torch.Tensor, wanted: torch.Tensor, scale: float) -> torch.Tensor:

@@ -48,6 +48,11 @@ class Gradients:
     def flush(self, samples: int) -> None:
         self.samples += samples
 
+    @property
+    def any(self) -> bool:
+        """Whether one arrived, be it zero."""
+        return self._total is not None
+
     def mean(self) -> Array:
         """(groups, size, size)"""
         if self._total is None:
@@ -85,10 +90,17 @@ class Metrics:
                 del self.watched[source]
         return found
 
+    def reached(self, place: Place) -> bool:
+        """Whether a gradient arrived there, or where what arrives follows from; not after `pop`."""
+        return self.watched[self._sources[place]].any
+
     def __getitem__(self, place: Place) -> Array:
         """(groups, size, size)"""
         source = self._sources[place]
         found = self.watched[source].mean()
+        if not found.any() and place.channels is not None:  # nothing arrived: the outputs do not hang on it
+            size = place.channels.shape[1]
+            return np.zeros((len(place.channels), size, size))
         matrix = None if place.given or not source.given else self._matrices[place.name].cpu().numpy()
         if matrix is not None and found.shape[1] == len(matrix):
             found = product(matrix.T, found[0], matrix)[None]

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from rowcol_edge.calling import bind, evaluating, quiet
+from rowcol_edge.calling import bind, evaluating, quiet, tensors
 from rowcol_edge.errors import PlanError
 from rowcol_edge.factoring.channel_spaces import ChannelSpaces, unmeasured
 from rowcol_edge.factoring.channels import ChannelSet, Slot
@@ -370,7 +370,7 @@ def _alike(model: nn.Module, sets: Sequence[ChannelSet], share: float, example: 
         )
     except Exception:  # noqa: BLE001 - boundary: the user's own code meets sizes it may not expect
         return False
-    return len(wanted) == len(got) and all(map(_close, wanted, got))
+    return 0 < len(wanted) == len(got) and all(map(_close, wanted, got))
 
 
 def _unread(model: nn.Module, channels: ChannelSet, width: int) -> None:
@@ -405,15 +405,14 @@ def _unread(model: nn.Module, channels: ChannelSet, width: int) -> None:
 def _outputs(model: nn.Module, example: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     args, kwargs = bind(model, example)
     with evaluating(model), torch.inference_mode(), quiet():
-        result = model(*args, **kwargs)
-    values = list(result.values()) if isinstance(result, Mapping) else result
-    flat = [values] if isinstance(values, torch.Tensor) else list(values)
-    return [value for value in flat if isinstance(value, torch.Tensor)]
+        return tensors(model(*args, **kwargs))
 
 
 def _close(wanted: torch.Tensor, got: torch.Tensor) -> bool:
     if wanted.shape != got.shape:
         return False
     rounding = 64 * torch.finfo(wanted.dtype).eps if wanted.is_floating_point() else 0.0
-    size = float(wanted.abs().max()) if wanted.numel() else 0.0
-    return bool(((wanted - got).abs() <= max(rounding, 1e-5) * max(size, 1e-30) * 4).all())
+    finite = wanted[wanted.isfinite()]
+    size = float(finite.abs().max()) if finite.numel() else 0.0
+    near = (wanted - got).abs() <= max(rounding, 1e-5) * max(size, 1e-30) * 4
+    return bool((near | (wanted == got)).all())  # scores that are masked are infinite in both

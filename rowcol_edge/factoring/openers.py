@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from rowcol_edge.calling import evaluating, quiet
+from rowcol_edge.calling import evaluating, quiet, tensors
 from rowcol_edge.factoring.attention import DECODING, FusedAttention, HiddenAttention, TorchAttention
 from rowcol_edge.factoring.padding import padded
 
@@ -277,16 +277,8 @@ def called(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         raise ClosedError(f"{type(module).__name__} cannot be tried by itself: {type(error).__name__}") from error
 
 
-def _tensors(result: object) -> list[Tensor]:
-    if isinstance(result, Tensor):
-        return [result]
-    if isinstance(result, Mapping):
-        return _tensors(list(result.values()))
-    return [one for each in result for one in _tensors(each)] if isinstance(result, list | tuple) else []
-
-
 def alike(wanted: object, got: object, rounding: float) -> bool:
-    one, other = _tensors(wanted), _tensors(got)
+    one, other = tensors(wanted), tensors(got)
     return len(one) == len(other) and all(map(partial(_close, rounding=rounding), one, other))
 
 
@@ -295,5 +287,5 @@ def _close(wanted: Tensor, got: Tensor, rounding: float) -> bool:
         return False
     if not wanted.is_floating_point():
         return torch.equal(wanted, got)
-    size = float(wanted.nan_to_num().abs().max()) if wanted.numel() else 0.0
+    size = float(wanted.nan_to_num(0.0, 0.0, 0.0).abs().max()) if wanted.numel() else 0.0  # less the masked ones
     return torch.allclose(got, wanted, rtol=0.0, atol=rounding * max(size, 1e-30), equal_nan=True)

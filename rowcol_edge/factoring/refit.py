@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from rowcol_edge.calling import bind, evaluating, feed
+from rowcol_edge.calling import bind, evaluating, feed, tensors
 from rowcol_edge.factoring import layouts
 from rowcol_edge.factoring.costs import LayerInfo
 from rowcol_edge.factoring.layouts import Layout
@@ -143,25 +143,26 @@ def _positions(size: int, samples: int) -> int:
 def _run(model: nn.Module, samples: Feeds) -> list[torch.Tensor]:
     args, kwargs = bind(model, feed(model, samples))
     with torch.no_grad():
-        result = model(*args, **kwargs)
-    values = list(result.values()) if isinstance(result, Mapping) else result
-    flat = [values] if isinstance(values, torch.Tensor) else list(values)
-    return [value.double() for value in flat if isinstance(value, torch.Tensor) and value.is_floating_point()]
+        return [value.double() for value in tensors(model(*args, **kwargs)) if value.is_floating_point()]
 
 
 def _loss(wanted: Sequence[torch.Tensor], got: Sequence[torch.Tensor], where: torch.Tensor, *, classify: bool) -> float:
-    """Kullback–Leibler divergence of a classifier's answers, else the relative squared error of the outputs."""
+    """Kullback–Leibler divergence of a classifier's answers, and half the relative squared error of other outputs."""
 
     def judged(output: torch.Tensor) -> torch.Tensor:
         """Of samples that no layer was fitted to, if it has them along its first axis."""
         return output[where] if output.dim() and len(output) == len(where) else output
 
     pairs = [(judged(a), judged(b)) for a, b in zip(wanted, got, strict=True)]
-    first, second = pairs[0]
+    loss, (first, second) = 0.0, pairs[0]
     if classify and first.dim() == 2 and first.shape[1] > 1:
-        logs = first.log_softmax(1)
-        return float((logs.exp() * (logs - second.log_softmax(1))).sum(1).mean())
-    return sum(float((a - b).square().sum() / a.square().sum().clamp_min(1e-30)) for a, b in pairs)
+        logs, others = first.log_softmax(1), second.log_softmax(1)
+        apart = torch.where(logs.isneginf(), 0.0, logs - others)  # a class that is masked has no share
+        loss, pairs = float((logs.exp() * apart).sum(1).mean()), pairs[1:]
+    for wanted_, got_ in pairs:
+        square = wanted_[wanted_.isfinite()].square().sum().clamp_min(1e-30)
+        loss += 0.5 * float(torch.where(wanted_ == got_, 0.0, wanted_ - got_).square().sum() / square)
+    return loss
 
 
 @contextlib.contextmanager

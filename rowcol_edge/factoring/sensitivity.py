@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from rowcol_edge import calling
-from rowcol_edge.calling import bind, evaluating, feed
+from rowcol_edge.calling import bind, evaluating, feed, tensors
 from rowcol_edge.errors import ModelError, RowcolError
 from rowcol_edge.factoring import borders, channel_spaces, layouts
 from rowcol_edge.factoring.abreast import abreast
@@ -167,13 +167,15 @@ def _choose(
     sets: Sequence[ChannelSet],
     reads: Mapping[str, Sequence[Place]],
 ) -> dict[str, ChannelSpaces]:
-    """Channels of the sets that a gradient reached."""
+    """Channels of the sets that a gradient reached through all that read them."""
 
     def found(each: ChannelSet) -> ChannelSpaces | None:
         read = [moments.pop(place) for place in reads[each.name]]
+        # behind one of them are only integers, say, or what is detached: not nothing
+        told = all(map(metrics.reached, reads[each.name]))
         seen = [metrics.pop(place) for place in reads[each.name]]
         # to a reader with zero weights nothing is worth anything: that holds no one else
-        if any(map(_usable, seen)) and all(bool(np.isfinite(metric).all()) for metric in seen):
+        if told and any(map(_usable, seen)) and all(bool(np.isfinite(metric).all()) for metric in seen):
             return channel_spaces.choose(model, each, read, seen)
         return None
 
@@ -347,16 +349,15 @@ class Objective:
 
     def __call__(self, result: Any, samples: int) -> torch.Tensor:
         """Of what the model makes of so many samples; NoGradientsError where no output has a gradient."""
-        values = list(result.values()) if isinstance(result, Mapping) else result
-        every = [values] if isinstance(values, torch.Tensor) else [v for v in values if isinstance(v, torch.Tensor)]
-        outputs = [output for output in every if output.is_floating_point()]
+        outputs = [output for output in tensors(result) if output.is_floating_point()]
         if not any(output.requires_grad for output in outputs):
             raise NoGradientsError("outputs are integers, detached or made under torch.no_grad()")
-        first = outputs[0]
-        if self._classify and first.requires_grad and first.dim() == 2 and first.shape[1] > 1:
-            return self._drawn(first.float())
         self._samples += samples
-        found = [self._relative(i, output.float()) for i, output in enumerate(outputs) if output.requires_grad]
+        found = []
+        for place, output in enumerate(outputs):
+            if output.requires_grad:
+                drawn = self._classify and place == 0 and output.dim() == 2 and output.shape[1] > 1
+                found.append(self._drawn(output.float()) if drawn else self._relative(place, output.float()))
         return torch.stack(found).sum()
 
     def _drawn(self, scores: torch.Tensor) -> torch.Tensor:
@@ -369,6 +370,7 @@ class Objective:
 
     def _relative(self, place: int, output: torch.Tensor) -> torch.Tensor:
         """With random signs, in units of the output's size over all samples so far."""
+        output = output.masked_fill(~output.isfinite(), 0.0)  # scores that are masked
         self._squares[place] = self._squares.get(place, 0.0) + float(output.detach().square().sum())
         signs = torch.randint(0, 2, output.shape, generator=self._random).to(output) * 2 - 1
         size = max(self._squares[place] / self._samples, 1e-30) ** 0.5

@@ -11,7 +11,6 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from rowcol_edge import calling
 from rowcol_edge.cache import Arrays
@@ -212,8 +211,8 @@ def study(
 def _outputs(model: nn.Module, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[torch.Tensor]:
     args, kwargs = calling.bind(model, calling.feed(model, feeds))
     with calling.evaluating(model):
-        leaves = pytree.tree_leaves(model(*args, **kwargs))
-    return [leaf.double() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.numel()]
+        found = calling.tensors(model(*args, **kwargs))
+    return [each.double() for each in found if each.dim() and each.numel()]
 
 
 def _same(output: torch.Tensor, first: torch.Tensor) -> bool:

@@ -1,0 +1,174 @@
+"""Models that return several tensors, nested ones, infinities, or something that no gradient comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rowcol_edge
+from rowcol_edge import models
+from rowcol_edge.calling import tensors
+from rowcol_edge.errors import WeightsError
+from rowcol_edge.factoring.refit import _loss
+from rowcol_edge.factoring.sensitivity import Objective
+
+INF = float("inf")
+
+
+class Forked(nn.Module):
+    """A trunk and two heads, each behind a layer of its own."""
+
+    def __init__(self, wrap: Callable[[nn.Module, torch.Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.first, self.second = nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.head, self.other = nn.Linear(64, 6), nn.Linear(64, 4)
+        self.wrap = wrap
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.wrap(self, F.relu(self.trunk(x)))
+
+    def classes(self, y: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(F.relu(self.first(y)))
+        return found
+
+    def boxes(self, y: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.other(F.relu(self.second(y)))
+        return found
+
+
+class Attending(nn.Module):
+    """With a causal mask of infinities among its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.query, self.key, self.value = (nn.Linear(8, 32), *(nn.Linear(32, 32) for _ in range(3)))
+        self.head = nn.Linear(32, 6)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.enter(x)
+        shares = (self.query(x) @ self.key(x).transpose(1, 2) * 32**-0.5 + self.mask).softmax(-1)
+        found: torch.Tensor = self.head((x + shares @ self.value(x)).mean(1))
+        return found
+
+
+def factored(model: nn.Module, x: np.ndarray, tmp_path: Path, budget: str = "params<=0.7x") -> tuple[Any, nn.Module]:
+    np.savez(tmp_path / "x.npz", allow_pickle=False, x=x)
+    result = rowcol_edge.factor(model, calib=tmp_path / "x.npz", budget=budget, out=tmp_path / "out")
+    return result, torch.export.load(tmp_path / "out" / "model.pt2").module()
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def forms(result: Any) -> dict[str, str]:
+    return {layer.name: layer.form for layer in result.plan.layers}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda m, y: (m.classes(y), m.boxes(y)), lambda m, y: {"classes": m.classes(y), "more": [{"boxes": m.boxes(y)}]}],
+    ids=["flat", "nested"],
+)
+def test_every_output_counts(wrap: Callable[[nn.Module, torch.Tensor], Any], tmp_path: Path) -> None:
+    model = Forked(wrap).eval()
+    x = normal(1024, 8)
+    result, small = factored(model, x, tmp_path, budget="params<=0.45x")
+    with torch.no_grad():
+        wanted, got = ([y.double() for y in tensors(each(torch.from_numpy(x)))] for each in (model, small))
+    assert len(wanted) == len(got) == 2
+    measured = _loss(wanted, got, torch.ones(len(x), dtype=torch.bool), classify=True)
+    assert result.plan.loss / 4 < measured < 4 * result.plan.loss
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [lambda m, y: m.boxes(y).argmax(1), lambda m, y: m.boxes(y).detach(), torch.no_grad()(lambda m, y: m.boxes(y))],
+    ids=["integers", "detached", "without gradients"],
+)
+def test_what_no_gradient_comes_from_keeps_its_channels(
+    boxes: Callable[[nn.Module, torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    model = Forked(lambda m, y: (m.classes(y), boxes(m, y))).eval()
+    x = normal(256, 8)
+    result, small = factored(model, x, tmp_path)
+    assert {each.name for each in result.plan.channels} == {"first"}  # neither trunk nor second
+    assert forms(result)["second"] == "dense"
+    with torch.no_grad():
+        wanted, got = (each(torch.from_numpy(x))[1] for each in (model, small))
+    torch.testing.assert_close(got, wanted)
+
+
+def test_a_mask_of_infinities_is_no_broken_weight(tmp_path: Path) -> None:
+    model, x = Attending().eval(), normal(128, 12, 8)
+    result, small = factored(model, x, tmp_path)
+    assert "narrow" in forms(result).values()
+    with torch.no_grad():
+        wanted, got = (each(torch.from_numpy(x)) for each in (model, small))
+    assert float((wanted - got).norm() / wanted.norm()) < 0.05
+
+
+@pytest.mark.parametrize(("key", "value"), [("1.running_var", INF), ("1.running_mean", -INF), ("0.bias", INF)])
+def test_infinite_weights_and_statistics_are_refused(key: str, value: float) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    model.state_dict()[key][1] = value
+    with pytest.raises(WeightsError, match=rf"{key}: expected finite values, got 1 NaN or Inf out of 3"):
+        models.load(model)
+
+
+def test_a_mask_that_holds_no_number_is_refused() -> None:
+    model = Attending()
+    model.mask[0, 1] = float("nan")
+    with pytest.raises(WeightsError, match="mask"):
+        models.load(model)
+
+
+def test_classes_that_are_masked_are_as_if_they_were_not_there(tmp_path: Path) -> None:
+    """Their scores are minus infinity in both."""
+
+    def only_three(m: nn.Module, y: torch.Tensor) -> torch.Tensor:
+        return m.classes(y).masked_fill(torch.arange(6) > 2, -INF)
+
+    model, x = Forked(only_three).eval(), normal(256, 8)
+    result, small = factored(model, x, tmp_path)
+    assert {each.name for each in result.plan.channels} & {"trunk", "first"}
+    with torch.no_grad():
+        wanted, got = (each(torch.from_numpy(x)) for each in (model, small))
+    assert torch.equal(wanted.isinf(), got.isinf())
+    assert float((wanted - got)[:, :3].norm() / wanted[:, :3].norm()) < 0.3
+
+
+def test_losses_of_masked_scores_are_finite() -> None:
+    scores = torch.from_numpy(normal(20, 4)).double()
+    masked, moved = scores.clone(), scores + 0.1 * torch.arange(4)
+    masked[:, 3] = moved[:, 3] = -INF
+    every = torch.ones(20, dtype=torch.bool)
+    own = _loss([scores[:, :3]], [moved[:, :3]], every, classify=True)
+    assert _loss([masked], [moved], every, classify=True) == pytest.approx(own)
+    assert 0.0 < _loss([masked], [moved], every, classify=False) < INF
+    leaf = scores.clone().requires_grad_()
+    Objective(classify=False)(leaf.masked_fill(torch.arange(4) > 2, -INF), 20).backward()
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+    assert leaf.grad[:, :3].any()
+
+
+@pytest.mark.parametrize("empty", [nn.Parameter(torch.zeros(0, 8)), torch.zeros(0)], ids=["parameter", "buffer"])
+def test_what_is_empty_is_in_nobodys_way(empty: torch.Tensor, tmp_path: Path) -> None:
+    model = Forked(lambda m, y: m.classes(y)).eval()
+    if isinstance(empty, nn.Parameter):
+        model.register_parameter("empty", empty)
+    else:
+        model.register_buffer("empty", empty)
+    result, _ = factored(model, normal(256, 8), tmp_path)
+    assert result.parameters_after < result.parameters_before
