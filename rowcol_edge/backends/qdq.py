@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def quantize(source: Path, quant: QuantSpec, feeds: Iterator[Batch]) -> onnx.Mod
     """The model in the file with QuantizeLinear/DequantizeLinear pairs.
 
     Raises:
-        StageError: an activation that is NaN or infinite on the calibration data.
+        StageError: an activation that becomes int8 and is NaN or infinite on the calibration data.
         ConfigError: a layer to keep in float that the model does not have.
     """
     with tempfile.TemporaryDirectory(prefix="rowcol-qdq-") as work:
@@ -54,7 +54,8 @@ def quantize(source: Path, quant: QuantSpec, feeds: Iterator[Batch]) -> onnx.Mod
         found = onnx_ties.find(model)
         prepared = Path(work) / "prepared.onnx"
         onnx.save(model, str(prepared))
-        ranges = calibrate(prepared, Path(work) / "observed.onnx", feeds)
+        kept = [*kept_float(model.graph), *quant.keep_float]
+        ranges = calibrate(prepared, Path(work) / "observed.onnx", feeds, becoming_int8(model.graph, kept))
         quantizer = QDQQuantizer(
             model,
             quant.per_channel,
@@ -63,7 +64,7 @@ def quantize(source: Path, quant: QuantSpec, feeds: Iterator[Batch]) -> onnx.Mod
             QuantType.QInt8 if quant.signed_activations else QuantType.QUInt8,
             ranges,
             [],
-            [*kept_float(model.graph), *quant.keep_float],
+            kept,
             list(OPERATORS),
             {
                 "ActivationSymmetric": False,
@@ -152,8 +153,16 @@ class _Once:
         return self._feeds.pop() if self._feeds else None
 
 
-def calibrate(model: Path, observed: Path, feeds: Iterator[Batch]) -> Any:
-    """Smallest and largest value of each tensor (onnxruntime's TensorsData).
+def becoming_int8(graph: onnx.GraphProto, kept: Iterable[str]) -> set[str]:
+    """Tensors of the nodes that are quantized."""
+    left = set(kept)
+    nodes = [node for node in graph.node if node.op_type in OPERATORS and node.name not in left]
+    return {name for node in nodes for name in (*node.input, *node.output)}
+
+
+def calibrate(model: Path, observed: Path, feeds: Iterator[Batch], wanted: Container[str]) -> Any:
+    """Smallest and largest value of each tensor (onnxruntime's TensorsData), without those that nobody wants and that
+    are not finite, such as scores with a mask of infinities.
 
     The reductions run inside the model, so no activation leaves it. The calibrator keeps what it reads until it is
     asked; here it is asked after each feed, so memory does not grow with their number.
@@ -166,14 +175,17 @@ def calibrate(model: Path, observed: Path, feeds: Iterator[Batch]) -> Any:
             warnings.simplefilter("ignore", RuntimeWarning)  # numpy's on NaN, which is raised below
             calibrator.collect_data(_Once(feed))
     ranges = calibrator.compute_data()
-    for name, data in ranges.items():
-        if not all(np.isfinite(edge).all() for edge in data.range_value):
+    for name, data in list(ranges.items()):
+        if all(np.isfinite(edge).all() for edge in data.range_value):
+            continue
+        if name in wanted:
             raise StageError(
                 "calibration",
                 expected="finite activations on the calibration data",
                 got=f"NaN or infinity in tensor {name}",
                 hint="the model overflows on these inputs in float32 already",
             )
+        del ranges.data[name]
     return ranges
 
 

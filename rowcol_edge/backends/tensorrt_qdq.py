@@ -43,8 +43,9 @@ def quantize(source: Path, quant: QuantSpec, feeds: Iterator[Batch]) -> onnx.Mod
         qdq.check_names(model, quant.keep_float)
         prepared = Path(work) / "prepared.onnx"
         onnx.save(model, str(prepared))
-        ranges = qdq.calibrate(prepared, Path(work) / "observed.onnx", feeds)
-        residuals = _residuals(model.graph)
+        kept, residuals = [*qdq.kept_float(model.graph), *quant.keep_float], _residuals(model.graph)
+        wanted = qdq.becoming_int8(model.graph, kept).union(residuals)
+        ranges = qdq.calibrate(prepared, Path(work) / "observed.onnx", feeds, wanted)
         quantizer = QDQQuantizer(
             model,
             quant.per_channel,
@@ -53,7 +54,7 @@ def quantize(source: Path, quant: QuantSpec, feeds: Iterator[Batch]) -> onnx.Mod
             QuantType.QInt8,
             ranges,
             [],
-            [*qdq.kept_float(model.graph), *quant.keep_float],
+            kept,
             list(WEIGHTED),
             {
                 "ActivationSymmetric": True,

@@ -239,6 +239,28 @@ def test_activations_that_overflow_on_the_calibration_data_are_an_error(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_scores_with_a_mask_of_infinities_stay_float(tmp_path: Path, runtime: RuntimeSpec) -> None:
+    """As in attention that looks back only: sum and softmax are float, the product before it is int8."""
+    mask = np.triu(np.full((4, 4), -np.inf, np.float32), 1)
+    weight = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "weight"], ["scores"], name="product"),
+        helper.make_node("Add", ["scores", "mask"], ["masked"], name="masking"),
+        helper.make_node("Softmax", ["masked"], ["shares"], name="softmax", axis=-1),
+    ]
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4, 4]) for name in ("x", "shares")]
+    constants = [numpy_helper.from_array(mask, "mask"), numpy_helper.from_array(weight, "weight")]
+    graph = helper.make_graph(nodes, "attention", ports[:1], ports[1:], constants)
+    source = tmp_path / "attention.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", runtime.opset)], ir_version=10), source)
+    x = np.random.default_rng(1).normal(size=(8, 4, 4)).astype(np.float32)
+    BACKEND.compile(source, runtime, QuantSpec("int8"), lambda: iter([{"x": x}]), tmp_path / "out.onnx")
+    wanted, got = (ort.InferenceSession(path).run(None, {"x": x})[0] for path in (source, tmp_path / "out.onnx"))
+    assert weights(onnx.load(tmp_path / "out.onnx"))
+    assert not np.triu(got, 1).any()
+    np.testing.assert_allclose(got, wanted, atol=0.05)
+
+
 def test_another_opset_than_the_targets_is_an_error(tokens: Path, tmp_path: Path, runtime: RuntimeSpec) -> None:
     with pytest.raises(StageError, match="compile fp32: expected a model at opset 17, got one at opset 18"):
         BACKEND.compile(tokens, replace(runtime, opset=17), QuantSpec("fp32"), None, tmp_path / "out.onnx")
