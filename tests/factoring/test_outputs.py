@@ -163,6 +163,32 @@ def test_losses_of_masked_scores_are_finite() -> None:
     assert leaf.grad[:, :3].any()
 
 
+def test_an_offset_hides_no_difference(tmp_path: Path) -> None:
+    """The code divides by the root of a width; half of the channels are copies of the others."""
+
+    class Pressure(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second, self.head = nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 1)
+            with torch.no_grad():
+                self.second.weight[32:], self.second.bias[32:] = self.second.weight[:32], self.second.bias[:32]
+                self.head.weight.mul_(60)
+                self.head.bias.fill_(101_325)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = F.relu(self.second(F.relu(self.first(x))))
+            found: torch.Tensor = self.head(y / y.shape[-1] ** 0.5)
+            return found
+
+    model, x = Pressure().eval(), normal(256, 8)
+    result, small = factored(model, x, tmp_path, budget="params<=0.7x")
+    assert "second" not in {each.name for each in result.plan.channels}
+    with torch.no_grad():
+        wanted, got = (each(torch.from_numpy(x)) for each in (model, small))
+    assert float((wanted - got).norm() / (wanted - wanted.mean()).norm()) < 0.2
+
+
 @pytest.mark.parametrize("empty", [nn.Parameter(torch.zeros(0, 8)), torch.zeros(0)], ids=["parameter", "buffer"])
 def test_what_is_empty_is_in_nobodys_way(empty: torch.Tensor, tmp_path: Path) -> None:
     model = Forked(lambda m, y: m.classes(y)).eval()
