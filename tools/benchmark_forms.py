@@ -9,16 +9,17 @@ What the file holds of models that were not asked for stays in it. The models, a
 `benchmark_factoring.py`.
 
 The cost is the mean of the shares of the parameters and MACs of the layers that can be factored. All plans get the
-second pass. With `--plans factoring` they are those that `benchmark_factoring.py` made: shares of the parameters alone,
-and ranks and widths that are no multiples of anything. Files of one runtime take turns in one session beside the dense
-int8 file and a null arm; OpenVINO is held to older instruction sets too (evidence `proxy`), which is as near as this
-machine comes to an edge CPU. `kl` is that of the int8 file's answers from the dense float network's, in nats: on the
-selection split, of EfficientNet-Lite0 on new crops of the photos that it was calibrated on.
+second pass. With `--plans factoring` they are those that `benchmark_factoring.py` made: shares of the parameters or of
+the MACs alone, and ranks and widths that are no multiples of anything. Files of one runtime take turns in one session
+beside the dense int8 file and a null arm; OpenVINO is held to older instruction sets too (evidence `proxy`), which is
+as near as this machine comes to an edge CPU. `kl` is that of the int8 file's answers from the dense float network's, in
+nats: on the selection split, of EfficientNet-Lite0 on new crops of the photos that it was calibrated on.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import sys
@@ -58,6 +59,7 @@ RESULTS = Path(__file__).parent / "results"
 CAPS = {"openvino": ("", "AVX2_VNNI", "AVX2")}
 FORMS = ("column", "column, row, both", "narrow", "all")
 PLANS = {"forms": "forms.json", "factoring": "factoring-int8.json"}
+AXES = {"parameters": "parameters", "macs": "MACs"}
 SHARES = (0.5, 0.3, 0.15)
 _TIMEOUT_SECONDS = 300.0
 
@@ -139,10 +141,10 @@ def shared(known: Study) -> dict[str, FactorPlan | None]:
     """Those of `benchmark_factoring.py`; None where they cannot save so much."""
     ours = rivals.WAYS[-1]
     found: dict[str, FactorPlan | None] = {}
-    for share in SHARES:
-        name = f"{share:.0%} of the parameters"
+    for axis, share in itertools.product(AXES, SHARES):
+        name = f"{share:.0%} of the {AXES[axis]}"
         try:
-            found[name] = rivals.plan(ours, known, dict(known.spaces), "parameters", share)
+            found[name] = rivals.plan(ours, known, dict(known.spaces), axis, share)
         except ranks.OverBudgetError:
             found[name] = None
     return found
