@@ -97,15 +97,17 @@ def cheapest(study: Study, found: Sequence[Limit], multiple: int, model: str) ->
         saved = {"parameters": made.saved_parameters, "macs": made.saved_macs}
         return [(each.dense - saved[each.kind]) / each.most for each in found]
 
-    alone = []
+    alone, missed = [], []
     for index, each in enumerate(found):
         try:
             alone.append(plan(tuple(float(place == index) for place in range(len(found)))))
         except ranks.OverBudgetError as e:
-            what, least, why = f"budget {each.text}", e.least * each.most, remainder.told(study)
-            raise ranks.missed(what, each.kind, each.most, least, multiple, why) from e
+            missed.append((each, e.least * each.most))
+            continue
         if max(used(alone[-1])) <= 1.0:
             return alone[-1]
+    if missed:
+        raise _missed(missed, multiple, remainder.told(study))
     options = Options(study.spaces, study.input_spaces, multiple) if allocator is None else allocator.options
     both = ranks.no_dearer(alone, study.infos, study.spaces, options, allocator=allocator, inputs=study.input_spaces)
     mixture, least = _mixed(plan, used)
@@ -117,6 +119,20 @@ def cheapest(study: Study, found: Sequence[Limit], multiple: int, model: str) ->
         expected=" and ".join(f"at most {each.most:,.0f} {each.kind}" for each in found),
         got=f"{least:.3f} times one of them in the plan that comes nearest; each can be met without the other",
         hint=remainder.told(study),
+    )
+
+
+def _missed(missed: Sequence[tuple[Limit, float]], multiple: int, why: str) -> BudgetError:
+    """Of limits that not even the smallest ranks meet, with what these cost."""
+    reached = [(each, int(each.most), round(least)) for each, least in missed]
+    hint = "allow at least " + " and ".join(f"{least:,} {each.kind}" for each, _, least in reached)
+    smaller = f", or a target file of your own with a rank_multiple below {multiple}" if multiple > 1 else ""
+    return BudgetError(
+        f"budget{'s' if len(missed) > 1 else ''} {' and '.join(each.text for each, _ in missed)}",
+        expected=" and ".join(f"at most {limit:,} {each.kind}" for each, limit, _ in reached),
+        got=" and ".join(f"{least:,}, {least - limit:,} too many" for _, limit, least in reached)
+        + ", at the smallest ranks",
+        hint="; ".join(filter(None, (hint + smaller, why))),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -121,10 +122,20 @@ def test_a_limit_that_cannot_be_met_is_named_with_the_gap(known: Study, kind: st
         planned(known, f"{other}<=0.9x,{kind}<=0.001x")
 
 
+def test_two_limits_that_cannot_be_met_are_both_named(known: Study) -> None:
+    with pytest.raises(BudgetError) as refused:
+        planned(known, "params<=1,macs<=2")
+    error = refused.value
+    assert error.what == "budgets params<=1 and macs<=2"
+    assert error.expected == "at most 1 parameters and at most 2 macs"
+    assert error.got.count("too many") == 2
+    assert re.search(r"allow at least [\d,]+ parameters and [\d,]+ macs", error.hint)
+
+
 def test_the_least_parameters_that_a_refusal_names_can_be_had(known: Study) -> None:
     with pytest.raises(BudgetError) as refused:
         planned(known, "params<=1")
-    least = int(refused.value.hint.split("allow at least ")[1].split(";")[0].replace(",", ""))
+    least = int(refused.value.hint.split("allow at least ")[1].split()[0].replace(",", ""))
     assert known.parameters - planned(known, f"params<={least}").saved_parameters == least
 
 

@@ -2,8 +2,9 @@
 
 A classifier's answers are compared by the Kullback–Leibler divergence of both softened by a temperature, times its
 square so that gradients keep their size (Hinton, Vinyals and Dean, Distilling the knowledge in a neural network, 2015).
-Every other output, and the features, by relative squared error ‖s − t‖² / ‖t‖². Features are what a few blocks give
-that both models have under one name (Romero et al., FitNets: hints for thin deep nets, 2015).
+Every other output by relative squared error about its mean, ‖s − t‖² / ‖t − E t‖², and features by ‖s − t‖² / ‖t‖²:
+these are what a few blocks give that both models have under one name (Romero et al., FitNets: hints for thin deep nets,
+2015).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 from rowcol_edge.calling import bind, feed, tensors
 from rowcol_edge.datasets import evenly
 from rowcol_edge.errors import DataError, ModelError
+from rowcol_edge.factoring.variation import Variation
 
 Feeds = Mapping[str, NDArray[Any]]
 
@@ -71,7 +73,7 @@ class Distillation:
         """Of the outputs, at temperature 1 and per sample: nats for a classifier, else relative squared error."""
         total, count = 0.0, 0
         for feeds in batches:
-            size = len(next(iter(feeds.values())))
+            size = _count(feeds)
             wanted, _ = self._taught(feeds, features=False)
             given, _ = run(student, feeds)
             total += float(self._outputs(given, wanted, 1.0).clamp_min(0.0)) * size  # equal ones are rounded below it
@@ -83,16 +85,18 @@ class Distillation:
         return run(self._teacher, feeds, self.features if features else ())
 
     def _measure(self, samples: Sequence[Feeds]) -> None:
-        """The mean square of each output and feature, and whether the first output is probabilities."""
-        sums: list[list[float]] = []
+        """What outputs vary by, the mean squares of features, and whether the first output is probabilities."""
+        variation, sums, count = Variation(), [0.0 for _ in self.features], 0
         self._shares = True
         for feeds in samples:
             outputs, features = self._taught(feeds)
             self._shares = self._shares and _are_shares(outputs[0])
-            values = [*outputs, *(features[name] for name in self.features)]
-            sums.append([float(value.double().square().mean()) * len(value) for value in values])
-        size = sum(len(next(iter(feeds.values()))) for feeds in samples)
-        self._scales = [max(sum(column) / size, _NONE) for column in zip(*sums, strict=True)]
+            size = _count(feeds)
+            variation.add(outputs, size)
+            known = zip(sums, self.features, strict=True)
+            sums = [total + float(features[name].double().square().mean()) * size for total, name in known]
+            count += size
+        self._scales = [max(scale, _NONE) for scale in (*variation.means(), *(total / count for total in sums))]
 
     def _outputs(self, given: list[torch.Tensor], wanted: list[torch.Tensor], temperature: float) -> torch.Tensor:
         parts = []
@@ -139,12 +143,17 @@ def run(
             handle.remove()
 
 
+def _count(feeds: Feeds) -> int:
+    return len(next(iter(feeds.values())))
+
+
 def _floats(result: object) -> list[torch.Tensor]:
     return [each for each in tensors(result) if each.is_floating_point()]
 
 
 def _relative(given: torch.Tensor, wanted: torch.Tensor, scale: float) -> torch.Tensor:
-    return (given.float() - wanted.float()).square().mean() / scale
+    apart = given.float() - wanted.float()
+    return torch.where(given == wanted, 0.0, apart).square().mean() / scale  # infinities of a mask are equal
 
 
 def _are_shares(scores: torch.Tensor) -> bool:

@@ -78,7 +78,8 @@ def spatial_losses(
             progress("spatial splits", done, len(chunks))
 
     try:
-        sensitivity.stream(whole, chunks, watched, sensitivity.Objective(classify=classify), advance)
+        objective = sensitivity.Objective.of(whole, chunks, classify=classify)
+        sensitivity.stream(whole, chunks, watched, objective, advance)
     except sensitivity.NoGradientsError:
         return {}
     return {name: found.by_rank() for name, found in losses.items() if found.samples}

@@ -49,7 +49,7 @@ class Gradients:
         self.samples += samples
 
     @property
-    def any(self) -> bool:
+    def arrived(self) -> bool:
         """Whether one arrived, be it zero."""
         return self._total is not None
 
@@ -92,7 +92,7 @@ class Metrics:
 
     def reached(self, place: Place) -> bool:
         """Whether a gradient arrived there, or where what arrives follows from; not after `pop`."""
-        return self.watched[self._sources[place]].any
+        return self.watched[self._sources[place]].arrived
 
     def __getitem__(self, place: Place) -> Array:
         """(groups, size, size)"""

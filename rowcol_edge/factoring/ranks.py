@@ -58,19 +58,6 @@ def plan_by_energy(
     return FactorPlan(tuple(layers), rank_multiple, f"energy={energy:.10g}", model)
 
 
-def missed(what: str, kind: str, most: float, least: float, rank_multiple: int, why: str = "") -> BudgetError:
-    """The error of a budget that allows ``most``, where the smallest ranks cost ``least``, of ``kind``."""
-    limit, reached = int(most), round(least)
-    smaller = f", or a target file of your own with a rank_multiple below {rank_multiple}" if rank_multiple > 1 else ""
-    hint = f"allow at least {reached:,}{smaller}"
-    return BudgetError(
-        what,
-        expected=f"at most {limit:,} {kind}",
-        got=f"{reached:,} at the smallest ranks, {reached - limit:,} too many",
-        hint="; ".join(filter(None, (hint, why))),
-    )
-
-
 def parameters(info: LayerInfo, split: Split | None) -> float:
     """Parameters as a cost."""
     return info.split_parameters(split) if split else info.parameters

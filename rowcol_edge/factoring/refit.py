@@ -34,6 +34,7 @@ from rowcol_edge.factoring.costs import LayerInfo
 from rowcol_edge.factoring.layouts import Layout
 from rowcol_edge.factoring.places import Place, rows, spread
 from rowcol_edge.factoring.spaces import Progress
+from rowcol_edge.factoring.variation import Variation
 
 Array = NDArray[np.float64]
 Feeds = Mapping[str, NDArray[Any]]
@@ -147,21 +148,23 @@ def _run(model: nn.Module, samples: Feeds) -> list[torch.Tensor]:
 
 
 def _loss(wanted: Sequence[torch.Tensor], got: Sequence[torch.Tensor], where: torch.Tensor, *, classify: bool) -> float:
-    """Kullback–Leibler divergence of a classifier's answers, and half the relative squared error of other outputs."""
+    """Kullback–Leibler divergence of a classifier's answers; of other outputs half the relative squared error about
+    their mean."""
 
     def judged(output: torch.Tensor) -> torch.Tensor:
         """Of samples that no layer was fitted to, if it has them along its first axis."""
         return output[where] if output.dim() and len(output) == len(where) else output
 
     pairs = [(judged(a), judged(b)) for a, b in zip(wanted, got, strict=True)]
+    samples, variation = int(where.sum()), Variation()
     loss, (first, second) = 0.0, pairs[0]
     if classify and first.dim() == 2 and first.shape[1] > 1:
         logs, others = first.log_softmax(1), second.log_softmax(1)
         apart = torch.where(logs.isneginf(), 0.0, logs - others)  # a class that is masked has no share
         loss, pairs = float((logs.exp() * apart).sum(1).mean()), pairs[1:]
-    for wanted_, got_ in pairs:
-        square = wanted_[wanted_.isfinite()].square().sum().clamp_min(1e-30)
-        loss += 0.5 * float(torch.where(wanted_ == got_, 0.0, wanted_ - got_).square().sum() / square)
+    variation.add([output for output, _ in pairs], samples)
+    for (output, other), square in zip(pairs, variation.squares(), strict=True):
+        loss += 0.5 * float(torch.where(output == other, 0.0, output - other).square().sum()) / (square * samples)
     return loss
 
 

@@ -9,12 +9,13 @@ leading eigenvectors of ``F^(½) C F^(½)`` (Eckart–Young in the metric of ``F
 classifier the gradients are those of ``log p(class)`` with classes drawn from the model's own answer, so that ``F`` is
 its Fisher matrix and half the squared first-order change is the Kullback–Leibler divergence from the original (Amari,
 Natural gradient works efficiently in learning, 1998). Otherwise outputs are multiplied with random signs and divided by
-their own size, which gives half the squared relative error.
+what they vary by, which gives half the squared relative error about their mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +38,7 @@ from rowcol_edge.factoring.metrics import Gradients, Metrics
 from rowcol_edge.factoring.places import Moments, Place, pointwise
 from rowcol_edge.factoring.products import product
 from rowcol_edge.factoring.spaces import LayerSpaces, Progress, directions
+from rowcol_edge.factoring.variation import Variation
 
 Array = NDArray[np.float64]
 Directions = NDArray[np.floating[Any]]
@@ -112,12 +114,12 @@ def weigh_all(
     reads = {each.name: channel_spaces.places(each) for each in sets}
     outputs = [Place(name) for name in layers]
     taken = [Place(name, given=False, border=True) for name in inputs or ()]
-    objective = Objective(classify=classify)
     laid = layouts.find(
         model, samples, sorted({each.name for found in (outputs, taken, *reads.values()) for each in found})
     )
     metrics = Metrics(model, [*outputs, *taken, *(place for found in reads.values() for place in found)])
     try:
+        objective = Objective.of(model, parts[0], classify=classify)
         stream(model, parts[0], metrics.watched, objective, advance, laid)
     except NoGradientsError as error:
         return Weighed(failed=str(error))
@@ -313,16 +315,21 @@ def stream(
         for chunk in chunks:
             args, kwargs = bind(model, feed(model, chunk))
             count = min(len(array) for array in chunk.values())
-            try:
-                with torch.enable_grad():
-                    objective(model(*args, **kwargs), count).backward()  # type: ignore[no-untyped-call]
-            except (RowcolError, NoGradientsError, MemoryError):
-                raise
-            except Exception as error:  # boundary: the user's own code runs here and may raise anything
-                raise _failed(error, calls) from error
+            with _telling(calls), torch.enable_grad():
+                objective(model(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]
             for entry in watched.values():
                 entry.flush(count)
             advance()
+
+
+@contextlib.contextmanager
+def _telling(calls: calling.Calls) -> Iterator[None]:
+    try:
+        yield
+    except (RowcolError, NoGradientsError, MemoryError):
+        raise
+    except Exception as error:  # boundary: the user's own code runs here and may raise anything
+        raise _failed(error, calls) from error
 
 
 def _failed(error: Exception, calls: calling.Calls) -> Exception:
@@ -341,24 +348,48 @@ def _failed(error: Exception, calls: calling.Calls) -> Exception:
 class Objective:
     """The number whose gradients are taken: summed over the samples of a batch, each of which counts by itself."""
 
-    def __init__(self, *, classify: bool) -> None:
+    def __init__(self, *, classify: bool, squares: Sequence[float] = ()) -> None:
+        """
+        Args:
+            classify: the first output is logits or probabilities of classes, if it is (samples, classes).
+            squares: by floating output, what it varies by (`Variation.squares`); of classes it is not asked for.
+        """
         self._classify = classify
         self._random = torch.Generator().manual_seed(0)
-        self._squares: dict[int, float] = {}
-        self._samples = 0
+        self._squares = squares
 
-    def __call__(self, result: Any, samples: int) -> torch.Tensor:
-        """Of what the model makes of so many samples; NoGradientsError where no output has a gradient."""
-        outputs = [output for output in tensors(result) if output.is_floating_point()]
+    @classmethod
+    def of(cls, model: nn.Module, chunks: Iterable[Feeds], *, classify: bool) -> Objective:
+        """With what the outputs vary by on these samples: a forward pass, unless there are only classes.
+
+        Raises:
+            ModelError, MemoryError: as `stream`.
+        """
+        plain, found = cls(classify=classify), Variation()
+        with evaluating(model), torch.no_grad(), calling.watching(model) as calls:
+            for chunk in chunks:
+                args, kwargs = bind(model, feed(model, chunk))
+                with _telling(calls):
+                    outputs = _floating(model(*args, **kwargs))
+                if all(plain._classes(place, output) for place, output in enumerate(outputs)):
+                    return plain
+                found.add(outputs, min(len(array) for array in chunk.values()))
+        return cls(classify=classify, squares=found.squares())
+
+    def __call__(self, result: Any) -> torch.Tensor:
+        """Of what the model makes of some samples; NoGradientsError where no output has a gradient."""
+        outputs = _floating(result)
         if not any(output.requires_grad for output in outputs):
             raise NoGradientsError("outputs are integers, detached or made under torch.no_grad()")
-        self._samples += samples
         found = []
         for place, output in enumerate(outputs):
             if output.requires_grad:
-                drawn = self._classify and place == 0 and output.dim() == 2 and output.shape[1] > 1
+                drawn = self._classes(place, output)
                 found.append(self._drawn(output.float()) if drawn else self._relative(place, output.float()))
         return torch.stack(found).sum()
+
+    def _classes(self, place: int, output: torch.Tensor) -> bool:
+        return self._classify and place == 0 and output.dim() == 2 and output.shape[1] > 1
 
     def _drawn(self, scores: torch.Tensor) -> torch.Tensor:
         """log p of classes drawn from the model's own answer."""
@@ -369,12 +400,14 @@ class Objective:
         return logs.gather(1, drawn).sum()
 
     def _relative(self, place: int, output: torch.Tensor) -> torch.Tensor:
-        """With random signs, in units of the output's size over all samples so far."""
+        """With random signs, in units of what the output varies by."""
         output = output.masked_fill(~output.isfinite(), 0.0)  # scores that are masked
-        self._squares[place] = self._squares.get(place, 0.0) + float(output.detach().square().sum())
         signs = torch.randint(0, 2, output.shape, generator=self._random).to(output) * 2 - 1
-        size = max(self._squares[place] / self._samples, 1e-30) ** 0.5
-        return (signs * output).sum().div(size)
+        return (signs * output).sum().div(self._squares[place] ** 0.5)
+
+
+def _floating(result: object) -> list[torch.Tensor]:
+    return [output for output in tensors(result) if output.is_floating_point()]
 
 
 def _directions(name: str, moments: Moments, gradients: Array, rank: int | None) -> LayerSpaces | None:

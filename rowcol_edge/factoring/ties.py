@@ -9,8 +9,9 @@ Source of the layers: O. C. Koyun and B. U. Töreyin, "HaLViT: Half of the Weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,17 +44,24 @@ class TiedFeedForward(nn.Module):
         cls, expand: nn.Linear, contract: nn.Linear, inputs: Tensor, activation: Callable[[Tensor], Tensor] = F.gelu
     ) -> tuple[TiedFeedForward, Tie]:
         """The nearest tied layer to ``contract(σ(expand(x)))`` on ``inputs`` (…, width), of the type and on the device
-        of ``expand``: a start for fine-tuning."""
+        of ``expand``: a start for fine-tuning. Biases make good what the tie moves on average.
+
+        Raises:
+            ModelError: layers that do not follow one another, or inputs of another width.
+            DataError: no inputs.
+        """
+        _check_chain(inputs, {"expand": expand, "contract": contract})
         with torch.no_grad():
             hidden = activation(expand(inputs))
-        found = tie_from_dense(
-            _array(expand.weight), _array(contract.weight), _moments(inputs), _moments(hidden), relative=True
+            wanted = contract(hidden)
+        tie = tie_from_dense(
+            _array(expand.weight), _array(contract.weight), _covariance(inputs), _covariance(hidden), relative=True
         )
         layer = cls(expand.in_features, expand.out_features, activation).to(expand.weight)
-        _fill(layer.weight, found.weight)
-        for own, given in ((layer.hidden_bias, expand.bias), (layer.bias, contract.bias)):
-            _fill(own, given)
-        return layer.train(expand.training), found
+        _fill(layer.weight, tie.weight)
+        _fill(layer.hidden_bias, _bias(expand, tie.weight, inputs))
+        error = _level(layer, layer.bias, inputs, wanted)
+        return layer.train(expand.training), replace(tie, layer_error=error)
 
 
 class TiedAttention(nn.Module):
@@ -87,29 +95,40 @@ class TiedAttention(nn.Module):
         cls, query: nn.Linear, key: nn.Linear, value: nn.Linear, output: nn.Linear, heads: int, inputs: Tensor
     ) -> tuple[TiedAttention, Tie, Tie]:
         """The nearest tied layer to dense attention on ``inputs`` (N, tokens, width), of the type and on the device of
-        ``query``, with the ties of query and output, and of key and value.
+        ``query``, with the ties of query and output, and of key and value. Biases make good what ties move on average.
 
         Raises:
-            ModelError: the width is no multiple of ``heads``.
+            ModelError: the width is no multiple of ``heads``, or layers or inputs have another one.
+            DataError: no inputs.
         """
         layer = cls(query.in_features, heads, bias=True).to(query.weight)
+        for name, one in {"query": query, "key": key, "value": value, "output": output}.items():
+            _check_chain(inputs, {name: one})
         with torch.no_grad():
             mixed = _mixed(query(inputs), key(inputs), value(inputs), heads)
-        seen = _moments(inputs)
-        outer = tie_from_dense(_array(query.weight), _array(output.weight), seen, _moments(mixed), relative=True)
+            wanted = output(mixed)
+        seen = _covariance(inputs)
+        outer = tie_from_dense(_array(query.weight), _array(output.weight), seen, _covariance(mixed), relative=True)
         inner = tie_from_dense(_array(key.weight), _array(value.weight), seen, seen, relative=True)
         _fill(layer.query, outer.weight)
         _fill(layer.weight, inner.weight)
-        names = ("query_bias", "key_bias", "value_bias", "bias")
-        for name, dense in zip(names, (query, key, value, output), strict=True):
-            _fill(getattr(layer, name), dense.bias)
-        return layer.train(query.training), outer, inner
+        for bias, dense, weight in (
+            (layer.query_bias, query, outer.weight),
+            (layer.key_bias, key, inner.weight),
+            (layer.value_bias, value, inner.weight.T),
+        ):
+            assert bias is not None
+            _fill(bias, _bias(dense, weight, inputs))
+        assert layer.bias is not None
+        error = _level(layer, layer.bias, inputs, wanted)
+        return layer.train(query.training), replace(outer, layer_error=error), replace(inner, layer_error=error)
 
 
 class TiedBottleneck(nn.Module):
     """``WᵀG(Wx)`` on feature maps (N, channels, H, W), with 1×1 convolutions that have no biases.
 
-    ``weight`` is inner × channels × 1 × 1; ``inner`` is ``G``, such as norm, ReLU, 3×3 convolution, norm, ReLU.
+    ``weight`` is inner × channels × 1 × 1; ``inner`` is ``G``, such as norm, ReLU, 3×3 convolution, norm, ReLU. From a
+    dense pair: `tied_kernels.TiedKernels.from_dense`, for which a kernel of one pixel is one of many.
     """
 
     def __init__(self, channels: int, inner_channels: int, inner: nn.Module) -> None:
@@ -135,12 +154,15 @@ class Tie:
         first_error: ‖W₁x − Wx‖ / ‖W₁x‖ over the calibration inputs, predicted from their moments.
         second_error: ‖W₂h − Wᵀh‖ / ‖W₂h‖, as predicted.
         loss: what was minimised, ``E‖W₁x − Wx‖² + E‖W₂h − Wᵀh‖²``, or the sum of the squared relative errors.
+        layer_error: of a whole layer made from dense ones, ‖dense(x) − tied(x)‖ / ‖dense(x)‖ over the inputs, both
+            about their mean: the error of its start, with what the first tie does to the second's input.
     """
 
     weight: Floats
     first_error: float
     second_error: float
     loss: float
+    layer_error: float | None = None
 
 
 def tie_from_dense(first: Floats, second: Floats, inputs: Floats, hidden: Floats, *, relative: bool = False) -> Tie:
@@ -233,14 +255,50 @@ def _array(tensor: Tensor) -> Floats:
     return array
 
 
-def _moments(x: Tensor) -> Floats:
+def _check_chain(inputs: Tensor, layers: Mapping[str, nn.Linear]) -> None:
+    """Layers one behind the other, of which the last gives the width that the first takes."""
+    width = taken = inputs.shape[-1] if inputs.dim() else 0
+    for place, (name, layer) in enumerate(layers.items()):
+        given = width if place == len(layers) - 1 else layer.out_features
+        if (layer.in_features, layer.out_features) != (taken, given):
+            got = f"{layer.in_features} → {layer.out_features}"
+            hint = f"the inputs have width {width}"
+            raise ModelError(f"layer {name} of a tie", expected=f"{taken} → {given}", got=got, hint=hint)
+        taken = given
+
+
+def _covariance(x: Tensor) -> Floats:
+    flat = _flat(x)
+    centred = flat - flat.mean(0)
+    moments: Floats = centred.T @ centred / len(flat)
+    return moments
+
+
+def _flat(x: Tensor) -> Floats:
+    """(rows, width)"""
     flat = _array(x).reshape(-1, x.shape[-1])
     if not len(flat):
         raise DataError("inputs for a tie", expected="at least one sample", got="none")
-    return flat.T @ flat / len(flat)
+    return flat
 
 
-def _fill(parameter: Tensor, value: Floats | Tensor | None) -> None:
-    """None stands for zeros: a bias that a dense layer does not have."""
+def _bias(dense: nn.Linear, weight: Floats, inputs: Tensor) -> Floats:
+    """With which ``weight`` gives the same as the dense layer on average."""
+    moved: Floats = (_array(dense.weight) - weight) @ _flat(inputs).mean(0)
+    bias: Tensor | None = getattr(dense, "bias", None)
+    return moved if bias is None else moved + _array(bias)
+
+
+def _level(layer: nn.Module, bias: Tensor, inputs: Tensor, wanted: Tensor) -> float:
+    """Set the last bias so that the layer gives the wanted mean; its error then, about that mean."""
     with torch.no_grad():
-        parameter.copy_(torch.zeros(()) if value is None else torch.as_tensor(value))
+        wide = copy.deepcopy(layer).double()
+        apart = _flat(wanted) - _flat(wide(inputs.double()))
+    mean, centred = apart.mean(0), _flat(wanted) - _flat(wanted).mean(0)
+    _fill(bias, _array(bias) + mean)
+    return _relative(float(np.square(apart - mean).sum()), float(np.square(centred).sum()))
+
+
+def _fill(parameter: Tensor, value: Floats) -> None:
+    with torch.no_grad():
+        parameter.copy_(torch.as_tensor(value))

@@ -16,6 +16,7 @@ import rowcol_edge
 from rowcol_edge import models
 from rowcol_edge.calling import tensors
 from rowcol_edge.errors import WeightsError
+from rowcol_edge.factoring.plan import FactorPlan
 from rowcol_edge.factoring.refit import _loss
 from rowcol_edge.factoring.sensitivity import Objective
 
@@ -61,7 +62,9 @@ class Attending(nn.Module):
         return found
 
 
-def factored(model: nn.Module, x: np.ndarray, tmp_path: Path, budget: str = "params<=0.7x") -> tuple[Any, nn.Module]:
+def factored(
+    model: nn.Module, x: np.ndarray, tmp_path: Path, budget: str | None = "params<=0.7x"
+) -> tuple[Any, nn.Module]:
     np.savez(tmp_path / "x.npz", allow_pickle=False, x=x)
     result = rowcol_edge.factor(model, calib=tmp_path / "x.npz", budget=budget, out=tmp_path / "out")
     return result, torch.export.load(tmp_path / "out" / "model.pt2").module()
@@ -73,6 +76,10 @@ def normal(*shape: int) -> np.ndarray:
 
 def forms(result: Any) -> dict[str, str]:
     return {layer.name: layer.form for layer in result.plan.layers}
+
+
+def forms_and_ranks(plan: FactorPlan) -> set[tuple[str, str, int]]:
+    return {(layer.name, layer.form, layer.rank) for layer in plan.layers}
 
 
 @pytest.mark.parametrize(
@@ -157,7 +164,7 @@ def test_losses_of_masked_scores_are_finite() -> None:
     assert _loss([masked], [moved], every, classify=True) == pytest.approx(own)
     assert 0.0 < _loss([masked], [moved], every, classify=False) < INF
     leaf = scores.clone().requires_grad_()
-    Objective(classify=False)(leaf.masked_fill(torch.arange(4) > 2, -INF), 20).backward()
+    Objective(classify=False, squares=[1.0])(leaf.masked_fill(torch.arange(4) > 2, -INF)).backward()
     assert leaf.grad is not None
     assert leaf.grad.isfinite().all()
     assert leaf.grad[:, :3].any()
@@ -187,6 +194,39 @@ def test_an_offset_hides_no_difference(tmp_path: Path) -> None:
     with torch.no_grad():
         wanted, got = (each(torch.from_numpy(x)) for each in (model, small))
     assert float((wanted - got).norm() / (wanted - wanted.mean()).norm()) < 0.2
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another output"])
+def test_an_offset_of_the_answers_changes_no_plan(beside: bool, tmp_path: Path) -> None:
+    """A pressure around 100,000 Pa, by the plan that is taken where nothing says how much may be lost."""
+
+    class Pressure(nn.Module):
+        def __init__(self, offset: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second, self.head = nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 1)
+            self.other, self.offset = nn.Linear(64, 4), offset
+
+        def forward(self, x: torch.Tensor) -> Any:
+            y = F.relu(self.second(F.relu(self.first(x))))
+            found = self.head(y).double() + self.offset  # which single precision would round
+            return (found, self.other(y)) if beside else found
+
+    x, found = normal(256, 8), {}
+    for offset in (0.0, 1e5):
+        folder = tmp_path / str(offset)
+        folder.mkdir()
+        model = Pressure(offset).eval()
+        result, small = factored(model, x, folder, budget=None)
+        with torch.no_grad():
+            wanted, got = ([y.double() for y in tensors(each(torch.from_numpy(x)))] for each in (model, small))
+        measured = _loss(wanted, got, torch.ones(len(x), dtype=torch.bool), classify=False)
+        assert measured < 20 * max(result.plan.loss, 1e-4)
+        found[offset] = result.plan
+    assert found[0.0].layers
+    assert {(e.name, e.width) for e in found[0.0].channels} == {(e.name, e.width) for e in found[1e5].channels}
+    assert forms_and_ranks(found[0.0]) == forms_and_ranks(found[1e5])
+    assert found[1e5].loss == pytest.approx(found[0.0].loss, rel=1e-3)
 
 
 @pytest.mark.parametrize("empty", [nn.Parameter(torch.zeros(0, 8)), torch.zeros(0)], ids=["parameter", "buffer"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -105,10 +107,13 @@ def test_a_tie_from_dense_is_nearer_than_either_matrix() -> None:
     wanted = contract(torch.relu(expand(x)))
     layer, tie = TiedFeedForward.from_dense(expand, contract, x, torch.relu)
 
+    def about(values: torch.Tensor) -> torch.Tensor:
+        return values - values.mean(0)
+
     def error(weight: torch.Tensor) -> float:
-        hidden = torch.relu(expand(x))
-        first, second = expand(x) - expand.bias, wanted - contract.bias
-        first = (first - x @ weight.t()).norm() / first.norm()
+        first, second = about(expand(x)), about(wanted)
+        hidden = about(torch.relu(expand(x)))
+        first = (first - about(x) @ weight.t()).norm() / first.norm()
         second = (second - hidden @ weight).norm() / second.norm()
         return float((first**2 + second**2).detach())
 
@@ -125,13 +130,49 @@ def test_attention_from_tied_matrices_calculates_the_same_as_torch() -> None:
     x = torch.randn(3, 20, 8)
     layer, outer, inner = TiedAttention.from_dense(query, key, value, output, 2, x)
     assert max(outer.first_error, outer.second_error, inner.first_error, inner.second_error) < 1e-6
+    assert torch.allclose(layer(x), dense_attention(query, key, value, output)(x, x, x)[0], atol=1e-5)
+
+
+def dense_attention(query: nn.Linear, key: nn.Linear, value: nn.Linear, output: nn.Linear) -> nn.MultiheadAttention:
     dense = nn.MultiheadAttention(8, 2, batch_first=True)
     with torch.no_grad():
         dense.in_proj_weight.copy_(torch.cat([query.weight, key.weight, value.weight]))
         dense.in_proj_bias.copy_(torch.cat([query.bias, key.bias, value.bias]))
         dense.out_proj.weight.copy_(output.weight)
         dense.out_proj.bias.copy_(output.bias)
-    assert torch.allclose(layer(x), dense(x, x, x)[0], atol=1e-5)
+    return dense
+
+
+def test_the_error_of_a_whole_layer_is_told_and_its_mean_is_the_dense_ones() -> None:
+    torch.manual_seed(0)
+    expand, contract, *four = (nn.Linear(*size) for size in ((8, 16), (16, 8), *[(8, 8)] * 4))
+    x = torch.randn(3, 200, 8) + 2.0
+    pairs = [
+        (*TiedFeedForward.from_dense(expand, contract, x), contract(nn.functional.gelu(expand(x)))),
+        (*TiedAttention.from_dense(*four, 2, x)[:2], dense_attention(*four)(x, x, x)[0]),
+    ]
+    for layer, tie, wanted in pairs:
+        apart, wanted = (wanted - layer(x)).detach().flatten(0, 1), wanted.detach()
+        centred = wanted.flatten(0, 1) - wanted.mean((0, 1))
+        assert float(apart.mean(0).abs().max()) < 1e-5
+        assert 0.1 < tie.layer_error < 2.0  # random layers, which nothing ties: it may be worse than a constant
+        assert tie.layer_error == pytest.approx(float(apart.norm() / centred.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "width", "words"),
+    [
+        ([(8, 16), (16, 8)], 9, "layer expand of a tie: expected 9 → 16, got 8 → 16"),
+        ([(8, 16), (12, 8)], 8, "layer contract of a tie: expected 16 → 8, got 12 → 8"),
+        ([(8, 16), (16, 9)], 8, "layer contract of a tie: expected 16 → 8, got 16 → 9"),
+        ([(8, 8), (8, 8), (8, 4), (8, 8)], 8, "layer value of a tie: expected 8 → 8, got 8 → 4"),
+    ],
+)
+def test_layers_that_do_not_belong_together_are_refused(sizes: list[tuple[int, int]], width: int, words: str) -> None:
+    layers, x = [nn.Linear(*size) for size in sizes], torch.randn(2, 5, width)
+    made = TiedFeedForward.from_dense if len(layers) == 2 else partial(TiedAttention.from_dense, heads=2)
+    with pytest.raises(ModelError, match=words):
+        made(*layers, inputs=x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

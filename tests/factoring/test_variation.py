@@ -1,0 +1,64 @@
+"""What outputs vary by, against numpy's variance."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rowcol_edge.factoring.variation import Variation
+
+
+def varied(*batches: torch.Tensor, samples: int | None = None) -> tuple[float, float]:
+    """By sample and by element."""
+    found = Variation()
+    for batch in batches:
+        found.add([batch], len(batch) if samples is None else samples)
+    return found.squares()[0], found.means()[0]
+
+
+@given(
+    st.integers(8, 40), st.lists(st.integers(1, 5), max_size=2), st.integers(1, 7), st.floats(-1e5, 1e5),
+    st.floats(1.0, 1e3), st.integers(0, 2**31),
+)  # fmt: skip
+def test_is_the_variance_about_each_elements_mean(
+    count: int, shape: list[int], batch: int, offset: float, scale: float, seed: int
+) -> None:
+    values = np.random.default_rng(seed).normal(size=(count, *shape)) * scale + offset
+    found = varied(*torch.from_numpy(values).split(batch))
+    each = values.var(axis=0, ddof=1)
+    assert found == pytest.approx((each.sum(), each.mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("batches", "samples", "square"),
+    [
+        ([torch.tensor([[3.0, 4.0]])], 1, 25.0),
+        ([torch.full((4, 2), 1e5)] * 2, 4, 2e10),
+        ([torch.tensor([[1e5], [1e5 + 0.01]])], 2, 1e10),
+        ([torch.tensor([1.0, 2.0, 2.0])], 4, 9 / 4),
+        ([torch.tensor(2.0), torch.tensor(4.0)], 4, 20 / 8),
+        ([torch.ones(4, 2), 2 * torch.ones(4, 3)], 4, 7.0),
+        ([torch.zeros(4, 2)], 4, 1e-30),
+    ],
+    ids=["one sample", "constant", "rounding", "no samples", "numbers", "other shapes", "nothing"],
+)
+def test_what_has_no_mean_to_vary_about_counts_from_zero(
+    batches: list[torch.Tensor], samples: int, square: float
+) -> None:
+    assert varied(*batches, samples=samples)[0] == pytest.approx(square)
+
+
+def test_masked_scores_count_as_nothing() -> None:
+    values = torch.tensor([[1.0, -torch.inf], [3.0, -torch.inf]])
+    assert varied(values) == pytest.approx((2.0, 1.0))
+
+
+def test_outputs_are_told_apart() -> None:
+    found = Variation()
+    for batch in (torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [6.0]])):
+        found.add([batch, 10 * batch], len(batch))
+    variance = float(np.var([1, 2, 3, 6], ddof=1))
+    assert found.squares() == pytest.approx([variance, 100 * variance])
