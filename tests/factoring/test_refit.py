@@ -95,6 +95,21 @@ def test_patches_are_what_a_convolution_sees(
     torch.testing.assert_close(got, wanted)
 
 
+def test_what_came_of_it_is_told() -> None:
+    model, near, far = made(Encoder), made(Encoder), made(Encoder)
+    near.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        far.expand.weight *= 0.5
+    found: list[refit.SecondPass] = []
+    for other in (near, far):
+        refit.refit(model, other, {"x": inputs(TOKENS, 32, 0)}, ["expand"], {}, classify=True, told=found.append)
+    assert [each.kept for each in found] == [False, True]
+    assert found[0].before == found[0].after == 0.0
+    assert found[1].after < 0.8 * found[1].before
+    assert "second pass not kept, as it does not take away 20% of the loss: 0.00e+00 → 0.00e+00" in found[0].note
+    assert "second pass kept: " in found[1].note
+
+
 def test_too_few_samples_to_judge_change_nothing() -> None:
     model, other = made(Encoder), made(Encoder)
     with torch.no_grad():
