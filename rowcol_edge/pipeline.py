@@ -206,6 +206,7 @@ def factor(
         lambda: recoverer.module(recovery) if recovery else factored(known, plan, progress),
     )
     plan, module = gauged.plan, gauged.module()
+    second_pass = _second_pass(job, known, plan, progress)
     if out is not None:
         _write_factored(out, module, plan, job)
     return Factored(
@@ -220,7 +221,7 @@ def factor(
         size,
         job.contract,
         job.assumed,
-        _second_pass(job, known, plan, progress),
+        second_pass,
     )
 
 
@@ -270,15 +271,16 @@ def _study(job: Job, progress: Progress) -> Study:
 
 
 def _second_pass(job: Job, known: Study, plan: FactorPlan, progress: Progress) -> str:
-    """What came of a plan's second pass, in one line; nothing where there was none, or nothing to judge it by."""
+    """What came of a plan's second pass, in one line; nothing where none was asked for."""
     if not plan.changes or not plan.refit:
         return ""
 
     def said() -> str:
         if plan.digest not in known.second_passes:  # the model was made in another run
             factored(known, plan, progress)
-        found = known.second_passes.get(plan.digest)
-        return "" if found is None else found.note
+        found = known.second_passes[plan.digest]
+        nothing = "not made, as there was no layer to fit or there were too few inputs to judge it by"
+        return f"factored: second pass {nothing if found is None else found.note}"
 
     return job.cache.text(job.stage_key("second pass", plan.digest, job.calibration.key, job.contract), said)
 

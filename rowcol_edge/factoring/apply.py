@@ -46,6 +46,7 @@ def factored(study: Study, plan: FactorPlan, progress: Progress | None = None) -
     kept = {name: _whole(narrowed, study.infos[name].out_features) for name, narrowed in gives.items()}
     reasons = held(study.folded, study.graph)
     names = [name for name in study.infos if not reasons[name]]
+    study.second_passes[plan.digest] = None
 
     def told(found: SecondPass) -> None:
         study.second_passes[plan.digest] = found

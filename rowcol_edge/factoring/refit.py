@@ -48,6 +48,7 @@ _BETTER = 0.999  # of a layer's error on unseen samples
 _GAIN = 0.8
 """Of the whole model's: calibration samples are often those that it was trained on, and what gains less there was seen
 to lose on the selection split of the Fashion-MNIST sample."""
+_NOTHING = 1e-12  # a loss that is rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +68,13 @@ class SecondPass:
     @property
     def note(self) -> str:
         """In one line."""
-        said = "kept" if self.kept else f"not kept, as it does not take away {1 - _GAIN:.0%} of the loss"
-        return (
-            f"factored: second pass {said}: {self.before:.2e} → {self.after:.2e} on inputs that no layer was fitted to"
-        )
+        if self.kept:
+            said = "kept"
+        elif self.before <= _NOTHING:
+            said = "not kept, as there was nothing to gain"
+        else:
+            said = f"not kept, as it does not take away {1 - _GAIN:.0%} of the loss"
+        return f"{said}: {self.before:.2e} → {self.after:.2e} on inputs that no layer was fitted to"
 
 
 @dataclass(slots=True)

@@ -76,7 +76,8 @@ class Study:
         given: calibration samples.
         different: of these, those that differ from each other.
         samples: calibration samples for a second pass.
-        second_passes: what came of those that were made, by the digest of their plan.
+        second_passes: what came of those that were asked for, by the digest of their plan; None where nothing could be
+            fitted or judged.
     """
 
     dense: nn.Module
@@ -95,7 +96,7 @@ class Study:
     samples: Callable[[], Mapping[str, np.ndarray[Any, Any]]]
     _coupled: Callable[[], tuple[ChannelSet, ...]]
     _failed: Callable[[], str]
-    second_passes: dict[str, refit.SecondPass] = field(default_factory=dict)
+    second_passes: dict[str, refit.SecondPass | None] = field(default_factory=dict)
 
     @cached_property
     def channels(self) -> tuple[ChannelSet, ...]:
