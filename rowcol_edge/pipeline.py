@@ -70,7 +70,8 @@ class Factored:
     """A factored model: the module, its plan, what was tried, and where it was written (None: nowhere).
 
     ``size`` is what its weights are predicted to take, where a budget limits that: bytes, and at which precision.
-    ``contract`` is what its outputs mean, ``assumed`` a note where only the default says so.
+    ``contract`` is what its outputs mean, ``assumed`` a note where only the default says so. ``second_pass`` says what
+    came of it, or nothing where there was none.
     """
 
     model: str
@@ -84,6 +85,7 @@ class Factored:
     size: tuple[int, str] | None = None
     contract: str = "classify"
     assumed: str = ""
+    second_pass: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -107,6 +109,7 @@ class Factored:
             "gap": self.plan.gap,
             "note": "; ".join(filter(None, [self.plan.note, self.assumed])) or None,
             "plan_digest": self.plan.digest,
+            "second_pass": self.second_pass or None,
             "trials": [t.to_dict() for t in self.trials],
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
@@ -203,6 +206,7 @@ def factor(
         lambda: recoverer.module(recovery) if recovery else factored(known, plan, progress),
     )
     plan, module = gauged.plan, gauged.module()
+    second_pass = _second_pass(job, known, plan, progress)
     if out is not None:
         _write_factored(out, module, plan, job)
     return Factored(
@@ -217,6 +221,7 @@ def factor(
         size,
         job.contract,
         job.assumed,
+        second_pass,
     )
 
 
@@ -263,6 +268,21 @@ def _study(job: Job, progress: Progress) -> Study:
     known = study(job.model.module, job.calibration, classify=classify, keep=keep, progress=progress)
     limits.check(known, job.budgets)
     return known
+
+
+def _second_pass(job: Job, known: Study, plan: FactorPlan, progress: Progress) -> str:
+    """What came of a plan's second pass, in one line; nothing where none was asked for."""
+    if not plan.changes or not plan.refit:
+        return ""
+
+    def said() -> str:
+        if plan.digest not in known.second_passes:  # the model was made in another run
+            factored(known, plan, progress)
+        found = known.second_passes[plan.digest]
+        nothing = "not made, as there was no layer to fit or there were too few inputs to judge it by"
+        return f"factored: second pass {nothing if found is None else found.note}"
+
+    return job.cache.text(job.stage_key("second pass", plan.digest, job.calibration.key, job.contract), said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,12 +402,13 @@ class _Line:
         job, path = self.job, bundling.path(out, ready.target, ready.runtime.name)
         plan = ready.arms[0].plan
         recovery = self.recoverer.of(plan)
-        notes = [recovery.note] if recovery else []
+        notes = [_second_pass(job, self.study, plan, self.progress)] if plan else []
+        notes += [recovery.note] if recovery else []
         notes += [self._gauged(plan, ready.target).note] if plan and plan.projected else []
         bundling.write(
             path, job, ready.target, ready.runtime, ready.arms, ready.choice, self._original(),
             data=self.data, recovered=None if recovery is None else recovery.record,
-            notes=[*self._notes(), *notes, *(note for arm in ready.arms for note in keeping.notes(arm))],
+            notes=[*self._notes(), *filter(None, notes), *(note for arm in ready.arms for note in keeping.notes(arm))],
             precision=None if ready.selected is None else ready.selected.to_dict(), zip_too=job.options.zip,
             progress=self.progress,
         )  # fmt: skip

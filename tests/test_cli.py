@@ -238,7 +238,7 @@ def test_outputs_are_scores_of_classes_only_where_nothing_else_is_said(
     (tmp_path / "loads.py").write_text(REGRESSION)
     inputs = np.random.default_rng(0).normal(size=(256, 16)).astype(np.float32)
     np.savez(tmp_path / "calib.npz", x=inputs)
-    errors, half = [], "of half the outputs' squared relative error"
+    errors, half = [], "of half the outputs' squared relative error about their mean"
     for contract, taken, unit in (("classify", True, "nats"), ("embed", False, half)):
         out, said = tmp_path / contract, [] if taken else ["--contract", "embed"]
         asked = [f"{tmp_path / 'loads.py'}:build", "--calib", str(tmp_path / "calib.npz"), "--budget", "params<=0.5x"]
@@ -246,9 +246,13 @@ def test_outputs_are_scores_of_classes_only_where_nothing_else_is_said(
         shown = " ".join(capsys.readouterr().out.split())
         assert ("taken for scores of classes; where they are none, say what they mean: --contract" in shown) is taken
         assert re.search(rf"predicted loss [0-9.e-]+ {unit}", shown)
+        assert re.search(
+            r"second pass (not )?kept.* [0-9.e-]+ → [0-9.e-]+ on inputs that no layer was fitted to", shown
+        )
         assert run("factor", *asked, "--contract", contract, "--json") == 0
         found = json.loads(capsys.readouterr().out)
         assert (found["contract"], found["note"]) == (contract, None)
+        assert found["second_pass"] in shown
         wanted, got = (
             next(iter(torch_run(models.load(model).module)({"x": inputs}).values()))
             for model in (asked[0], str(out / "model.pt2"))

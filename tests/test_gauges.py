@@ -77,6 +77,8 @@ def test_an_int8_build_holds_the_settled_factors(net: torch.nn.Module, splits: d
     plan = FactorPlan.read(built.path / "plan.toml")
     assert plan == found.plan
     assert any("gauges of" in note and "weights of 7 bits" in note for note in built.manifest.build["notes"])
+    assert found.second_pass.startswith("factored: second pass ")
+    assert found.second_pass in built.manifest.build["notes"]
     graph = onnx.load(built.path / built.manifest.arms[0].artifact).graph
     values = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
     checked = 0

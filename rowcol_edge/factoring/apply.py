@@ -21,7 +21,7 @@ from rowcol_edge.factoring.opening import leave_fused_paths
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan, nearest
 from rowcol_edge.factoring.products import product
 from rowcol_edge.factoring.projections import project
-from rowcol_edge.factoring.refit import refit
+from rowcol_edge.factoring.refit import SecondPass, refit
 from rowcol_edge.factoring.spaces import LayerSpaces, Progress, blended, directions
 from rowcol_edge.factoring.standins import put
 from rowcol_edge.factoring.study import Study
@@ -46,7 +46,13 @@ def factored(study: Study, plan: FactorPlan, progress: Progress | None = None) -
     kept = {name: _whole(narrowed, study.infos[name].out_features) for name, narrowed in gives.items()}
     reasons = held(study.folded, study.graph)
     names = [name for name in study.infos if not reasons[name]]
-    return refit(study.folded, model, study.samples(), names, kept, classify=study.classify, progress=progress)
+    study.second_passes[plan.digest] = None
+
+    def told(found: SecondPass) -> None:
+        study.second_passes[plan.digest] = found
+
+    samples, classify = study.samples(), study.classify
+    return refit(study.folded, model, samples, names, kept, classify=classify, progress=progress, told=told)
 
 
 def metrics(study: Study, plan: FactorPlan) -> dict[str, Array]:

@@ -70,7 +70,8 @@ class Distillation:
 
     @torch.no_grad()
     def distance(self, student: nn.Module, batches: Iterable[Feeds]) -> float:
-        """Of the outputs, at temperature 1 and per sample: nats for a classifier, else relative squared error."""
+        """Of the outputs, at temperature 1 and per sample: nats for a classifier, else relative squared error about
+        the mean."""
         total, count = 0.0, 0
         for feeds in batches:
             size = _count(feeds)
@@ -152,8 +153,9 @@ def _floats(result: object) -> list[torch.Tensor]:
 
 
 def _relative(given: torch.Tensor, wanted: torch.Tensor, scale: float) -> torch.Tensor:
-    apart = given.float() - wanted.float()
-    return torch.where(given == wanted, 0.0, apart).square().mean() / scale  # infinities of a mask are equal
+    kind = torch.promote_types(torch.promote_types(given.dtype, wanted.dtype), torch.float32)
+    apart = torch.where(given == wanted, 0.0, given.to(kind) - wanted.to(kind))  # infinities of a mask are equal
+    return apart.square().mean().div(scale).float()
 
 
 def _are_shares(scores: torch.Tensor) -> bool:

@@ -48,6 +48,33 @@ _BETTER = 0.999  # of a layer's error on unseen samples
 _GAIN = 0.8
 """Of the whole model's: calibration samples are often those that it was trained on, and what gains less there was seen
 to lose on the selection split of the Fashion-MNIST sample."""
+_NOTHING = 1e-12  # a loss that is rounding
+
+
+@dataclass(frozen=True, slots=True)
+class SecondPass:
+    """What came of it: the model's loss without and with it, on samples that no layer was fitted to.
+
+    Nats for a classifier, half the relative squared error about the mean for other outputs.
+    """
+
+    before: float
+    after: float
+
+    @property
+    def kept(self) -> bool:
+        return self.after < _GAIN * self.before
+
+    @property
+    def note(self) -> str:
+        """In one line."""
+        if self.kept:
+            said = "kept"
+        elif self.before <= _NOTHING:
+            said = "not kept, as there was nothing to gain"
+        else:
+            said = f"not kept, as it does not take away {1 - _GAIN:.0%} of the loss"
+        return f"{said}: {self.before:.2e} → {self.after:.2e} on inputs that no layer was fitted to"
 
 
 @dataclass(slots=True)
@@ -70,6 +97,7 @@ def refit(
     *,
     classify: bool,
     progress: Progress | None = None,
+    told: Callable[[SecondPass], None] | None = None,
 ) -> nn.Module:
     """A copy of ``model`` whose layers are fitted to ``original``; one of the two as it was where that is no better.
 
@@ -80,6 +108,7 @@ def refit(
         samples: input name → calibration samples.
         names: layers to fit, in call order; in ``model`` each is a layer, or the parts of its split in sequence.
         kept: layer → (kept outputs, outputs), where it gives fewer than the original's.
+        told: gets what came of it, where there was something to fit and to judge.
     """
     count = min(len(array) for array in samples.values())
     fitted = copy.deepcopy(model)
@@ -111,8 +140,10 @@ def refit(
         after = _run(fitted, samples)
     with evaluating(model):
         before = _run(model, samples)
-    losses = [_loss(reference, got, unseen, classify=classify) for got in (before, after)]
-    return fitted if losses[1] < _GAIN * losses[0] else model
+    found = SecondPass(*(_loss(reference, got, unseen, classify=classify) for got in (before, after)))
+    if told is not None:
+        told(found)
+    return fitted if found.kept else model
 
 
 def affordable(infos: Mapping[str, LayerInfo]) -> int:

@@ -316,7 +316,7 @@ def stream(
             args, kwargs = bind(model, feed(model, chunk))
             count = min(len(array) for array in chunk.values())
             with _telling(calls), torch.enable_grad():
-                objective(model(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]
+                objective(model(*args, **kwargs), count).backward()  # type: ignore[no-untyped-call]
             for entry in watched.values():
                 entry.flush(count)
             advance()
@@ -352,7 +352,8 @@ class Objective:
         """
         Args:
             classify: the first output is logits or probabilities of classes, if it is (samples, classes).
-            squares: by floating output, what it varies by (`Variation.squares`); of classes it is not asked for.
+            squares: by floating output, what it varies by (`Variation.squares`); of classes it is not asked for, and
+                what is not among them is measured by itself, when it comes.
         """
         self._classify = classify
         self._random = torch.Generator().manual_seed(0)
@@ -363,33 +364,39 @@ class Objective:
         """With what the outputs vary by on these samples: a forward pass, unless there are only classes.
 
         Raises:
-            ModelError, MemoryError: as `stream`.
+            NoGradientsError, ModelError, MemoryError: as `stream`.
         """
         plain, found = cls(classify=classify), Variation()
         with evaluating(model), torch.no_grad(), calling.watching(model) as calls:
             for chunk in chunks:
                 args, kwargs = bind(model, feed(model, chunk))
+                count = min(len(array) for array in chunk.values())
                 with _telling(calls):
                     outputs = _floating(model(*args, **kwargs))
-                if all(plain._classes(place, output) for place, output in enumerate(outputs)):
-                    return plain
-                found.add(outputs, min(len(array) for array in chunk.values()))
+                    if all(plain._classes(place, output, count) is not None for place, output in enumerate(outputs)):
+                        return plain
+                    found.add(outputs, count)
         return cls(classify=classify, squares=found.squares())
 
-    def __call__(self, result: Any) -> torch.Tensor:
-        """Of what the model makes of some samples; NoGradientsError where no output has a gradient."""
+    def __call__(self, result: Any, samples: int) -> torch.Tensor:
+        """Of what the model makes of so many samples; NoGradientsError where no output has a gradient."""
         outputs = _floating(result)
         if not any(output.requires_grad for output in outputs):
             raise NoGradientsError("outputs are integers, detached or made under torch.no_grad()")
         found = []
         for place, output in enumerate(outputs):
             if output.requires_grad:
-                drawn = self._classes(place, output)
-                found.append(self._drawn(output.float()) if drawn else self._relative(place, output.float()))
+                scores = self._classes(place, output, samples)
+                found.append(self._relative(place, output, samples) if scores is None else self._drawn(scores.float()))
         return torch.stack(found).sum()
 
-    def _classes(self, place: int, output: torch.Tensor) -> bool:
-        return self._classify and place == 0 and output.dim() == 2 and output.shape[1] > 1
+    def _classes(self, place: int, output: torch.Tensor, samples: int) -> torch.Tensor | None:
+        """Scores of classes (samples, classes); None where it is something else."""
+        if not self._classify or place:
+            return None
+        if output.dim() == 1 and samples == 1:  # squeezed
+            output = output[None]
+        return output if output.dim() == 2 and output.shape[1] > 1 else None
 
     def _drawn(self, scores: torch.Tensor) -> torch.Tensor:
         """log p of classes drawn from the model's own answer."""
@@ -399,11 +406,17 @@ class Objective:
         drawn = torch.multinomial(logs.detach().exp(), 1, generator=self._random)
         return logs.gather(1, drawn).sum()
 
-    def _relative(self, place: int, output: torch.Tensor) -> torch.Tensor:
+    def _relative(self, place: int, output: torch.Tensor, samples: int) -> torch.Tensor:
         """With random signs, in units of what the output varies by."""
-        output = output.masked_fill(~output.isfinite(), 0.0)  # scores that are masked
+        if place < len(self._squares):
+            square = self._squares[place]
+        else:
+            alone = Variation()
+            alone.add([output], samples)
+            [square] = alone.squares()
+        output = output.float().masked_fill(~output.isfinite(), 0.0)  # scores that are masked
         signs = torch.randint(0, 2, output.shape, generator=self._random).to(output) * 2 - 1
-        return (signs * output).sum().div(self._squares[place] ** 0.5)
+        return (signs * output).sum().div(square**0.5)
 
 
 def _floating(result: object) -> list[torch.Tensor]:

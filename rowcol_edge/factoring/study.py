@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, TypeVar, cast
 
@@ -76,6 +76,8 @@ class Study:
         given: calibration samples.
         different: of these, those that differ from each other.
         samples: calibration samples for a second pass.
+        second_passes: what came of those that were asked for, by the digest of their plan; None where nothing could be
+            fitted or judged.
     """
 
     dense: nn.Module
@@ -94,6 +96,7 @@ class Study:
     samples: Callable[[], Mapping[str, np.ndarray[Any, Any]]]
     _coupled: Callable[[], tuple[ChannelSet, ...]]
     _failed: Callable[[], str]
+    second_passes: dict[str, refit.SecondPass | None] = field(default_factory=dict)
 
     @cached_property
     def channels(self) -> tuple[ChannelSet, ...]:

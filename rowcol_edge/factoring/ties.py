@@ -9,7 +9,6 @@ Source of the layers: O. C. Koyun and B. U. Töreyin, "HaLViT: Half of the Weigh
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -102,6 +101,8 @@ class TiedAttention(nn.Module):
             DataError: no inputs.
         """
         layer = cls(query.in_features, heads, bias=True).to(query.weight)
+        if inputs.dim() != 3:
+            raise DataError("inputs for a tie", expected="(samples, tokens, width)", got=str(tuple(inputs.shape)))
         for name, one in {"query": query, "key": key, "value": value, "output": output}.items():
             _check_chain(inputs, {name: one})
         with torch.no_grad():
@@ -257,6 +258,8 @@ def _array(tensor: Tensor) -> Floats:
 
 def _check_chain(inputs: Tensor, layers: Mapping[str, nn.Linear]) -> None:
     """Layers one behind the other, of which the last gives the width that the first takes."""
+    if not inputs.numel():
+        raise DataError("inputs for a tie", expected="at least one sample", got="none")
     width = taken = inputs.shape[-1] if inputs.dim() else 0
     for place, (name, layer) in enumerate(layers.items()):
         given = width if place == len(layers) - 1 else layer.out_features
@@ -268,23 +271,24 @@ def _check_chain(inputs: Tensor, layers: Mapping[str, nn.Linear]) -> None:
 
 
 def _covariance(x: Tensor) -> Floats:
-    flat = _flat(x)
-    centred = flat - flat.mean(0)
-    moments: Floats = centred.T @ centred / len(flat)
+    centred = _centred(x)
+    moments: Floats = centred.T @ centred / len(centred)
     return moments
 
 
-def _flat(x: Tensor) -> Floats:
-    """(rows, width)"""
+def _centred(x: Tensor) -> Floats:
+    """(rows, width), without columns that vary by rounding alone."""
     flat = _array(x).reshape(-1, x.shape[-1])
-    if not len(flat):
-        raise DataError("inputs for a tie", expected="at least one sample", got="none")
-    return flat
+    mean = flat.mean(0)
+    centred: Floats = flat - mean
+    rounding = 4 * torch.finfo(x.dtype).eps * np.abs(mean)
+    centred[:, np.sqrt(np.square(centred).mean(0)) <= rounding] = 0.0
+    return centred
 
 
 def _bias(dense: nn.Linear, weight: Floats, inputs: Tensor) -> Floats:
     """With which ``weight`` gives the same as the dense layer on average."""
-    moved: Floats = (_array(dense.weight) - weight) @ _flat(inputs).mean(0)
+    moved: Floats = (_array(dense.weight) - weight) @ _array(inputs).reshape(-1, inputs.shape[-1]).mean(0)
     bias: Tensor | None = getattr(dense, "bias", None)
     return moved if bias is None else moved + _array(bias)
 
@@ -292,11 +296,10 @@ def _bias(dense: nn.Linear, weight: Floats, inputs: Tensor) -> Floats:
 def _level(layer: nn.Module, bias: Tensor, inputs: Tensor, wanted: Tensor) -> float:
     """Set the last bias so that the layer gives the wanted mean; its error then, about that mean."""
     with torch.no_grad():
-        wide = copy.deepcopy(layer).double()
-        apart = _flat(wanted) - _flat(wide(inputs.double()))
-    mean, centred = apart.mean(0), _flat(wanted) - _flat(wanted).mean(0)
+        apart = (_array(wanted) - _array(layer(inputs))).reshape(-1, len(bias))
+    mean, energy = apart.mean(0), float(np.square(_centred(wanted)).sum())
     _fill(bias, _array(bias) + mean)
-    return _relative(float(np.square(apart - mean).sum()), float(np.square(centred).sum()))
+    return float(np.sqrt(np.square(apart - mean).sum() / energy)) if energy else 0.0
 
 
 def _fill(parameter: Tensor, value: Floats) -> None:

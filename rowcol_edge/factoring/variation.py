@@ -7,69 +7,100 @@ loses.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 
-#: a standard deviation below this share of the size is rounding in single precision, and the output is a constant
-_ROUNDING = 4 * torch.finfo(torch.float32).eps
+#: a standard deviation below this many units in the last place of what varies is rounding: it is a constant
+_ROUNDING = 4.0
 _LEAST = 1e-30
 
 
 class Variation:
-    """Of a model's outputs in its own order, which come batch by batch."""
+    """Of a model's outputs in its own order, which come batch by batch. What is infinite (a mask) does not count."""
 
     def __init__(self) -> None:
         self._outputs: list[_Output] = []
 
     def add(self, outputs: Sequence[torch.Tensor], samples: int) -> None:
         """What the model makes of so many samples."""
-        if not self._outputs:
-            self._outputs = [_Output() for _ in outputs]
-        for known, output in zip(self._outputs, outputs, strict=True):
+        for known, output in zip_longest(self._outputs[: len(outputs)], outputs):
+            if known is None:
+                known = _Output()
+                self._outputs.append(known)
             known.add(output.detach(), samples)
 
     def squares(self) -> list[float]:
         """By output: the mean over the samples of the squared distance from the mean, summed over what a sample has.
 
-        From zero instead, where there is no telling: of a single sample, of a constant, and of what has not the samples
-        along its first axis or differs in shape from batch to batch.
+        The mean is that of each element. Where there is no telling (a single sample, or an output that has not the
+        samples along its first axis, or another shape from batch to batch) it is that of all elements together, and
+        zero for a constant.
         """
-        return [known.square() for known in self._outputs]
+        return [max(known.square(), _LEAST) for known in self._outputs]
 
     def means(self) -> list[float]:
         """The same, of one element instead of all that a sample has."""
-        return [known.square() * known.samples / max(1, known.elements) for known in self._outputs]
+        return [max(known.square() * known.samples / max(1, known.elements), _LEAST) for known in self._outputs]
 
 
 class _Output:
     def __init__(self) -> None:
         self.samples = self.elements = 0
-        self._square = 0.0
         self._whole = True  # it has the samples along its first axis, and always one shape
-        self._near: torch.Tensor | None = None  # close to the mean: differences from it lose no digits
-        self._sum: torch.Tensor | float = 0.0  # of these differences
-        self._apart = 0.0  # and of their squares
+        self._each = _Sums()
+        self._all = _Sums()
 
     def add(self, output: torch.Tensor, samples: int) -> None:
-        values = output.double().masked_fill(~output.isfinite(), 0.0)  # scores that are masked
         self.samples += samples
-        self.elements += values.numel()
-        self._square += float(values.square().sum())
-        shape = values.shape[1:] if self._near is None else self._near.shape
-        self._whole = self._whole and values.dim() > 0 and values.shape == (samples, *shape)
-        if not self._whole:
-            return
-        if self._near is None:
-            self._near = values.mean(0)
-        apart = values - self._near
-        self._sum = self._sum + apart.sum(0)
-        self._apart += float(apart.square().sum())
+        self.elements += output.numel()
+        self._all.add(output.reshape(-1))
+        self._whole = self._whole and output.dim() > 0 and len(output) == samples and self._each.fits(output)
+        if self._whole:
+            self._each.add(output)
 
     def square(self) -> float:
-        size = self._square / max(1, self.samples)
-        if self._whole and self.samples > 1:
-            about = float(torch.as_tensor(self._sum).square().sum()) / self.samples
-            varied = (self._apart - about) / (self.samples - 1)
-            if varied > _ROUNDING**2 * size:
-                return max(varied, _LEAST)
-        return max(size, _LEAST)
+        """Per sample."""
+        varied = self._each.varied() if self._whole else 0.0
+        return (varied or self._all.varied() or self._all.size()) / max(1, self.samples)
+
+
+class _Sums:
+    """Of finite numbers along the first axis."""
+
+    def __init__(self) -> None:
+        self._near: torch.Tensor | None = None  # close to the mean: differences from it lose no digits
+        self._count, self._sum, self._squares = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+        self._step = 0.0  # of the coarsest type that a number came in, relative
+
+    def fits(self, output: torch.Tensor) -> bool:
+        return self._near is None or self._near.shape == output.shape[1:]
+
+    def add(self, output: torch.Tensor) -> None:
+        self._step = max(self._step, torch.finfo(output.dtype).eps)
+        finite, values = output.isfinite(), output.double()
+        values = values.masked_fill(~finite, 0.0)
+        count = finite.sum(0)
+        if self._near is None:
+            self._near = values.sum(0) / count.clamp_min(1)
+        apart = (values - self._near).masked_fill(~finite, 0.0)
+        self._count = self._count + count
+        self._sum = self._sum + apart.sum(0)
+        self._squares = self._squares + apart.square().sum(0)
+
+    def varied(self) -> float:
+        """Squared distances from the mean, summed; without bias, and without what is rounding."""
+        if self._near is None:
+            return 0.0
+        count = self._count.clamp_min(1)
+        mean = self._near + self._sum / count
+        variance = (self._squares - self._sum.square() / count) / (count - 1).clamp_min(1)
+        told = (self._count > 1) & (variance > (_ROUNDING * self._step * mean).square())
+        return float((variance * self._count)[told].sum())
+
+    def size(self) -> float:
+        """Squared distances from zero, summed."""
+        if self._near is None:
+            return 0.0
+        near = self._near
+        return float((self._squares + 2 * near * self._sum + self._count * near.square()).sum())

@@ -239,11 +239,13 @@ def factored(result: Factored) -> None:
     if (loss := result.plan.loss) is not None:
         gap = result.plan.gap  # not known of a plan that was put together from those of two limits
         most = "" if gap is None else f"; other forms and ranks at these widths could save at most {gap:.1g} of it"
-        unit = "nats" if result.contract == "classify" else "of half the outputs' squared relative error"
+        unit = (
+            "nats" if result.contract == "classify" else "of half the outputs' squared relative error about their mean"
+        )
         console.print(f"predicted loss {loss:.3g} {unit}{most}")
     _trials(console, [t.to_dict() for t in result.trials])
-    if result.recovery is not None:
-        console.print(result.recovery.note)
+    for said in filter(None, (result.second_pass, result.recovery and result.recovery.note)):
+        console.print(said)
     for note in filter(None, (result.plan.note, result.assumed)):
         console.print(f"warning: {note}")
     if result.size is not None:

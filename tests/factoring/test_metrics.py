@@ -54,7 +54,7 @@ def by_hand(model: Branching) -> dict[str, torch.Tensor]:
         wanted = [*taken.values(), *given.values()]
         for name, gradient in zip(
             ("second", "third", "rest", "behind second", "behind third"),
-            torch.autograd.grad(objective(model.head(kept)), wanted),
+            torch.autograd.grad(objective(model.head(kept), len(kept)), wanted),
             strict=True,
         ):
             found.setdefault(name, []).append(gradient.movedim(1, -1).flatten(0, 2).double())

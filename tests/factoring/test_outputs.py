@@ -164,7 +164,7 @@ def test_losses_of_masked_scores_are_finite() -> None:
     assert _loss([masked], [moved], every, classify=True) == pytest.approx(own)
     assert 0.0 < _loss([masked], [moved], every, classify=False) < INF
     leaf = scores.clone().requires_grad_()
-    Objective(classify=False, squares=[1.0])(leaf.masked_fill(torch.arange(4) > 2, -INF)).backward()
+    Objective(classify=False)(leaf.masked_fill(torch.arange(4) > 2, -INF), 20).backward()
     assert leaf.grad is not None
     assert leaf.grad.isfinite().all()
     assert leaf.grad[:, :3].any()
@@ -213,7 +213,7 @@ def test_an_offset_of_the_answers_changes_no_plan(beside: bool, tmp_path: Path) 
             return (found, self.other(y)) if beside else found
 
     x, found = normal(256, 8), {}
-    for offset in (0.0, 1e5):
+    for offset in (0.0, 1e5, 1e8):
         folder = tmp_path / str(offset)
         folder.mkdir()
         model = Pressure(offset).eval()
@@ -224,9 +224,43 @@ def test_an_offset_of_the_answers_changes_no_plan(beside: bool, tmp_path: Path) 
         assert measured < 20 * max(result.plan.loss, 1e-4)
         found[offset] = result.plan
     assert found[0.0].layers
-    assert {(e.name, e.width) for e in found[0.0].channels} == {(e.name, e.width) for e in found[1e5].channels}
-    assert forms_and_ranks(found[0.0]) == forms_and_ranks(found[1e5])
-    assert found[1e5].loss == pytest.approx(found[0.0].loss, rel=1e-3)
+    for offset in (1e5, 1e8):
+        assert {(e.name, e.width) for e in found[0.0].channels} == {(e.name, e.width) for e in found[offset].channels}
+        assert forms_and_ranks(found[0.0]) == forms_and_ranks(found[offset])
+        assert found[offset].loss == pytest.approx(found[0.0].loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [11, 12, 13, 17])
+@pytest.mark.parametrize(
+    ("wrap", "contract"),
+    [(lambda m, y: m.classes(y).squeeze(), "classify"), (lambda m, y: list(m.classes(y).unbind(0)), "embed")],
+    ids=["squeezed", "a tensor for each sample"],
+)
+def test_shapes_and_numbers_of_outputs_may_hang_on_the_batch(
+    wrap: Callable[[nn.Module, torch.Tensor], Any], contract: str, count: int, tmp_path: Path
+) -> None:
+    """Chunks of samples that end in a single one among them."""
+    model, x = Forked(wrap).eval(), normal(count, 8)
+    np.savez(tmp_path / "x.npz", x=x)
+    result = rowcol_edge.factor(model, calib=tmp_path / "x.npz", budget="params<=0.7x", contract=contract)
+    assert result.plan.loss is not None
+    assert 0.0 < result.plan.loss < INF
+
+
+def test_an_offset_of_scores_that_a_mask_hides_at_times_changes_no_loss(tmp_path: Path) -> None:
+    x, losses = normal(64, 8), []
+    np.savez(tmp_path / "x.npz", x=x)
+    for offset in (0.0, 1000.0):
+
+        def masked(m: nn.Module, y: torch.Tensor, offset: float = offset) -> torch.Tensor:
+            found: torch.Tensor = (m.classes(y).double() + offset).masked_fill(y[:, :6] > 0.5, -INF)
+            return found
+
+        model = Forked(masked).eval()
+        result = rowcol_edge.factor(model, calib=tmp_path / "x.npz", budget="params<=0.7x", contract="embed")
+        losses.append(result.plan.loss)
+    assert losses[0] > 1e-4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
 @pytest.mark.parametrize("empty", [nn.Parameter(torch.zeros(0, 8)), torch.zeros(0)], ids=["parameter", "buffer"])

@@ -216,6 +216,37 @@ def test_other_kinds_of_classifiers(kind: str) -> None:
     assert found.after.distance < found.before.distance
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1e5])
+def test_other_outputs_are_compared_about_their_mean(offset: float, masked: bool) -> None:
+    class Moved(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.head = nn.Linear(12, 4)
+            with torch.no_grad():
+                self.head.weight *= scale
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.head(x).double() + offset
+            return found.masked_fill(torch.arange(4) > 2, -math.inf) if masked else found
+
+    x = np.random.default_rng(0).normal(size=(200, 12)).astype(np.float32)
+    teacher, student, feeds = Moved(1.0), Moved(1.01), [{"x": x}]
+    distillation = Distillation(student, teacher, feeds, classify=False)
+    with torch.no_grad():
+        wanted, given = (
+            each.head(torch.from_numpy(x)).double()[:, : 3 if masked else 4] for each in (teacher, student)
+        )
+    expected = float((given - wanted).square().sum() / wanted.var(0).sum() / len(x))
+    assert distillation.distance(student, feeds) == pytest.approx(expected, rel=1e-3)
+    loss = distillation.loss(student, feeds[0])
+    loss.backward()
+    assert student.head.weight.grad is not None
+    assert student.head.weight.grad.isfinite().all()
+    assert loss.dtype == torch.float32
+
+
 def test_half_precision_is_trained_in_single_precision_and_cast_back() -> None:
     teacher = net().to(torch.bfloat16)
     student = spoiled(teacher)

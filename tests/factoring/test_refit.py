@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import rowcol_edge
 from rowcol_edge.datasets import Split, scan
-from rowcol_edge.factoring import refit
+from rowcol_edge.factoring import apply, refit
 from rowcol_edge.factoring.apply import factored
 from rowcol_edge.factoring.layouts import Layout
 from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan, LayerPlan
@@ -93,6 +96,39 @@ def test_patches_are_what_a_convolution_sees(
         fit = refit._Fit("layer", None, 10**6, Layout(each=each))
         got = refit._inputs(layer, x, fit) @ layer.weight.flatten(1).T + layer.bias
     torch.testing.assert_close(got, wanted)
+
+
+def test_what_came_of_it_is_told() -> None:
+    model, near, far = made(Encoder), made(Encoder), made(Encoder)
+    near.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        far.expand.weight *= 0.5
+    found: list[refit.SecondPass] = []
+    for other in (near, far):
+        refit.refit(model, other, {"x": inputs(TOKENS, 32, 0)}, ["expand"], {}, classify=True, told=found.append)
+    assert [each.kept for each in found] == [False, True]
+    assert found[0].before == found[0].after == 0.0
+    assert found[1].after < 0.8 * found[1].before
+    assert "not kept, as there was nothing to gain: 0.00e+00 → 0.00e+00" in found[0].note
+    assert found[1].note.startswith("kept: ")
+    assert "not kept, as it does not take away 20% of the loss" in refit.SecondPass(1.0, 0.9).note
+    assert "not kept" in refit.SecondPass(float("nan"), 0.5).note
+    assert "not kept" in refit.SecondPass(1.0, float("nan")).note
+
+
+def test_what_could_not_be_judged_is_told_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+    made_by = apply.refit
+
+    def counted(*given: Any, **more: Any) -> nn.Module:
+        runs.append("once more")
+        return made_by(*given, **more)
+
+    monkeypatch.setattr(apply, "refit", counted)
+    np.savez(tmp_path / "x.npz", x=inputs(TOKENS, 3, 0))
+    found = rowcol_edge.factor(made(Encoder), calib=tmp_path / "x.npz", budget="params<=0.7x", contract="embed")
+    assert found.second_pass.startswith("factored: second pass not made, as ")
+    assert runs == ["once more"]
 
 
 def test_too_few_samples_to_judge_change_nothing() -> None:

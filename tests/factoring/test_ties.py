@@ -175,6 +175,34 @@ def test_layers_that_do_not_belong_together_are_refused(sizes: list[tuple[int, i
         made(*layers, inputs=x)
 
 
+def test_activations_of_ones_own_are_called_as_they_are() -> None:
+    torch.manual_seed(0)
+    expand, contract, norm, x = nn.Linear(8, 16), nn.Linear(16, 8), nn.LayerNorm(16), torch.randn(40, 8)
+    held = nn.ReLU()
+    held.scaled = 2 * nn.Parameter(torch.ones(1))  # no leaf: it cannot be copied
+    for activation in (lambda h: torch.relu(norm(h)), held):
+        layer, tie = TiedFeedForward.from_dense(expand, contract, x, activation)
+        apart = (contract(activation(expand(x))) - layer(x)).detach()
+        assert tie.layer_error is not None
+        assert tie.layer_error > 0.1
+        assert float(apart.mean(0).abs().max()) < 1e-5
+
+
+def test_inputs_that_do_not_vary_lose_nothing() -> None:
+    torch.manual_seed(0)
+    expand, contract, x = nn.Linear(8, 16), nn.Linear(16, 8), torch.full((7, 8), 0.1)
+    layer, tie = TiedFeedForward.from_dense(expand, contract, x)
+    assert tie.layer_error == 0.0
+    assert torch.allclose(layer(x), contract(nn.functional.gelu(expand(x))), atol=1e-6)
+    assert np.abs(tie.weight).max() < 1.0
+
+
+@pytest.mark.parametrize("x", [torch.randn(0, 5, 8), torch.randn(2, 0, 8), torch.randn(8)])
+def test_inputs_without_samples_are_refused(x: torch.Tensor) -> None:
+    with pytest.raises(DataError, match="inputs for a tie: expected "):
+        TiedAttention.from_dense(*(nn.Linear(8, 8) for _ in range(4)), 2, x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_what_is_made_from_dense_has_its_type(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

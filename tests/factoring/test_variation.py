@@ -35,25 +35,36 @@ def test_is_the_variance_about_each_elements_mean(
 @pytest.mark.parametrize(
     ("batches", "samples", "square"),
     [
-        ([torch.tensor([[3.0, 4.0]])], 1, 25.0),
+        ([torch.tensor([[3.0, 5.0]])], 1, 4.0),
+        ([torch.tensor([[3.0]])], 1, 9.0),
         ([torch.full((4, 2), 1e5)] * 2, 4, 2e10),
         ([torch.tensor([[1e5], [1e5 + 0.01]])], 2, 1e10),
-        ([torch.tensor([1.0, 2.0, 2.0])], 4, 9 / 4),
-        ([torch.tensor(2.0), torch.tensor(4.0)], 4, 20 / 8),
-        ([torch.ones(4, 2), 2 * torch.ones(4, 3)], 4, 7.0),
+        ([torch.tensor([1e5, 1e5 + 0.01]).double()], 2, (1e5 + 0.0078125 - 1e5) ** 2 / 2),
+        ([torch.tensor([[1e5, 1.0], [1e5 + 0.01, 3.0]])], 2, 2.0),
+        ([torch.tensor([1.0, 2.0, 3.0])], 4, 3 / 4),
+        ([torch.tensor(2.0), torch.tensor(4.0)], 4, 4 / 8),
+        ([torch.ones(4, 2), 2 * torch.ones(4, 3)], 4, 20 / 8 * 4.8 / 19),
         ([torch.zeros(4, 2)], 4, 1e-30),
+        ([torch.zeros(0, 2)], 4, 1e-30),
     ],
-    ids=["one sample", "constant", "rounding", "no samples", "numbers", "other shapes", "nothing"],
-)
-def test_what_has_no_mean_to_vary_about_counts_from_zero(
+    ids=[
+        "one sample", "one number", "constant", "rounding", "fine steps", "rounding beside", "no samples", "numbers",
+        "other shapes", "zeros", "empty",
+    ],
+)  # fmt: skip
+def test_what_has_no_mean_of_each_element_varies_about_that_of_all(
     batches: list[torch.Tensor], samples: int, square: float
 ) -> None:
     assert varied(*batches, samples=samples)[0] == pytest.approx(square)
 
 
-def test_masked_scores_count_as_nothing() -> None:
-    values = torch.tensor([[1.0, -torch.inf], [3.0, -torch.inf]])
-    assert varied(values) == pytest.approx((2.0, 1.0))
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_masked_scores_do_not_count(offset: float) -> None:
+    """One column is masked always, one in half of the samples."""
+    values = torch.tensor([[1.0, -torch.inf, 2.0], [3.0, -torch.inf, 6.0], [1.0, -torch.inf, 0.0], [3.0, 0.0, 0.0]])
+    values[:, 1:] = values[:, 1:].masked_fill(torch.tensor([[1, 0], [1, 0], [1, 1], [1, 1]]).bool(), -torch.inf)
+    wanted = values[:, 0].var() + values[:2, 2].var() * 2 / 4
+    assert varied(values + offset)[0] == pytest.approx(float(wanted))
 
 
 def test_outputs_are_told_apart() -> None:
@@ -62,3 +73,11 @@ def test_outputs_are_told_apart() -> None:
         found.add([batch, 10 * batch], len(batch))
     variance = float(np.var([1, 2, 3, 6], ddof=1))
     assert found.squares() == pytest.approx([variance, 100 * variance])
+
+
+def test_outputs_may_come_and_go() -> None:
+    found = Variation()
+    one, two = torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [5.0]])
+    for batch in ([one], [one, two], []):
+        found.add(batch, 2)
+    assert found.squares() == pytest.approx([4 / 3, 8.0])
