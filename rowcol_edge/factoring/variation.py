@@ -33,9 +33,9 @@ class Variation:
     def squares(self) -> list[float]:
         """By output: the mean over the samples of the squared distance from the mean, summed over what a sample has.
 
-        The mean is that of each element. Where there is no telling (a single sample, or an output that has not the
-        samples along its first axis, or another shape from batch to batch) it is that of all elements together, and
-        zero for a constant.
+        The mean is that of each element, along the first axis that is always as long as there are samples. Where there
+        is no telling (a single sample, no such axis, another shape from batch to batch) it is that of all elements
+        together, and zero for a constant.
         """
         return [max(known.square(), _LEAST) for known in self._outputs]
 
@@ -47,21 +47,24 @@ class Variation:
 class _Output:
     def __init__(self) -> None:
         self.samples = self.elements = 0
-        self._whole = True  # it has the samples along its first axis, and always one shape
-        self._each = _Sums()
         self._all = _Sums()
+        self._along: dict[int, _Sums] | None = None  # by axis that may be that of the samples
 
     def add(self, output: torch.Tensor, samples: int) -> None:
         self.samples += samples
         self.elements += output.numel()
         self._all.add(output.reshape(-1))
-        self._whole = self._whole and output.dim() > 0 and len(output) == samples and self._each.fits(output)
-        if self._whole:
-            self._each.add(output)
+        axes = [axis for axis, size in enumerate(output.shape) if size == samples]
+        if self._along is None:
+            self._along = {axis: _Sums() for axis in axes}
+        first = {axis: output.movedim(axis, 0) for axis in axes if axis in self._along}
+        self._along = {axis: self._along[axis] for axis, values in first.items() if self._along[axis].fits(values)}
+        for axis, sums in self._along.items():
+            sums.add(first[axis])
 
     def square(self) -> float:
         """Per sample."""
-        varied = self._each.varied() if self._whole else 0.0
+        varied = next((sums.varied() for sums in (self._along or {}).values()), 0.0)
         return (varied or self._all.varied() or self._all.size()) / max(1, self.samples)
 
 

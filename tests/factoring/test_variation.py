@@ -67,6 +67,22 @@ def test_masked_scores_do_not_count(offset: float) -> None:
     assert varied(values + offset)[0] == pytest.approx(float(wanted))
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_samples_may_be_along_any_axis(axis: int) -> None:
+    """One of the others is by chance as long as most batches."""
+    values = 3.0 + torch.arange(4.0)[:, None] + torch.randn(11, 4, 5, generator=torch.Generator().manual_seed(0))
+    found = varied_along(values, axis)
+    each = values.var(0)
+    assert found == pytest.approx((float(each.sum()), float(each.mean())), rel=1e-5)
+
+
+def varied_along(values: torch.Tensor, axis: int) -> tuple[float, float]:
+    found = Variation()
+    for batch in values.split(4):
+        found.add([batch.movedim(0, axis)], len(batch))
+    return found.squares()[0], found.means()[0]
+
+
 def test_outputs_are_told_apart() -> None:
     found = Variation()
     for batch in (torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [6.0]])):
