@@ -123,7 +123,9 @@ def _judged(study: Study, job: Job, plan: FactorPlan, reference: Judged | None, 
     """A plan that was not searched, judged where quality can be; BudgetError if it misses the drop."""
     if reference is None:
         return trial(study, plan, None, None)
-    judged = judge(factored(study, plan), "judge the plan")
+    module = factored(study, plan)
+    judged = judge(module, "judge the plan")
+    study.keep(plan.digest, module)
     lost = evaluation.drop(job, reference, judged)
     budget = job.budgets.get("drop")
     if budget is not None and lost > budget.limit + 1e-9:
@@ -219,10 +221,14 @@ def _by_quality(
     trials: list[Trial] = []
 
     def holds(plan: FactorPlan) -> bool:
-        judged = judge(factored(study, plan, progress), f"try {plan.made_by}")
+        module = factored(study, plan, progress)
+        judged = judge(module, f"try {plan.made_by}")
         lost = evaluation.drop(job, reference, judged)
         trials.append(trial(study, plan, judged.value, lost))
-        return lost <= budget.limit + 1e-9
+        held = lost <= budget.limit + 1e-9
+        if held:
+            study.keep(plan.digest, module)
+        return held
 
     chosen = boldest(
         lambda index: holds(plans[index]), len(plans), lambda done, total: progress("search ranks", done, total)

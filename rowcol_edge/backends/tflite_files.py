@@ -324,8 +324,21 @@ def _claim(precision: str, expected: str, got: str) -> StageError:
 
 
 class _Builder(flatbuffers.Builder):  # type: ignore[misc]  # ships no types
-    """Keeps the schema's alignment of buffers, which its Python classes leave out."""
+    """Keeps the schema's alignment of buffers, which its Python classes leave out, and writes zero points, of which
+    weights have one for each channel and all of them zero, once for all tensors with as many."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self._written: dict[bytes, int] = {}
 
     def StartVector(self, elemSize: int, numElems: int, alignment: int) -> int:  # noqa: N802
         start: int = super().StartVector(elemSize, numElems, _ALIGNMENT if elemSize == 1 else alignment)
         return start
+
+    def CreateNumpyVector(self, x: np.ndarray) -> int:  # noqa: N802
+        if x.dtype != np.int64:
+            return int(super().CreateNumpyVector(x))
+        content = x.tobytes()
+        if content not in self._written:
+            self._written[content] = int(super().CreateNumpyVector(x))
+        return self._written[content]

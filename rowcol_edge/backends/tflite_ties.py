@@ -5,13 +5,16 @@ numbers as inputs × outputs. So a transposed use becomes a BATCH_MATMUL on the 
 ADD. A scale that the converter has multiplied into the rows (batch norms) becomes a MUL. No operator reads a larger
 kernel with inputs and outputs exchanged: such a use keeps a buffer of its own.
 
+In int8 XNNPACK does not run such products, which between convolutions shows in the time (`tools/benchmark_ties.py`). So
+where that hardly adds to the file, convolutions read the matrix the other way round from a second buffer.
+
 This is done to the float file, which every precision is made from: a quantizer then sees the operators that will run.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +29,8 @@ PRODUCT = ";product"
 _LAYERS = ("FULLY_CONNECTED", "CONV_2D")
 _LEAST_FACTOR = 1e-3
 """Of the largest: a bias would be divided by smaller ones."""
+_SPARE = 0.02
+"""Share of the bytes of all constants that second buffers may add."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,24 +46,48 @@ def share(model: Any) -> int:
     """Give, in place, the uses of each tie of a float model one buffer; how many constants that spared."""
     [graph] = model.subgraphs
     layers = {layer.name: layer for layer in _layers(model, graph)}
+    sizes = {name: _size(graph, layer) for name, layer in layers.items()}
+    found = ties.find({name: _matrix(model, layer) for name, layer in layers.items()})
+    pictures = {name for name, layer in layers.items() if tflite_files.kind(model, layer.operator) == "CONV_2D"}
+    both_ways = [tie for tie in found if any(use.transposed for use in tie.uses) and pictures.issuperset(tie.names)]
+    twice = _twice(both_ways, model, sizes)
     spared = 0
-    for tie in ties.find({name: _matrix(model, layer) for name, layer in layers.items()}):
+    for tie in found:
         uses = [use for use in tie.uses if use.plain or np.abs(use.factors).min() > _LEAST_FACTOR]
         if len(uses) < 2 or all(use.transposed for use in uses):
             continue
-        weight, uses = _oriented(tie.weight, uses, {use.name: _size(graph, layers[use.name]) for use in uses})
-        buffer = _buffer(model, weight)
+        weight, uses = _oriented(tie.weight, uses, sizes)
+        buffer, turned = _buffer(model, weight), None
+        if tie.names in twice and any(use.transposed for use in uses):
+            turned = _buffer(model, ties.turned(weight))
         for use in uses:
-            _rewrite(model, graph, layers[use.name], use, weight.shape, buffer)
-        spared += len(uses) - 1
+            if use.transposed and turned is not None:
+                _rewrite(model, graph, layers[use.name], replace(use, transposed=False), weight.shape, turned)
+            else:
+                _rewrite(model, graph, layers[use.name], use, weight.shape, buffer)
+        spared += len(uses) - (1 if turned is None else 2)
     _empty_unused(model)
     return spared
 
 
-def _oriented(weight: ties.Floats, uses: list[ties.Use], sizes: dict[str, int]) -> tuple[ties.Floats, list[ties.Use]]:
+def _twice(found: Sequence[ties.Tie], model: Any, sizes: Mapping[str, int]) -> set[tuple[str, ...]]:
+    """Ties, by the names of their uses, that are stored the other way round as well: those with the largest outputs for
+    their bytes, as far as these hardly add to the file."""
+    left = _SPARE * sum(len(buffer.data) for buffer in model.buffers if buffer.data is not None)
+    taken = set()
+    for tie in sorted(found, key=lambda tie: -sum(sizes[name] for name in tie.names) / tie.weight.size):
+        if 4 * tie.weight.size <= left:
+            left -= 4 * tie.weight.size
+            taken.add(tie.names)
+    return taken
+
+
+def _oriented(
+    weight: ties.Floats, uses: list[ties.Use], sizes: Mapping[str, int]
+) -> tuple[ties.Floats, list[ties.Use]]:
     """Stored the way that leaves the products, of which bias and activation are an operator, the smaller outputs."""
     products = sum(sizes[use.name] for use in uses if use.transposed)
-    if 2 * products <= sum(sizes.values()):
+    if 2 * products <= sum(sizes[use.name] for use in uses):
         return weight, uses
     return ties.turned(weight), [replace(use, transposed=not use.transposed) for use in uses]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from threading import Lock
 
 import numpy as np
@@ -64,8 +64,10 @@ class Metrics:
     """``F`` at each place: what arrives through a layer that treats all positions alike follows from what arrives
     behind it, ``Wᵀ F W``."""
 
-    def __init__(self, model: nn.Module, places: Iterable[Place]) -> None:
+    def __init__(self, model: nn.Module, places: Iterable[Place], known: Mapping[Place, Array] | None = None) -> None:
+        """``known``: (size, size) at places where no gradient needs to be waited for."""
         places = list(places)
+        self._known = known or {}
         behind = {place.name: Place(place.name) for place in places if place.given and place.channels is None}
         self._matrices: dict[str, torch.Tensor] = {}
         for place in places:
@@ -77,7 +79,8 @@ class Metrics:
         for place in places:
             found = place.name in behind and (place.given or place.name in self._matrices)
             self._sources[place] = source = behind[place.name] if found else place
-            self.watched.setdefault(source, Gradients())
+            if source not in self._known:
+                self.watched.setdefault(source, Gradients())
         self._asked = Counter(self._sources.values())
         self._counting = Lock()
 
@@ -87,17 +90,18 @@ class Metrics:
         with self._counting:
             self._asked[source] -= 1
             if not self._asked[source]:
-                del self.watched[source]
+                self.watched.pop(source, None)
         return found
 
     def reached(self, place: Place) -> bool:
         """Whether a gradient arrived there, or where what arrives follows from; not after `pop`."""
-        return self.watched[self._sources[place]].arrived
+        source = self._sources[place]
+        return source in self._known or self.watched[source].arrived
 
     def __getitem__(self, place: Place) -> Array:
         """(groups, size, size)"""
         source = self._sources[place]
-        found = self.watched[source].mean()
+        found = self._known[source][None] if source in self._known else self.watched[source].mean()
         if not found.any() and place.channels is not None:  # nothing arrived: the outputs do not hang on it
             size = place.channels.shape[1]
             return np.zeros((len(place.channels), size, size))

@@ -28,7 +28,7 @@ from torch.nn.modules.conv import _ConvNd
 from rowcol_edge import calling
 from rowcol_edge.calling import bind, evaluating, feed, tensors
 from rowcol_edge.errors import ModelError, RowcolError
-from rowcol_edge.factoring import borders, channel_spaces, layouts
+from rowcol_edge.factoring import borders, channel_spaces, layouts, splits
 from rowcol_edge.factoring.abreast import abreast
 from rowcol_edge.factoring.arrivals import frozen, watching
 from rowcol_edge.factoring.channel_spaces import ChannelSpaces
@@ -79,6 +79,7 @@ def weigh_all(
     sets: Sequence[ChannelSet],
     *,
     inputs: Mapping[str, Moments] | None = None,
+    known: Mapping[Place, Array] | None = None,
     classify: bool,
     progress: Progress | None = None,
 ) -> Weighed:
@@ -96,6 +97,7 @@ def weigh_all(
         layers: of what they give; those that are weighed are taken out, as memory counts.
         moments: at the places where `sets` are read; taken out too.
         inputs: of what layers take (see `input_spaces`); of these gradients are those through each layer alone.
+        known: what errors are worth at places where that is known without gradients (see `answers`).
         classify: the first output is logits or probabilities of classes, if it is (samples, classes).
 
     Raises:
@@ -117,14 +119,14 @@ def weigh_all(
     laid = layouts.find(
         model, samples, sorted({each.name for found in (outputs, taken, *reads.values()) for each in found})
     )
-    metrics = Metrics(model, [*outputs, *taken, *(place for found in reads.values() for place in found)])
+    metrics = Metrics(model, [*outputs, *taken, *(place for found in reads.values() for place in found)], known)
     try:
         objective = Objective.of(model, parts[0], classify=classify)
         stream(model, parts[0], metrics.watched, objective, advance, laid)
     except NoGradientsError as error:
         return Weighed(failed=str(error))
     most = {place: _rank(model, place) for place in (*outputs, *taken)}
-    weighed = _weigh(layers, inputs or {}, metrics, most)
+    weighed = _weigh(model, layers, inputs or {}, metrics, most)
     chosen = _choose(model, moments, metrics, sets, reads)
     keys: list[Place | str] = [*weighed, *chosen]
     losses = {key: Losses() for key in keys}
@@ -144,6 +146,7 @@ def weigh_all(
 
 
 def _weigh(
+    model: nn.Module,
     layers: MutableMapping[str, Moments],
     inputs: Mapping[str, Moments],
     metrics: Metrics,
@@ -153,6 +156,7 @@ def _weigh(
 
     def found(place: Place) -> LayerSpaces | None:
         own = layers[place.name] if place.given else inputs[place.name]
+        own = own.shrunk(most[place], lambda: _given(model, place))
         spaces = _directions(place.name, own, metrics.pop(place), most[place])
         if spaces is not None and place.given:
             del layers[place.name]
@@ -172,7 +176,7 @@ def _choose(
     """Channels of the sets that a gradient reached through all that read them."""
 
     def found(each: ChannelSet) -> ChannelSpaces | None:
-        read = [moments.pop(place) for place in reads[each.name]]
+        read = [moments.pop(place).shrunk() for place in reads[each.name]]
         # behind one of them are only integers, say, or what is detached: not nothing
         told = all(map(metrics.reached, reads[each.name]))
         seen = [metrics.pop(place) for place in reads[each.name]]
@@ -211,6 +215,15 @@ def _rank(model: nn.Module, place: Place) -> int | None:
     if isinstance(layer, _ConvNd) and (layer.transposed or layer.groups > 1):
         return None
     return layer.weight[0].numel()
+
+
+def _given(model: nn.Module, place: Place) -> torch.Tensor | None:
+    """(out, out): what a layer would give of inputs whose features are all alike."""
+    layer = model.get_submodule(place.name)
+    if not place.given or not isinstance(layer, nn.Linear | _ConvNd):
+        return None
+    matrix = torch.from_numpy(splits.matrix(layer))
+    return matrix @ matrix.T
 
 
 def chunked(samples: Feeds) -> list[Feeds]:

@@ -187,9 +187,11 @@ def measure(
     places: Sequence[Place],
     *,
     max_positions: int = 1024,
+    given: Callable[[object], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[Place, Moments]:
-    """Mean and covariance at each place, in one pass; otherwise as `collect`.
+    """Mean and covariance at each place, in one pass; otherwise as `collect`. ``given`` is called with what the model
+    gives of each batch.
 
     A tensor that several layers read is multiplied once. What a plain linear layer gives is not looked at where it
     takes no more features: ``cov(W x + b) = W cov(x) Wᵀ``.
@@ -206,11 +208,13 @@ def measure(
             args, kwargs = bind(model, tensors := feed(model, batch))
             try:
                 with torch.no_grad():  # not inference mode, in which tensors do not count their changes
-                    model(*args, **kwargs)
+                    result = model(*args, **kwargs)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
                 raise ModelError("the model fails on a calibration batch", got=f"{shapes}: {error}") from error
             _finite(sums)
+            if given is not None:
+                given(result)
             if progress is not None:
                 progress("calibration", done, max(total, done))
     if not done:

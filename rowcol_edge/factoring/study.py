@@ -16,6 +16,7 @@ from rowcol_edge import calling
 from rowcol_edge.cache import Arrays
 from rowcol_edge.datasets import Split, evenly
 from rowcol_edge.factoring import (
+    answers,
     borders,
     channel_spaces,
     coupling,
@@ -78,6 +79,7 @@ class Study:
         samples: calibration samples for a second pass.
         second_passes: what came of those that were asked for, by the digest of their plan; None where nothing could be
             fitted or judged.
+        made: the factored model that is to be used next, by the digest of its plan (`keep`).
     """
 
     dense: nn.Module
@@ -97,6 +99,7 @@ class Study:
     _coupled: Callable[[], tuple[ChannelSet, ...]]
     _failed: Callable[[], str]
     second_passes: dict[str, refit.SecondPass | None] = field(default_factory=dict)
+    made: dict[str, nn.Module] = field(default_factory=dict)
 
     @cached_property
     def channels(self) -> tuple[ChannelSet, ...]:
@@ -107,6 +110,11 @@ class Study:
     def without_gradients(self) -> str:
         """Where and why the model, which runs without gradients, cannot be differentiated; ``""`` if it can."""
         return self._failed()
+
+    def keep(self, digest: str, model: nn.Module) -> None:
+        """Of a plan that was tried and will be asked for: a second pass may take minutes. One at a time."""
+        self.made.clear()
+        self.made[digest] = model
 
     @cached_property
     def varies(self) -> bool:
@@ -257,14 +265,18 @@ def _weighed(
     batches = _Batches(calibration, pool)
     most = max(_POSITIONS[0], min(_POSITIONS[1], _ROWS // len(pool)))
     places = [*outputs.values(), *inputs.values(), *reads]
+    scores, seen = answers.given_by(folded, calibration.example(), names) if classify else None, answers.Answers()
     with borders.coverages({name: cast(splits.Layer, folded.get_submodule(name)) for name in inputs}) as coverages:
-        moments = spaces.measure(folded, batches, places, max_positions=most, progress=progress)
+        moments = spaces.measure(
+            folded, batches, places, max_positions=most, given=seen.see if scores else None, progress=progress
+        )
     taken = {n: input_spaces.with_border(moments.pop(place), coverages[n]) for n, place in inputs.items()}
     layers = {name: moments.pop(place) for name, place in outputs.items()}
     given, judged = calibration.spread(count, pool), calibration.spread(count, judges or pool)
     weighed = sensitivity.weigh_all(
-        folded, given, judged, layers, moments, free, inputs=taken, classify=classify, progress=progress
-    )
+        folded, given, judged, layers, moments, free, inputs=taken, classify=classify, progress=progress,
+        known={Place(scores): seen.fisher()} if scores else None,
+    )  # fmt: skip
     # of a layer that no gradient reaches the variance of its own output is all that is known
     rest = {name: spaces.decompose(name, left) for name, left in layers.items()}
     found = {name: weighed.layers.get(name) or rest[name] for name in names}

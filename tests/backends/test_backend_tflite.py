@@ -10,12 +10,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import flatbuffers
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from rowcol_edge import native
+from rowcol_edge import native, targets
 from rowcol_edge.backends import load_backend, program_files, tflite_files, tflite_metadata
 from rowcol_edge.backends.base import Artifact, QuantSpec, Source
 from rowcol_edge.backends.tflite_worker import _outside
@@ -189,6 +190,28 @@ def test_a_dynamic_batch_is_refused(make: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"expected a fixed batch.* build it without --dynamic-batch"):
         make(source, "fp32")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_zero_points_are_written_once_for_all_tensors_with_as_many(make: Make, tmp_path: Path) -> None:
+    """Weights have one for each channel, all of them zero."""
+    model = nn.Sequential(*(part for _ in range(4) for part in (nn.Linear(64, 64), nn.ReLU())))
+    source = write_source(Source.EXPORTED_PROGRAM, model, {"x": np.zeros((1, 64), np.float32)}, tmp_path)
+
+    def calibration() -> Iterator[dict[str, np.ndarray]]:
+        yield {"x": np.random.default_rng(0).normal(size=(1, 64)).astype(np.float32)}
+
+    out = tmp_path / "made.tflite"
+    load_backend("tflite").compile(
+        source, targets.load("generic-x86").runtime("tflite"), QuantSpec("int8"), calibration, out
+    )
+    found = tflite_files.read(out)
+    points = [tensor.quantization.zeroPoint for tensor in found.subgraphs[0].tensors if tensor.quantization is not None]
+    channels = [each for each in points if each is not None and len(each) == 64]
+    assert len(channels) == 8  # of weights and biases
+    assert all(bool((each == 0).all()) for each in channels)
+    plain = flatbuffers.Builder(1024)
+    plain.Finish(found.Pack(plain), file_identifier=b"TFL3")
+    assert len(tflite_files.packed(found)) < len(plain.Output()) - 6 * 8 * 64
 
 
 class Bessel(nn.Module):

@@ -53,6 +53,14 @@ class Stage(nn.Module):
         return self.head(self.stage(torch.relu(self.stem(x))).mean((2, 3)))
 
 
+class WideHead(Stage):
+    """Beside whose classifier the shared matrix takes few bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(128, 2000)
+
+
 class Kernels(nn.Module):
     """Pairs of 3×3 convolutions that share a kernel, a square one too, with norms in between and behind them."""
 
@@ -87,10 +95,14 @@ class Features(nn.Module):
 NETWORKS = {
     "transformer": lambda: VisionTransformer(width=64, hidden=256, heads=4, depth=2, classes=5, image=32),
     "stage": Stage,
+    "wide head": WideHead,
     "features": Features,
     "kernels": Kernels,
 }
-SHAPES = {"transformer": (3, 32, 32), "stage": (3, 32, 32), "features": (3, 7, 16), "kernels": (3, 32, 32)}
+SHAPES = {
+    "transformer": (3, 32, 32), "stage": (3, 32, 32), "wide head": (3, 32, 32), "features": (3, 7, 16),
+    "kernels": (3, 32, 32),
+}  # fmt: skip
 
 
 def network(name: str) -> nn.Module:
@@ -160,6 +172,30 @@ def test_weights_are_stored_once_and_outputs_stay(
     assert np.linalg.norm(got - wanted) <= PRECISIONS[precision] * np.linalg.norm(wanted)
 
 
+@pytest.mark.parametrize(("name", "products"), [("stage", 3), ("wide head", 0), ("transformer", 6)])
+def test_convolutions_read_a_small_matrix_the_other_way_round_instead_of_products(
+    name: str, products: int, source, tmp_path: Path
+) -> None:
+    from rowcol_edge.backends import tflite_files
+
+    def calibration() -> Iterator[dict[str, np.ndarray]]:
+        yield {"x": pictures(name, 4, 1)}
+
+    out = tmp_path / "made.tflite"
+    compiler = load_backend("tflite")
+    quant = QuantSpec.for_target("int8", TARGET)
+    compiler.compile(source(compiler.consumes, name), TARGET.runtime("tflite"), quant, calibration, out)
+    model = tflite_files.read(out)
+    [graph] = model.subgraphs
+    constant = [
+        operator
+        for operator in graph.operators
+        if tflite_files.kind(model, operator) == "BATCH_MATMUL"
+        and model.buffers[graph.tensors[operator.inputs[1]].buffer].data is not None
+    ]
+    assert len(constant) == products
+
+
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "tensorrt"])
 def test_layer_errors_know_both_uses(backend: str, source, tmp_path: Path) -> None:
     compiler, path = load_backend(backend), source(load_backend(backend).consumes, "transformer")
@@ -189,7 +225,7 @@ def test_tensorrt_has_int8_scales_for_the_outputs_of_each_use(name: str, source,
     constants = {tensor.name: tensor for tensor in graph.initializer}
     makers = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
     layers = [node for node in graph.node if node.op_type in WEIGHTED and node.input[1] in makers]
-    assert len(layers) == {"transformer": 14, "stage": 13, "features": 3, "kernels": 6}[name]
+    assert len(layers) == {"transformer": 14, "stage": 13, "wide head": 13, "features": 3, "kernels": 6}[name]
     for layer in layers:
         weight, scales = (constants[port] for port in makers[layer.input[1]].input[:2])
         upright = layer.op_type == "Conv" or any(given.name == "transB" and given.i for given in layer.attribute)
