@@ -17,6 +17,7 @@ from torch import nn
 
 from . import evaluation, limits
 from .budgets import Budgets
+from .datasets import evenly
 from .errors import BudgetError
 from .evaluation import Judged
 from .factoring import ranks
@@ -235,12 +236,20 @@ def _by_quality(
     )
     if not any(_exceeded(study, plans[chosen], costs)):
         return Choice(tuple(plans[: chosen + 1]), _by_size(trials))
-    within = [plan for plan in (*least, *plans[chosen:]) if not any(_exceeded(study, plan, costs))]
-    for count, plan in enumerate(within[:_WITHIN]):
-        progress("search ranks within the limits", count, len(within[:_WITHIN]))
+    within = [plan for plan in (*least, *plans[chosen:]) if not any(_exceeded(study, plan, costs))][:_WITHIN]
+    for count, plan in enumerate(within):
+        progress("search ranks within the limits", count, len(within))
         if holds(plan):
             return Choice((plan,), _by_size(trials))
-    raise _apart(study, plans[chosen], trials[-len(within[:_WITHIN]) :], job.budgets, costs)
+    missed = trials[-len(within) :]
+    # a drop on some hundred samples does not rise evenly: what bisection found may not be the boldest that holds
+    dear = [plan for plan in plans[chosen + 1 :] if plan not in within]
+    dear = [dear[index] for index in evenly(len(dear), min(_WITHIN, len(dear)))]
+    for count, plan in enumerate(reversed(dear)):
+        progress("search for the nearest plan", count, len(dear))
+        if holds(plan):
+            raise _apart(study, plan, missed, job.budgets, costs)
+    raise _apart(study, plans[chosen], missed, job.budgets, costs)
 
 
 def _by_size(trials: Sequence[Trial]) -> tuple[Trial, ...]:

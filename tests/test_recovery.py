@@ -16,6 +16,7 @@ import rowcol_edge
 from rowcol_edge import cli, config, recovery
 from rowcol_edge.config import BuildOptions
 from rowcol_edge.errors import ConfigError, DataError, SplitError
+from rowcol_edge.factoring import apply
 from rowcol_edge.factoring.distil import Distillation
 from rowcol_edge.factoring.plan import FactorPlan
 from rowcol_edge.pipeline import Factored
@@ -55,6 +56,23 @@ def test_the_chosen_plan_is_recovered(net: torch.nn.Module, splits: dict[str, st
     plan = tomllib.loads((tmp_path / "plan.toml").read_text())
     assert (plan["made_by"], plan["recovered"]) == (plain.plan.made_by, 3)
     assert (tmp_path / "model.pt2").is_file()
+
+
+@pytest.mark.parametrize("budget", ["params<=0.5x", "drop<=30pp"])
+def test_a_model_that_was_judged_is_not_made_again(
+    net: torch.nn.Module, splits: dict[str, str], budget: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, made = 0, apply.refit
+
+    def counted(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        nonlocal count
+        count += 1
+        return made(*args, **kwargs)
+
+    monkeypatch.setattr(apply, "refit", counted)
+    found = _factor(net, calib=splits["calib"], select=splits["select"], budget=budget)
+    assert found.plan.refit
+    assert count == len(found.trials) > 0
 
 
 def test_epochs_are_those_that_were_trained(net: torch.nn.Module, splits: dict[str, str], tmp_path: Path) -> None:

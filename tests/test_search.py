@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -111,3 +112,18 @@ def test_a_limit_that_no_plan_meets_is_refused_before_anything_is_tried(
     for budget in ("params<=0.001x", "size<=20B"):
         with pytest.raises(BudgetError, match=rf"budget {budget}: .*at the smallest ranks"):
             chosen(known, f"drop<=0.5pp,{budget}", drop, monkeypatch)
+
+
+def test_the_distance_is_that_of_the_boldest_plan_that_holds_of_those_tried(
+    known: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that of the one where bisection met a drop that a few samples made."""
+
+    def drop(share: float) -> float:
+        return 1.0 if share < 0.2 or 0.4 < share < 0.9 else 0.1
+
+    with pytest.raises(BudgetError, match="boldest plan found that keeps the drop has") as caught:
+        chosen(known, f"drop<=0.5pp,params<={int(0.15 * known.parameters)}", drop, monkeypatch)
+    found = re.search(r"keeps the drop has ([\d,]+) parameters", str(caught.value))
+    assert found is not None
+    assert int(found.group(1).replace(",", "")) < 0.4 * known.parameters

@@ -30,7 +30,7 @@ _LAYERS = ("FULLY_CONNECTED", "CONV_2D")
 _LEAST_FACTOR = 1e-3
 """Of the largest: a bias would be divided by smaller ones."""
 _SPARE = 0.02
-"""Share of the bytes of all constants that second buffers may add."""
+"""Share of the bytes of all constants, of these ties once, that second buffers may add."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,38 +47,48 @@ def share(model: Any) -> int:
     [graph] = model.subgraphs
     layers = {layer.name: layer for layer in _layers(model, graph)}
     sizes = {name: _size(graph, layer) for name, layer in layers.items()}
-    found = ties.find({name: _matrix(model, layer) for name, layer in layers.items()})
     pictures = {name for name, layer in layers.items() if tflite_files.kind(model, layer.operator) == "CONV_2D"}
-    both_ways = [tie for tie in found if any(use.transposed for use in tie.uses) and pictures.issuperset(tie.names)]
-    twice = _twice(both_ways, model, sizes)
-    spared = 0
-    for tie in found:
+    found = []
+    for tie in ties.find({name: _matrix(model, layer) for name, layer in layers.items()}):
         uses = [use for use in tie.uses if use.plain or np.abs(use.factors).min() > _LEAST_FACTOR]
-        if len(uses) < 2 or all(use.transposed for use in uses):
-            continue
-        weight, uses = _oriented(tie.weight, uses, sizes)
-        buffer, turned = _buffer(model, weight), None
-        if tie.names in twice and any(use.transposed for use in uses):
-            turned = _buffer(model, ties.turned(weight))
-        for use in uses:
-            if use.transposed and turned is not None:
-                _rewrite(model, graph, layers[use.name], replace(use, transposed=False), weight.shape, turned)
-            else:
+        if len(uses) > 1 and not all(use.transposed for use in uses):
+            found.append(_oriented(tie.weight, uses, sizes))
+    twice = _twice([uses for _, uses in found if pictures.issuperset(use.name for use in uses)], model, layers, sizes)
+    spared = 0
+    for weight, uses in found:
+        if uses[0].name in twice:
+            upright = [use for use in uses if not use.transposed]
+            turned = [replace(use, transposed=False) for use in uses if use.transposed]
+            groups = [(weight, upright), (ties.turned(weight), turned)]
+        else:
+            groups = [(weight, uses)]
+        for values, readers in groups:
+            if len(readers) < 2:  # it keeps its own, scaled as it is
+                continue
+            buffer = _buffer(model, values)
+            for use in readers:
                 _rewrite(model, graph, layers[use.name], use, weight.shape, buffer)
-        spared += len(uses) - (1 if turned is None else 2)
+            spared += len(readers) - 1
     _empty_unused(model)
     return spared
 
 
-def _twice(found: Sequence[ties.Tie], model: Any, sizes: Mapping[str, int]) -> set[tuple[str, ...]]:
-    """Ties, by the names of their uses, that are stored the other way round as well: those with the largest outputs for
-    their bytes, as far as these hardly add to the file."""
-    left = _SPARE * sum(len(buffer.data) for buffer in model.buffers if buffer.data is not None)
-    taken = set()
-    for tie in sorted(found, key=lambda tie: -sum(sizes[name] for name in tie.names) / tie.weight.size):
-        if 4 * tie.weight.size <= left:
-            left -= 4 * tie.weight.size
-            taken.add(tie.names)
+def _twice(
+    found: Sequence[Sequence[ties.Use]], model: Any, layers: Mapping[str, _Layer], sizes: Mapping[str, int]
+) -> set[str]:
+    """Ties, by the name of their first use, that are stored both ways: those with the largest outputs for their bytes,
+    as far as these hardly add to the file."""
+    held = {number: len(buffer.data) for number, buffer in enumerate(model.buffers) if buffer.data is not None}
+    bytes_ = {uses[0].name: held[layers[uses[0].name].weight.buffer] for uses in found}
+    once = sum(held.values())
+    for uses in found:
+        once -= sum(held[number] for number in {layers[use.name].weight.buffer for use in uses}) - bytes_[uses[0].name]
+    left, taken = _SPARE * once, set()
+    both = [uses for uses in found if len({use.transposed for use in uses}) == 2]
+    for uses in sorted(both, key=lambda uses: -sum(sizes[use.name] for use in uses) / bytes_[uses[0].name]):
+        if bytes_[uses[0].name] <= left:
+            left -= bytes_[uses[0].name]
+            taken.add(uses[0].name)
     return taken
 
 

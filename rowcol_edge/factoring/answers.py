@@ -20,29 +20,36 @@ from rowcol_edge.calling import bind, evaluating, feed, tensors
 Feeds = Mapping[str, NDArray[Any]]
 
 
+_MOST = 4096  # classes: beyond, a matrix of them takes as long as the network and gigabytes
+
+
 class Answers:
-    """Scores of classes as they come, (samples, classes)."""
+    """Scores of classes as they come, (samples, classes).
+
+    Memory: ``8 · classes²`` bytes, twice that while more come.
+    """
 
     def __init__(self) -> None:
-        self._total: torch.Tensor | None = None
+        self._shares = self._products = torch.zeros((), dtype=torch.float64)
         self._samples = 0
 
     def see(self, result: object) -> None:
         """What the model gives of a batch; its first tensor are the scores."""
         shares = tensors(result)[0].double().softmax(1)
-        added = shares.sum(0).diag() - shares.T @ shares
-        self._total = added if self._total is None else self._total + added
+        self._shares = self._shares + shares.sum(0)
+        self._products = shares.T @ shares + self._products
         self._samples += len(shares)
 
     def fisher(self) -> NDArray[np.float64]:
-        """(classes, classes)"""
-        assert self._total is not None
-        return (self._total / self._samples).cpu().numpy()
+        """(classes, classes); once, as what was summed up is used up."""
+        found = self._products.neg_()
+        found.diagonal().add_(self._shares)
+        return np.asarray(found.div_(self._samples).cpu().numpy())
 
 
 def given_by(model: nn.Module, sample: Feeds, names: Sequence[str]) -> str | None:
-    """The layer whose output is all that the model gives, scores of classes (samples, classes); None where there is
-    none among ``names``."""
+    """The layer whose output is all that the model gives, scores (samples, classes) of up to 4,096 classes; None where
+    there is none among ``names``."""
     found: list[tuple[str, torch.Tensor, int]] = []
     handles = [
         model.get_submodule(name).register_forward_hook(
@@ -57,6 +64,7 @@ def given_by(model: nn.Module, sample: Feeds, names: Sequence[str]) -> str | Non
     finally:
         for handle in handles:
             handle.remove()
-    if len(given) != 1 or given[0].dim() != 2 or given[0].shape[1] < 2:
+    count = min(len(array) for array in sample.values())
+    if len(given) != 1 or given[0].dim() != 2 or len(given[0]) != count or not 2 <= given[0].shape[1] <= _MOST:
         return None
     return next((name for name, result, version in found if result is given[0] and result._version == version), None)

@@ -34,10 +34,10 @@ _RIDGE = 1e-6  # share of the mean variance: what is kept may not vary in every 
 
 def factored(study: Study, plan: FactorPlan, progress: Progress | None = None) -> nn.Module:
     """The studied model by a plan, with the second pass if it asks for one; the dense model itself where the plan
-    changes nothing. Errors as `apply`. One that `Study.keep` was given is not made again."""
+    changes nothing. Errors as `apply`. One that `Study.keep` was given is handed out, once."""
     if not plan.changes:
         return study.dense
-    if (made := study.made.get(plan.digest)) is not None:
+    if (made := study.made.pop(plan.digest, None)) is not None:
         return made
     channels = study.channels if plan.channels else ()
     found = study.channel_spaces if plan.channels else {}

@@ -40,6 +40,7 @@ Segment = tuple[Digit, ...]
 Axis = tuple[Segment, ...]
 Axes = tuple[Axis, ...]
 _ONE: Axis = ((),)
+CUT = "channels are cut out of it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,11 @@ class Trail:
         if size(first) == 1 or size(second) == 1:
             return second if size(first) == 1 else first
         if [span(segment) for segment in first] != [span(segment) for segment in second]:
-            self.pin(first, "combined with channels that are put together in another way")
-            self.pin(second, "combined with channels that are put together in another way")
+            reason = "combined with channels that are put together in another way"
+            if _repeats(first) or _repeats(second):
+                reason = "combined with values that come more than once, as rotary embeddings do"
+            self.pin(first, reason)
+            self.pin(second, reason)
             return nowhere(size(first))
         return tuple(self._merge(a, b) for a, b in zip(first, second, strict=True))
 
@@ -101,6 +105,12 @@ class Trail:
 
 def digits(axis: Axis) -> list[Digit]:
     return [digit for segment in axis for digit in segment]
+
+
+def _repeats(axis: Axis) -> bool:
+    """Whether some of its channels are there again."""
+    found = [digit for digit in digits(axis) if digit.root >= 0]
+    return len(set(found)) < len(found)
 
 
 def span(segment: Segment) -> int:
@@ -547,7 +557,7 @@ class _Follower:
         taken = list(self._of(node.args[0]))
         for place, (axis, count) in enumerate(zip(taken, cast(torch.Tensor, node.meta["val"]).shape, strict=True)):
             if size(axis) != count:
-                self.trail.pin(axis, "channels are cut out of it")
+                self.trail.pin(axis, CUT)
                 taken[place] = nowhere(count)
         return tuple(taken)
 
@@ -561,7 +571,7 @@ class _Follower:
             axes = list(taken)
             for place, (axis, count) in enumerate(zip(taken, part.shape, strict=True)):
                 if size(axis) != count:
-                    self.trail.pin(axis, "channels are cut out of it")
+                    self.trail.pin(axis, CUT)
                     axes[place] = nowhere(count)
             found.append(tuple(axes))
         return found
@@ -597,7 +607,7 @@ class _Follower:
         places = [over] if isinstance(over, int) else list(cast(Sequence[int], over or range(len(taken))))
         places = [place % len(taken) for place in places]
         for place in places:
-            self.trail.pin(taken[place], "all channels are reduced to one")
+            self.trail.pin(taken[place], "all channels are reduced to one, as in an RMS norm")
         kept = len(cast(torch.Tensor, node.meta["val"]).shape) == len(taken)
         if kept:
             return tuple(_ONE if place in places else axis for place, axis in enumerate(taken))

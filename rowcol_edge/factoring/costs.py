@@ -82,7 +82,7 @@ class LayerInfo:
         """Whether the layer can be split so: of a single matrix both would be two splits of one space."""
         if form is Form.BOTH:
             return prod(self.kernel) > 1
-        return form is not Form.SPATIAL or (self.kind == "conv2d" and min(self.kernel) > 1)
+        return form is not Form.SPATIAL or (len(self.kernel) == 2 and min(self.kernel) > 1)
 
     def largest(self, form: Form, *, across_first: bool = False) -> tuple[int, int]:
         """Ranks (``rank``, ``taken``) of the weight itself, beyond which a split only costs more.
@@ -148,7 +148,8 @@ class LayerInfo:
             return [(taken * inner, "taken"), (inner * rank * taps, "own"), (rank * given, "given")]
         first, second = self.kernel[::-1] if split.across_first else self.kernel
         where = "across" if split.across_first else "down"
-        return [(taken * rank * first, where), (rank * given * second, "given")]
+        rows = ("taken", where) if self.outputs is not None else (where, "given")  # transposed: its inputs count
+        return [(taken * rank * first, rows[0]), (rank * given * second, rows[1])]
 
     def _rows(self, where: str) -> int:
         """Rows per sample, see `_parts`."""
@@ -162,7 +163,7 @@ class LayerInfo:
         if self.maps is None:
             raise PlanError(f"layer {self.name!r}: its cost", expected="the sizes of its maps", got="none")
         before, behind = self.maps
-        calls = self.positions // prod(behind)  # maps a sample
+        calls = self.positions // prod(behind if self.outputs is None else before)  # maps a sample
         if where == "taken":
             return calls * prod(before)
         return calls * (behind[0] * before[1] if where == "down" else before[0] * behind[1])
@@ -184,5 +185,5 @@ _TAKERS = {
     Form.COLUMN: "any layer",
     Form.ROW: "any layer",
     Form.BOTH: "a convolution whose kernel is larger than 1",
-    Form.SPATIAL: "a conv2d whose kernel is larger than 1 on both sides",
+    Form.SPATIAL: "a two-dimensional convolution whose kernel is larger than 1 on both sides",
 }

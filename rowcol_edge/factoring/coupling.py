@@ -130,7 +130,8 @@ class _Sets:
                 for atom in self.atoms(Digit(place, root.size, 1)):
                     self.members[self.top(atom)].append(atom)
         reasons: dict[_Atom, str] = {}
-        for digit, reason in trail.pinned:
+        # what is cut out is often put together again, and that says more
+        for digit, reason in sorted(trail.pinned, key=lambda pinned: pinned[1] == axes.CUT):
             for atom in self.atoms(digit):
                 reasons.setdefault(self.top(atom), reason)
         for place, cuts in self.cuts.items():
@@ -159,7 +160,7 @@ class _Sets:
             if len(given) != 1 or reasons.get(top) or top in bent:
                 return names, [], reasons.get(top, "") or "more than linear layers read what a layer norm makes of it"
             if len(self.members[top]) > 1:
-                return names, [], "what a layer norm gives is added to (post-norm)"
+                return names, [], "what a layer norm gives is added to, as in post-norm Transformers"
             uses += [(name, slot) for slot in self._slots(self.trail.read, {given[0]}, set())]
         return names, uses, ""
 
@@ -190,7 +191,7 @@ class _Sets:
         norms, seen, reason = self._norms(own, reasons, bent)
         if norms and not fixed:
             if any(roots[atom.root].norm for atom in members):
-                reason = "what a layer norm gives is added to (post-norm)"
+                reason = "what a layer norm gives is added to, as in post-norm Transformers"
             fixed = reason or _stream_reason(plain=bool(uses or carriers), linear=linear, groups=groups)
             uses = [slot for _, slot in seen]
         every = [*producers, *parameters, *uses, *carriers]

@@ -65,9 +65,10 @@ class Metrics:
     behind it, ``Wᵀ F W``."""
 
     def __init__(self, model: nn.Module, places: Iterable[Place], known: Mapping[Place, Array] | None = None) -> None:
-        """``known``: (size, size) at places where no gradient needs to be waited for."""
+        """``known``: (size, size) at places where that is known without gradients; which are watched all the same, as
+        gradients begin where the first watcher is (see `arrivals`)."""
         places = list(places)
-        self._known = known or {}
+        self._known = dict(known or {})
         behind = {place.name: Place(place.name) for place in places if place.given and place.channels is None}
         self._matrices: dict[str, torch.Tensor] = {}
         for place in places:
@@ -79,8 +80,7 @@ class Metrics:
         for place in places:
             found = place.name in behind and (place.given or place.name in self._matrices)
             self._sources[place] = source = behind[place.name] if found else place
-            if source not in self._known:
-                self.watched.setdefault(source, Gradients())
+            self.watched.setdefault(source, Gradients())
         self._asked = Counter(self._sources.values())
         self._counting = Lock()
 
@@ -90,13 +90,13 @@ class Metrics:
         with self._counting:
             self._asked[source] -= 1
             if not self._asked[source]:
-                self.watched.pop(source, None)
+                del self.watched[source]
+                self._known.pop(source, None)
         return found
 
     def reached(self, place: Place) -> bool:
         """Whether a gradient arrived there, or where what arrives follows from; not after `pop`."""
-        source = self._sources[place]
-        return source in self._known or self.watched[source].arrived
+        return self.watched[self._sources[place]].arrived
 
     def __getitem__(self, place: Place) -> Array:
         """(groups, size, size)"""

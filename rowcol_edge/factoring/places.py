@@ -14,6 +14,11 @@ from torch.nn.modules.conv import _ConvNd
 
 Array = NDArray[np.float64]
 
+_FILLED = 0.9
+"""Of the directions that so many rows can fill: rows that fill fewer have shown all that there are. Not all, as a few
+samples may be there twice."""
+_NOTHING = 1e-10  # of the largest variance
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -50,8 +55,9 @@ class Moments:
         return Moments(mean if bias is None else mean + bias, matrix @ self.covariance @ matrix.T, self.samples)
 
     def shrunk(self, rank: int | None = None, prior: Callable[[], torch.Tensor | None] | None = None) -> Moments:
-        """These where they have a row for each direction that there can be (``rank``; None: each feature); else with a
-        share of what is known without any, as what few rows do not show is not nothing.
+        """These where they have a row for each direction that there can be (``rank``; None: each feature), or more rows
+        than they fill directions; else with a share of what is known without any, as what few rows do not show is not
+        nothing.
 
         The share is the oracle approximating shrinkage of Y. Chen, A. Wiesel, Y. Eldar and A. Hero, Shrinkage
         algorithms for MMSE covariance estimation, 2010; the variance in all stays.
@@ -61,7 +67,7 @@ class Moments:
         """
         size = self.covariance.shape[1]
         directions = size if rank is None else min(rank, size)
-        if self.samples >= directions:
+        if self.samples >= directions or self._filled(self.samples - 1) <= _FILLED * (self.samples - 1):
             return self
         made = None if prior is None else prior()
         known = (torch.eye(size) if made is None else made).to(self.covariance)
@@ -71,6 +77,13 @@ class Moments:
         share = torch.where(above < below, above / below, 1.0).nan_to_num(0.0)[:, None, None]
         scale = (total / known.trace().clamp(min=1e-300))[:, None, None]
         return Moments(self.mean, (1.0 - share) * self.covariance + share * scale * known, self.samples)
+
+    def _filled(self, most: int) -> int:
+        """Directions that vary, in the group that has the most: of ``most`` at most, as many random combinations."""
+        generator = torch.Generator().manual_seed(0)
+        random = torch.randn(self.covariance.shape[1], max(1, most), generator=generator, dtype=torch.float64)
+        sizes = torch.linalg.svdvals(self.covariance @ random.to(self.covariance))
+        return int((sizes > _NOTHING * sizes[:, :1]).sum(1).max())
 
     def of(self, index: torch.Tensor) -> Moments:
         """Those of some features, (groups, size), each group by itself; of one group."""

@@ -76,7 +76,7 @@ def project(
         assert outputs is not None
         found = _column(layer, split.rank, outputs)
     elif split.form is Form.SPATIAL:
-        assert isinstance(layer, nn.Conv2d)
+        assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
         found = _spatial(layer, split, inputs, outputs)
     elif split.form is Form.ROW:
         assert inputs is not None
@@ -118,7 +118,7 @@ def _both(layer: Layer, split: Split, inputs: LayerSpaces, outputs: LayerSpaces)
     return splits.both(layer, taken, split.rank), values, bias
 
 
-def _spatial(layer: nn.Conv2d, split: Split, inputs: LayerSpaces | None, outputs: LayerSpaces | None) -> _Found:
+def _spatial(layer: splits.Planar, split: Split, inputs: LayerSpaces | None, outputs: LayerSpaces | None) -> _Found:
     across, rank = split.across_first, split.rank
     matrix, energies, vectors = _spatial_svd(layer, inputs, outputs, across)
     root, inverse = _root(outputs, layer.out_channels)
@@ -137,10 +137,10 @@ def _spatial(layer: nn.Conv2d, split: Split, inputs: LayerSpaces | None, outputs
 
 
 def _spatial_svd(
-    layer: nn.Conv2d, inputs: LayerSpaces | None, outputs: LayerSpaces | None, across_first: bool
+    layer: splits.Planar, inputs: LayerSpaces | None, outputs: LayerSpaces | None, across_first: bool
 ) -> tuple[Array, Array, Array]:
     """The weight as (in · k, out · k'), singular values and right vectors of it between the roots."""
-    taps = layer.weight.detach().double().cpu().numpy()
+    taps = splits.taps(layer).reshape(layer.out_channels, layer.in_channels, *layer.kernel_size)
     taps = taps.transpose(1, 3, 0, 2) if across_first else taps.transpose(1, 2, 0, 3)  # (in, k, out, k')
     shape = taps.shape
     before: Array = np.eye(shape[0])

@@ -1,15 +1,17 @@
 """What the directions of a layer's output (or input, see `input_spaces`) are worth at the model's own output.
 
 The column space alone says what a layer gives, not what becomes of it: a ReLU may clip it, a mean may average it away,
-and layers differ by orders of magnitude in what the model's output makes of an error. Both come from gradients.
+and layers differ by orders of magnitude in what the model's output makes of an error. Both come from gradients. And of
+few rows a covariance says less than it seems to: it is shrunk first (`Moments.shrunk`).
 
 With ``C`` the covariance of a layer's output ``y`` and ``F`` the second moment of the gradient of the loss by ``y``,
 the rank-``r`` projector that loses least of ``tr(F (I − P) C (I − P)ᵀ)`` is ``P = F^(−½) U Uᵀ F^(½)``, with ``U`` the
 leading eigenvectors of ``F^(½) C F^(½)`` (Eckart–Young in the metric of ``F``; any square root of ``F`` will do). For a
 classifier the gradients are those of ``log p(class)`` with classes drawn from the model's own answer, so that ``F`` is
 its Fisher matrix and half the squared first-order change is the Kullback–Leibler divergence from the original (Amari,
-Natural gradient works efficiently in learning, 1998). Otherwise outputs are multiplied with random signs and divided by
-what they vary by, which gives half the squared relative error about their mean.
+Natural gradient works efficiently in learning, 1998); at the scores themselves it is known exactly (`answers`).
+Otherwise outputs are multiplied with random signs and divided by what they vary by, which gives half the squared
+relative error about their mean.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class LayerSpaces:
 
     ``cov(y) = basis · diag(eigenvalues) · basisᵀ`` with ``y`` the layer's output (bias included) at one position, and
     ``eigenvalues`` the variances of ``dualᵀ (y − mean)``. `sensitivity` turns both to what the model's output makes of
-    them.
+    them, and of few rows shrinks the covariance first.
     """
 
     name: str

@@ -4,7 +4,7 @@
 `column`    the layer's own kernel to ``rank`` channels, then 1×1    cuts down the column space: what the layer gives
 `row`       1×1 to ``rank`` channels, then the layer's own kernel    cuts down the row space: what the layer takes
 `both`      1×1, the layer's own kernel in between, 1×1              Tucker-2
-`spatial`   k×1 to ``rank`` channels, then 1×k, or 1×k then k×1      Conv2d with both sides above 1
+`spatial`   k×1 to ``rank`` channels, then 1×k, or 1×k then k×1      two dimensions, both sides above 1
 ==========  =======================================================  ==============================================
 
 Only the last layer has a bias, and it always has one. The values are those of `projections`.
@@ -24,6 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from rowcol_edge.factoring.layers import base
 
 Layer = nn.Linear | _ConvNd
+Planar = nn.Conv2d | nn.ConvTranspose2d
 
 _POINTWISE: dict[int, type[nn.Conv1d | nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 
@@ -79,28 +80,27 @@ def both(layer: Layer, taken: int, given: int) -> tuple[Layer, Layer, Layer]:
     )
 
 
-def spatial(layer: nn.Conv2d, rank: int, *, across_first: bool) -> tuple[nn.Conv2d, nn.Conv2d]:
+def spatial(layer: Planar, rank: int, *, across_first: bool) -> tuple[Planar, Planar]:
     """``reduce`` (k×1; 1×k with ``across_first``) and ``expand`` (the other way); each has its own axis of stride,
-    padding and dilation. Padding is separable in every mode, so that the border is the layer's own."""
+    padding, dilation and output padding. Padding is separable in every mode, so that the border is the layer's own."""
     axis = 1 if across_first else 0
+    neutral = {"stride": 1, "padding": 0, "dilation": 1} | ({"output_padding": 0} if layer.transposed else {})
 
-    def part(inputs: int, outputs: int, axis: int, *, bias: bool) -> nn.Conv2d:
+    def part(inputs: int, outputs: int, axis: int, *, bias: bool) -> Planar:
         def one(value: Any, neutral: int) -> Any:
             return value if isinstance(value, str) else tuple(value[a] if a == axis else neutral for a in (0, 1))
 
         made = _skip_init()(
-            nn.Conv2d,
+            base(layer),
             inputs,
             outputs,
             one(layer.kernel_size, 1),
-            stride=one(layer.stride, 1),
-            padding=one(layer.padding, 0),
-            dilation=one(layer.dilation, 1),
             padding_mode=layer.padding_mode,
             bias=bias,
+            **{name: one(getattr(layer, name), value) for name, value in neutral.items()},
             **_options(layer),
         )
-        return cast(nn.Conv2d, made)
+        return cast(Planar, made)
 
     return part(layer.in_channels, rank, axis, bias=False), part(rank, layer.out_channels, 1 - axis, bias=True)
 

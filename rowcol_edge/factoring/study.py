@@ -79,7 +79,7 @@ class Study:
         samples: calibration samples for a second pass.
         second_passes: what came of those that were asked for, by the digest of their plan; None where nothing could be
             fitted or judged.
-        made: the factored model that is to be used next, by the digest of its plan (`keep`).
+        made: a factored model that was judged and will be asked for, by the digest of its plan (see `keep`).
     """
 
     dense: nn.Module
@@ -112,7 +112,7 @@ class Study:
         return self._failed()
 
     def keep(self, digest: str, model: nn.Module) -> None:
-        """Of a plan that was tried and will be asked for: a second pass may take minutes. One at a time."""
+        """For whoever asks first (`apply.factored`): a second pass may take minutes. One at a time."""
         self.made.clear()
         self.made[digest] = model
 

@@ -61,6 +61,21 @@ class WideHead(Stage):
         self.head = nn.Linear(128, 2000)
 
 
+class Pair(nn.Module):
+    """One matrix, turned with a norm behind it, and a classifier beside which it takes few bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(48, 32, 1, 1) / 8)
+        self.norm, self.head = nn.BatchNorm2d(32), nn.Linear(32, 4000)
+        uneven_norms(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(torch.nn.functional.conv2d(x, self.weight))
+        x = self.norm(torch.nn.functional.conv2d(x, self.weight.transpose(0, 1)))
+        return self.head(torch.relu(x).mean((2, 3)))
+
+
 class Kernels(nn.Module):
     """Pairs of 3×3 convolutions that share a kernel, a square one too, with norms in between and behind them."""
 
@@ -96,12 +111,13 @@ NETWORKS = {
     "transformer": lambda: VisionTransformer(width=64, hidden=256, heads=4, depth=2, classes=5, image=32),
     "stage": Stage,
     "wide head": WideHead,
+    "pair": Pair,
     "features": Features,
     "kernels": Kernels,
 }
 SHAPES = {
-    "transformer": (3, 32, 32), "stage": (3, 32, 32), "wide head": (3, 32, 32), "features": (3, 7, 16),
-    "kernels": (3, 32, 32),
+    "transformer": (3, 32, 32), "stage": (3, 32, 32), "wide head": (3, 32, 32), "pair": (32, 8, 8),
+    "features": (3, 7, 16), "kernels": (3, 32, 32),
 }  # fmt: skip
 
 
@@ -172,7 +188,7 @@ def test_weights_are_stored_once_and_outputs_stay(
     assert np.linalg.norm(got - wanted) <= PRECISIONS[precision] * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize(("name", "products"), [("stage", 3), ("wide head", 0), ("transformer", 6)])
+@pytest.mark.parametrize(("name", "products"), [("stage", 3), ("wide head", 0), ("pair", 0), ("transformer", 6)])
 def test_convolutions_read_a_small_matrix_the_other_way_round_instead_of_products(
     name: str, products: int, source, tmp_path: Path
 ) -> None:
@@ -194,6 +210,8 @@ def test_convolutions_read_a_small_matrix_the_other_way_round_instead_of_product
         and model.buffers[graph.tensors[operator.inputs[1]].buffer].data is not None
     ]
     assert len(constant) == products
+    if name == "pair":  # each has a buffer of its own, so that no scale is left over
+        assert not any(tflite_files.kind(model, operator) == "MUL" for operator in graph.operators)
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "tensorrt"])
@@ -225,7 +243,9 @@ def test_tensorrt_has_int8_scales_for_the_outputs_of_each_use(name: str, source,
     constants = {tensor.name: tensor for tensor in graph.initializer}
     makers = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
     layers = [node for node in graph.node if node.op_type in WEIGHTED and node.input[1] in makers]
-    assert len(layers) == {"transformer": 14, "stage": 13, "wide head": 13, "features": 3, "kernels": 6}[name]
+    assert (
+        len(layers) == {"transformer": 14, "stage": 13, "wide head": 13, "pair": 3, "features": 3, "kernels": 6}[name]
+    )
     for layer in layers:
         weight, scales = (constants[port] for port in makers[layer.input[1]].input[:2])
         upright = layer.op_type == "Conv" or any(given.name == "transB" and given.i for given in layer.attribute)

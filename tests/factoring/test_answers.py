@@ -14,6 +14,7 @@ from rowcol_edge.datasets import Split, scan
 from rowcol_edge.factoring.answers import Answers, given_by
 from rowcol_edge.factoring.apply import apply
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan
+from rowcol_edge.factoring.spaces import blended
 from rowcol_edge.factoring.study import study
 
 
@@ -57,8 +58,56 @@ class Net(nn.Module):
 def test_only_a_layer_whose_output_is_all_that_the_model_gives_is_known(
     end: Callable[[torch.Tensor], Any], found: str | None
 ) -> None:
-    assert given_by(Net(end).eval(), {"x": normal(2, 5)}, ["first", "last"]) == found
-    assert not any(module._forward_hooks for module in Net(end).modules())
+    model = Net(end).eval()
+    assert given_by(model, {"x": normal(2, 5)}, ["first", "last"]) == found
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def few(count: int, size: int, *, seed: int = 0) -> Split:
+    return scan(Split("calibration", "few", lambda: iter([({"x": normal(count, size, seed=seed)}, None)])))
+
+
+def test_scores_are_weighed_by_all_samples_and_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the one class that is drawn for each of a few samples."""
+
+    def metric() -> np.ndarray:
+        torch.manual_seed(0)
+        dual = study(Net(lambda scores: scores).eval(), few(200, 5), classify=True).spaces["last"].dual
+        assert dual is not None
+        return np.asarray(dual @ dual.T)
+
+    exact = metric()
+    monkeypatch.setattr("rowcol_edge.factoring.answers.given_by", lambda model, sample, names: None)
+    drawn = metric()
+    shares = np.random.default_rng(0).normal(size=3)
+    assert abs(float(shares @ drawn @ shares) / float(shares @ exact @ shares) - 1.0) < 0.5
+    assert not np.allclose(exact, drawn, rtol=1e-3)
+    torch.manual_seed(0)
+    model, answers = Net(lambda scores: scores).eval(), Answers()
+    with torch.no_grad():
+        answers.see(model(torch.from_numpy(normal(200, 5))))
+    np.testing.assert_allclose(exact, blended(answers.fisher()), rtol=0.2, atol=0.01 * float(np.trace(exact)))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_model_of_which_only_the_head_is_looked_at_is_weighed(frozen: bool) -> None:
+    """A linear probe, or a backbone that keeps no gradients."""
+
+    class Probe(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = (nn.Linear(12, 12) if frozen else nn.Identity()), nn.Linear(12, 9)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+                x = self.body(x)
+            result: torch.Tensor = self.head(x)
+            return result
+
+    found = study(Probe().eval(), few(100, 12), classify=True)
+    assert found.spaces["head"].losses is not None
+    assert found.spaces["head"].dual is not None
+    assert found.without_gradients == ""
 
 
 class Wide(nn.Module):
@@ -79,9 +128,7 @@ class Wide(nn.Module):
 def test_what_few_samples_did_not_show_of_a_wide_classifier_is_not_given_away(monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(rank: int) -> float:
         model = Wide().eval()
-        found = study(
-            model, scan(Split("calibration", "few", lambda: iter([({"x": normal(64, 32)}, None)]))), classify=True
-        )
+        found = study(model, few(64, 32), classify=True)
         made = apply(found.folded, FactorPlan((LayerPlan("head", "project", rank),)), found.spaces)
         unseen = torch.from_numpy(normal(2000, 32, seed=1))
         with torch.no_grad():
@@ -93,3 +140,15 @@ def test_what_few_samples_did_not_show_of_a_wide_classifier_is_not_given_away(mo
     bare = [lost(rank) for rank in (40, 80, 110)]
     assert all(a < 0.8 * b for a, b in zip(now[1:], bare[1:], strict=True)), (now, bare)
     assert now[0] < 1.1 * bare[0]
+
+
+def test_a_classifier_that_takes_few_directions_is_cut_to_these_without_loss() -> None:
+    """Fewer samples than features, but more than directions."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 120, bias=False), nn.Linear(120, 90)).eval()
+    found = study(model, few(64, 8), classify=True)
+    made = apply(found.folded, FactorPlan((LayerPlan("3", "project", 16),)), found.spaces)
+    unseen = torch.from_numpy(normal(500, 8, seed=1))
+    with torch.no_grad():
+        wanted, got = (net(unseen).double().log_softmax(1) for net in (model, made))
+    assert float((wanted.exp() * (wanted - got)).sum(1).mean()) < 1e-9

@@ -72,6 +72,36 @@ def test_rotary_embeddings_are_named() -> None:
     assert found["attention.value"].fixed == ""
 
 
+def test_halves_that_are_turned_against_each_other_are_named_as_rotary() -> None:
+    """The frequencies of one half are those of the other, as in Llama and its like."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.query, self.key = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+            self.value, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+            self.register_buffer("frequencies", 0.5 ** torch.arange(4.0))
+
+        def turn(self, x: torch.Tensor) -> torch.Tensor:
+            angles = torch.arange(x.shape[1])[:, None] * self.frequencies
+            angles = torch.cat([angles, angles], dim=1)[:, None]
+            x = x.unflatten(2, (2, 8))
+            turned = torch.cat([-x[..., 4:], x[..., :4]], dim=-1)
+            return (x * angles.cos() + turned * angles.sin()).transpose(1, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.embed(x))
+            scores = self.turn(self.query(x)) @ self.turn(self.key(x)).transpose(2, 3)
+            mixed = scores.softmax(3) @ self.value(x).unflatten(2, (2, -1)).transpose(1, 2)
+            logits: torch.Tensor = self.head(mixed.transpose(1, 2).flatten(2).mean(1))
+            return logits
+
+    found = sets(made(Turned), (5, 8))
+    for name in ("query", "key"):
+        assert found[name].fixed.endswith(("as rotary embeddings are", "as rotary embeddings do")), found[name].fixed
+    assert found["value"].fixed == ""
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_stream_that_starts_at_the_input_is_named(scaled: bool) -> None:
     class Raw(nn.Module):

@@ -144,7 +144,10 @@ def test_full_ranks_lose_nothing_with_any_channels(known: Study, split: str, nar
         (LayerPlan("second", "project", 999, split="row"), "layer 'second': rank: expected 1 to"),
         (LayerPlan("second", "project", 3, split="both", taken=999), "layer 'second': taken: expected 1 to"),
         (LayerPlan("head", "project", 3, split="both", taken=3), "a convolution whose kernel is larger than 1"),
-        (LayerPlan("head", "project", 3, split="spatial"), "a conv2d whose kernel is larger than 1"),
+        (
+            LayerPlan("head", "project", 3, split="spatial"),
+            "a two-dimensional convolution whose kernel is larger than 1",
+        ),
         (LayerPlan("head", "project", 3, split="row"), "spaces of its input were not collected"),
     ],
 )

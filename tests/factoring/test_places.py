@@ -26,6 +26,15 @@ def test_with_a_row_for_each_direction_they_stay(rows: int, rank: int | None) ->
     assert found.shrunk(rank) is found
 
 
+def test_rows_that_fill_fewer_directions_than_they_could_have_shown_all() -> None:
+    """A layer that takes what few others give."""
+    spread = torch.randn(6, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = measured((drawn(15, 6, 0) @ spread).float().double())
+    assert found.shrunk() is found
+    full = measured((drawn(7, 6, 0) @ spread).float().double())
+    assert full.shrunk() is not full
+
+
 def test_of_fewer_rows_they_come_nearer_to_what_the_rows_were_drawn_from() -> None:
     scale = torch.logspace(0, -1, 40, dtype=torch.float64)
     truth = torch.diag(scale.square())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rowcol_edge.factoring import coupling, fold, graph, narrow, opening
 from rowcol_edge.factoring.channels import ChannelSet
 
-OUTPUT, POST_NORM = "an output of the model", "what a layer norm gives is added to (post-norm)"
+OUTPUT, POST_NORM = "an output of the model", "what a layer norm gives is added to, as in post-norm Transformers"
 
 
 def resnet18() -> nn.Module:
