@@ -19,7 +19,7 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_tied_files_hold_their_matrices_once(results: Path) -> None:
+def test_tied_files_hold_their_matrices_once_and_take_no_longer(results: Path) -> None:
     rows = read(results / "ties.json")["rows"]
     models, precisions = {row["model"] for row in rows}, {row["precision"] for row in rows}
     assert models == {"halvit-tiny", "halvit-small", "halvit-resnet50"}
@@ -27,7 +27,9 @@ def test_tied_files_hold_their_matrices_once(results: Path) -> None:
     assert len(rows) == 3 * 2 * 3  # every runtime
     for row in rows:
         tied = row["arms"]["tied"]
-        assert tied["size_bytes"] <= 1.03 * tied["unique_bytes"], (row["model"], row["runtime"], row["precision"])
+        what = row["model"], row["runtime"], row["precision"]
+        assert tied["size_bytes"] <= 1.03 * tied["unique_bytes"], what
+        assert row["latency_ratio"]["ratio"] <= 1.05, what
 
 
 def test_factoring_large_models_keeps_its_bounds(results: Path) -> None:
@@ -43,22 +45,18 @@ def test_factoring_large_models_keeps_its_bounds(results: Path) -> None:
         assert max(plans.values()) <= 2
 
 
-def test_other_ways_to_factor_are_nearer_to_the_original_only_where_the_readme_says(results: Path) -> None:
+def test_no_other_way_to_factor_is_nearer_to_the_original(results: Path) -> None:
     models = read(results / "factoring.json")["models"]
     assert len(models) == 5
-    nearer = set()
     for name, model in models.items():
-        cells = {(row["axis"], row["share"]): {} for row in model["rows"]}
+        cells: dict[tuple[str, float], dict[str, float]] = {(row["axis"], row["share"]): {} for row in model["rows"]}
         for row in model["rows"]:
             cells[row["axis"], row["share"]][row["way"]] = row.get("kl", float("inf"))
         assert len(cells) == 12
         for cell, found in cells.items():
-            rivals = [kl for way, kl in found.items() if not way.startswith("ours")]
-            assert len(rivals) == 4
-            if min(rivals) < min(found["ours"], found["ours, project only"]):
-                nearer.add((name, *cell))
-    models_there = ("efficientnet-lite0", "efficientnet-lite0, same photos")
-    assert nearer == {(name, "parameters", 0.8) for name in models_there}
+            others = [kl for way, kl in found.items() if not way.startswith("ours")]
+            assert len(others) == 4
+            assert found["ours"] < min(others), (name, *cell)
 
 
 def test_what_the_readme_says_of_forms_at_int8_is_in_the_result(root: Path, results: Path) -> None:
