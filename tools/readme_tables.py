@@ -101,13 +101,16 @@ def frontier() -> str:
         for row in result["frontier"]
     ]
     heads = ["plan", "parameters", "MACs", f"{result['manifest']['metric'].replace('_', ' ')}", "drop"]
-    held = [row for row in result["frontier"] if row["drop"] <= 0.5 + 1e-9]
-    least = min(held, key=lambda row: row["parameters"])
-    share = least["parameters"] / result["frontier"][0]["parameters"]
+    dense, missed = result["frontier"][0], [row["drop"] > 0.5 + 1e-9 for row in result["frontier"]]
+    least = result["frontier"][missed.index(True) - 1 if any(missed) else -1]
+    beyond = result["frontier"][len(missed) - 1 - missed[::-1].index(False)]
+    bolder = [miss for miss, row in zip(missed, result["frontier"], strict=True) if row["macs"] < least["macs"]]
+    smaller, held = len(bolder), bolder.count(False)
     head = (
-        f"How far it goes at fp32 on the selection split, without fine-tuning: within 0.5 pp down to "
-        f"**{least['parameters'] / 1e6:.2f} M parameters ({share:.0%})** and "
-        f"{least['macs'] / 1e6:,.0f} M of {result['frontier'][0]['macs'] / 1e6:,.0f} M MACs."
+        f"How far it goes at fp32 on the selection split, without fine-tuning: within 0.5 pp every plan down to "
+        f"**{least['parameters'] / 1e6:.2f} M parameters ({least['parameters'] / dense['parameters']:.0%})** and "
+        f"{least['macs'] / 1e6:,.0f} M of {dense['macs'] / 1e6:,.0f} M MACs. Of {smaller} bolder ones {held} "
+        f"hold too, the boldest with {beyond['parameters'] / 1e6:.2f} M: on so few images a part of a point is chance."
     )
     details = "<details><summary>Every plan of the ladder</summary>"
     return "\n\n".join([head, details, table(heads, rows), "</details>"])
