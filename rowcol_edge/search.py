@@ -220,8 +220,10 @@ def _by_quality(
         for found in (least, ladder(study, multiple, job.model.name, kinds))
     )
     trials: list[Trial] = []
+    tried: set[str] = set()
 
     def holds(plan: FactorPlan) -> bool:
+        tried.add(plan.digest)
         module = factored(study, plan, progress)
         judged = judge(module, f"try {plan.made_by}")
         lost = evaluation.drop(job, reference, judged)
@@ -243,7 +245,7 @@ def _by_quality(
             return Choice((plan,), _by_size(trials))
     missed = trials[-len(within) :]
     # a drop on some hundred samples does not rise evenly: what bisection found may not be the boldest that holds
-    dear = [plan for plan in plans[chosen + 1 :] if plan not in within]
+    dear = [plan for plan in plans[chosen + 1 :] if plan.digest not in tried]
     dear = [dear[index] for index in evenly(len(dear), min(_WITHIN, len(dear)))]
     for count, plan in enumerate(reversed(dear)):
         progress("search for the nearest plan", count, len(dear))

@@ -79,15 +79,15 @@ def _twice(
     """Ties, by the name of their first use, that are stored both ways: those with the largest outputs for their bytes,
     as far as these hardly add to the file."""
     held = {number: len(buffer.data) for number, buffer in enumerate(model.buffers) if buffer.data is not None}
-    bytes_ = {uses[0].name: held[layers[uses[0].name].weight.buffer] for uses in found}
+    added = {uses[0].name: held[layers[uses[0].name].weight.buffer] for uses in found}
     once = sum(held.values())
     for uses in found:
-        once -= sum(held[number] for number in {layers[use.name].weight.buffer for use in uses}) - bytes_[uses[0].name]
+        once -= sum(held[number] for number in {layers[use.name].weight.buffer for use in uses}) - added[uses[0].name]
     left, taken = _SPARE * once, set()
     both = [uses for uses in found if len({use.transposed for use in uses}) == 2]
-    for uses in sorted(both, key=lambda uses: -sum(sizes[use.name] for use in uses) / bytes_[uses[0].name]):
-        if bytes_[uses[0].name] <= left:
-            left -= bytes_[uses[0].name]
+    for uses in sorted(both, key=lambda uses: -sum(sizes[use.name] for use in uses) / added[uses[0].name]):
+        if added[uses[0].name] <= left:
+            left -= added[uses[0].name]
             taken.add(uses[0].name)
     return taken
 

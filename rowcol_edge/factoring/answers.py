@@ -19,7 +19,6 @@ from rowcol_edge.calling import bind, evaluating, feed, tensors
 
 Feeds = Mapping[str, NDArray[Any]]
 
-
 _MOST = 4096  # classes: beyond, a matrix of them takes as long as the network and gigabytes
 
 

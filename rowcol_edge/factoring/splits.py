@@ -84,7 +84,7 @@ def spatial(layer: Planar, rank: int, *, across_first: bool) -> tuple[Planar, Pl
     """``reduce`` (k×1; 1×k with ``across_first``) and ``expand`` (the other way); each has its own axis of stride,
     padding, dilation and output padding. Padding is separable in every mode, so that the border is the layer's own."""
     axis = 1 if across_first else 0
-    neutral = {"stride": 1, "padding": 0, "dilation": 1} | ({"output_padding": 0} if layer.transposed else {})
+    own = {"stride": 1, "padding": 0, "dilation": 1} | ({"output_padding": 0} if layer.transposed else {})
 
     def part(inputs: int, outputs: int, axis: int, *, bias: bool) -> Planar:
         def one(value: Any, neutral: int) -> Any:
@@ -97,7 +97,7 @@ def spatial(layer: Planar, rank: int, *, across_first: bool) -> tuple[Planar, Pl
             one(layer.kernel_size, 1),
             padding_mode=layer.padding_mode,
             bias=bias,
-            **{name: one(getattr(layer, name), value) for name, value in neutral.items()},
+            **{name: one(getattr(layer, name), value) for name, value in own.items()},
             **_options(layer),
         )
         return cast(Planar, made)
