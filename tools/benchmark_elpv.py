@@ -47,6 +47,7 @@ def main() -> None:
     result = {
         "command": shlex.join(["python", *sys.argv]),
         "machine": machine(),
+        "source": job.own_source(),
         "seconds": round(time.monotonic() - started),
         "manifest": built.manifest.to_dict(),
         "profile": summary(measured.to_dict()),

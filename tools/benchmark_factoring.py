@@ -83,7 +83,10 @@ def main() -> None:
         for name in options.models:
             measured = measure(SUBJECTS[name](options.work, progress), options.shares, progress)
             models = json.loads(written.read_text(encoding="utf-8"))["models"] if written.is_file() else {}
-            said = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "tools": job.tool_versions()}
+            said = {
+                "command": shlex.join(["python", *sys.argv]), "machine": machine(), "tools": job.tool_versions(),
+                "source": job.own_source(),
+            }  # fmt: skip
             models |= {key: said | found for key, found in measured.items()}
             result = {"models": {key: models[key] for key in sorted(models, key=_place)}}
             written.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -6,14 +6,16 @@
     python tools/benchmark_forms.py --plans factoring    # ours of benchmark_factoring.py: factoring-int8.json
 
 What the file holds of models that were not asked for stays in it. The models, and what they need, are those of
-`benchmark_factoring.py`.
+`benchmark_factoring.py`. Sessions stay too where a model is built again to files of the same shapes: what values these
+hold does not matter to time.
 
 The cost is the mean of the shares of the parameters and MACs of the layers that can be factored. All plans get the
 second pass. With `--plans factoring` they are those that `benchmark_factoring.py` made: shares of the parameters or of
-the MACs alone, and ranks and widths that are no multiples of anything. Files of one runtime take turns in one session
-beside the dense int8 file and a null arm; OpenVINO is held to older instruction sets too (evidence `proxy`), which is
-as near as this machine comes to an edge CPU. `kl` is that of the int8 file's answers from the dense float network's, in
-nats: on the selection split, of EfficientNet-Lite0 on new crops of the photos that it was calibrated on.
+the MACs alone, and ranks and widths that are no multiples of anything. Gauges between factors are chosen as a build
+chooses them. Files of one runtime take turns in one session beside the dense int8 file and a null arm; OpenVINO is held
+to older instruction sets too (evidence `proxy`), which is as near as this machine comes to an edge CPU. `kl` is that of
+the int8 file's answers from the dense float network's, in nats: on the selection split, of EfficientNet-Lite0 on new
+crops of the photos that it was calibrated on.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from typing import Any
 import numpy as np
 
 import factoring_rivals as rivals
-from benchmark_factoring import SUBJECTS
+from benchmark_factoring import SHARES, SUBJECTS
 from benchmark_machine import machine, settle
 from int8_files import RUNTIMES, TARGET, compiled, logits, scores
 from markdown_table import interval
@@ -53,6 +55,7 @@ from rowcol_edge.factoring.costs import LayerInfo, Split
 from rowcol_edge.factoring.options import Options
 from rowcol_edge.factoring.plan import FactorPlan
 from rowcol_edge.factoring.study import Study, study
+from rowcol_edge.gauges import Settler
 from rowcol_edge.report.progress import reporter
 
 RESULTS = Path(__file__).parent / "results"
@@ -60,7 +63,6 @@ CAPS = {"openvino": ("", "AVX2_VNNI", "AVX2")}
 FORMS = ("column", "column, row, both", "narrow", "all")
 PLANS = {"forms": "forms.json", "factoring": "factoring-int8.json"}
 AXES = {"parameters": "parameters", "macs": "MACs"}
-SHARES = (0.5, 0.3, 0.15)
 _TIMEOUT_SECONDS = 300.0
 
 
@@ -83,8 +85,9 @@ def main() -> None:
         return json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"models": {}}
 
     def keep(name: str, found: dict[str, Any]) -> None:
-        commands = [*found.get("commands", ()), shlex.join(["python", *sys.argv])]
-        made = {"commands": commands, "machine": machine(), "tools": job.tool_versions()}
+        commands = dict.fromkeys([*found.get("commands", ()), shlex.join(["python", *sys.argv])])
+        made = {"commands": list(commands), "machine": machine(), "tools": job.tool_versions()}
+        made |= {"source": job.own_source()}
         made |= {"share": options.share} if options.plans == "forms" else {}
         written = kept()
         written["models"][name] = found | made
@@ -93,7 +96,9 @@ def main() -> None:
     if options.only != "time":
         with reporter() as progress:
             for name in options.models:
-                keep(name, files(name, options, progress) | {"sessions": []})
+                before, found = kept()["models"].get(name), files(name, options, progress)
+                timed_so = before is not None and _shapes(before) == _shapes(found)
+                keep(name, found | {key: before[key] if timed_so else [] for key in ("commands", "sessions")})
     if options.only != "build":
         settle()
         for name in options.models:
@@ -161,11 +166,12 @@ def files(name: str, options: argparse.Namespace, progress: job.Progress) -> dic
     rows = []
     dense = FactorPlan((), made_by="dense")
     chosen = plans(known, options.share) if options.plans == "forms" else shared(known)
+    settler = Settler(work, known, progress)
     for form, plan in {"dense": dense, **chosen}.items():
         if plan is None:
             rows.append({"forms": form, "unreachable": True})
             continue
-        module = factored(known, plan, progress)
+        module = settler.of(plan, target, partial(factored, known, plan, progress)).module()
         spent = search.trial(known, ranks.refresh(plan, known.infos, known.spaces, known.channels, known.input_spaces),
                              None, None)  # fmt: skip
         row: dict[str, Any] = {
@@ -186,6 +192,10 @@ def files(name: str, options: argparse.Namespace, progress: job.Progress) -> dic
     example = {key: array[:1] for key, array in work.calibration.example().items()}
     np.savez(options.work / name / "input.npz", allow_pickle=False, **example)
     return {"dense_parameters": known.parameters, "dense_macs": known.macs, "rows": rows}
+
+
+def _shapes(found: dict[str, Any]) -> list[list[Any]]:
+    return [[row.get(key) for key in ("forms", "parameters", "macs", "layers")] for row in found["rows"]]
 
 
 def _folder(options: argparse.Namespace, name: str, form: str) -> Path:
@@ -220,15 +230,23 @@ def timed(
     variables = {"ONEDNN_MAX_CPU_ISA": cap} if cap else {}
     level = system.PROXY if cap else system.evidence_for(target.to_dict(), host).level
     said = {"runtime": runtime, "cap": cap, "evidence": level}
-    try:
-        session = run_session(
-            requests, Processes(variables, _TIMEOUT_SECONDS), options.rounds, options.seconds, job.silent
-        )
-    except MeasurementError as e:  # the others are still worth knowing
-        return said | {"error": str(e)}
+    crashed: dict[str, str] = {}
+    while True:
+        try:
+            session = run_session(
+                requests, Processes(variables, _TIMEOUT_SECONDS), options.rounds, options.seconds, job.silent
+            )
+            break
+        except MeasurementError as e:  # the others are still worth knowing
+            form = max((form for form in paths if e.what.startswith(f"arm {form}, ")), key=len, default="dense")
+            if form == "dense":
+                return said | {"error": str(e)}
+            crashed[form] = str(e)
+            del requests[form], paths[form]
     judged = judge(session.blocks, [(form, "dense") for form in paths if form != "dense"], "dense", level)
     medians = {form: stats.median([ns for block in session.blocks[form] for ns in block.samples_ns]) for form in paths}
     return said | {
+        "crashed": crashed,
         "median_ns": medians,
         "ratios": {c.arm: {"ratio": c.ratio, "ci_low": c.ci_low, "ci_high": c.ci_high} for c in judged.comparisons},
         "null": {"ratio": judged.null.ratio, "ci_low": judged.null.ci_low, "ci_high": judged.null.ci_high},
@@ -250,6 +268,9 @@ def table(name: str, found: dict[str, Any]) -> str:
             lines.append(f"    {session['error']}")
             continue
         for form, row in rows.items():
+            if form in session["crashed"]:
+                lines.append(f"    {form:20} {session['crashed'][form]}")
+                continue
             file, ratio = row["files"][session["runtime"]], session["ratios"].get(form)
             beside = interval(ratio) if ratio else "1"
             time, size = session["median_ns"][form] / 1e6, file["size_bytes"] / 1e6

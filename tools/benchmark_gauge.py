@@ -72,6 +72,7 @@ def main() -> None:
                     "command": shlex.join(["python", *sys.argv]),
                     "machine": machine(),
                     "tools": job.tool_versions(),
+                    "source": job.own_source(),
                     "seconds": round(time.monotonic() - started),
                 }
                 written = _written(options.out)  # another of these may have written meanwhile

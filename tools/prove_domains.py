@@ -29,7 +29,10 @@ import numpy as np
 from benchmark_machine import machine
 from rowcol_edge import cli, datasets, job, models
 
-SAMPLES = ("elpv-padim", "elpv-scratch-unet", "italy-power-cnn", "spoken-language-cnn", "minilm", "fmnist-vit")
+SAMPLES = (
+    "elpv-resnet18", "fmnist-vit", "elpv-padim", "elpv-scratch-unet", "italy-power-cnn", "spoken-language-cnn",
+    "minilm",
+)  # fmt: skip
 RUNTIMES = ("onnxruntime", "openvino", "tflite")
 PRECISIONS = ("fp32", "int8")
 TARGET = "generic-x86"

@@ -56,6 +56,9 @@ def forms(found: dict[str, Any]) -> str:
                     cells.append("not measured")
                     continue
                 ratio, file = timed[place]["ratios"].get(row["forms"]), row["files"][place[0]]
+                if row["forms"] in timed[place].get("crashed", ()):
+                    cells.append(f"crashes; {file['kl']:.2g}")
+                    continue
                 time = interval(ratio) if ratio else f"{timed[place]['median_ns'][row['forms']] / 1e6:.2f} ms"
                 cells.append(f"{time}; {file['kl']:.2g}")
             costs = f"{row['parameters'] / 1e6:.2f} M, {row['macs'] / 1e6:.0f} M"

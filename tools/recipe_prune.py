@@ -71,6 +71,7 @@ def main() -> None:
         "command": shlex.join(["python", "tools/recipe_prune.py", *said(options, parser)]),
         "machine": machine(),
         "tools": job.tool_versions() | {"torch-pruning": torch_pruning_version()},
+        "source": job.own_source(),
         "threads": torch.get_num_threads(),
         "sample": SAMPLE,
         "options": {k: v for k, v in vars(options).items() if k != "out"},
