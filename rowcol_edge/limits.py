@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from .budgets import Budgets
@@ -20,13 +20,20 @@ _NEAR = 0.998  # of a limit: what is left of it is worth no more attempts
 @dataclass(frozen=True, slots=True)
 class Limit:
     """``text`` is the budget in the user's words, ``kind`` what it counts (parameters or macs), ``cost`` that of a
-    layer, ``dense`` that of the original and ``most`` what is allowed."""
+    layer, ``dense`` that of the original and ``most`` what is allowed; ``bytes_each``: of a parameter, where the budget
+    is one of bytes."""
 
     text: str
     kind: str
     cost: Cost
     dense: float
     most: float
+    bytes_each: float | None = None
+
+    def told(self, count: int) -> str:
+        """So much of it, in what the budget is written in too."""
+        text = f"{count:,} {self.kind}"
+        return text if self.bytes_each is None else f"{text} ({count * self.bytes_each:,.0f} bytes)"
 
 
 def check(study: Study, budgets: Budgets) -> None:
@@ -52,10 +59,11 @@ def of_budgets(study: Study, budgets: Budgets, bytes_per_weight: float) -> tuple
     counts = []
     for budget in budgets.entries:
         if budget.kind == "params":
-            counts.append((float(max(1, int(budget.absolute(study.parameters)))), budget.text))
+            counts.append(of_parameters(study, max(1, int(budget.absolute(study.parameters))), budget.text))
         elif budget.kind == "size":
-            counts.append((float(max(1, int(budget.limit / bytes_per_weight))), budget.text))
-    found = [of_parameters(study, *min(counts))] if counts else []
+            most = max(1, int(budget.limit / bytes_per_weight))
+            counts.append(replace(of_parameters(study, most, budget.text), bytes_each=bytes_per_weight))
+    found = [min(counts, key=lambda limit: limit.most)] if counts else []
     macs = budgets.get("macs")
     if macs is not None:
         found.append(Limit(macs.text, "macs", ranks.macs, study.macs, macs.absolute(study.macs)))
@@ -116,7 +124,7 @@ def cheapest(study: Study, found: Sequence[Limit], multiple: int, model: str) ->
         return min(fitting, key=lambda made: made.loss or 0.0)
     raise BudgetError(
         f"budgets {' and '.join(each.text for each in found)}",
-        expected=" and ".join(f"at most {each.most:,.0f} {each.kind}" for each in found),
+        expected=" and ".join(f"at most {each.told(int(each.most))}" for each in found),
         got=f"{least:.3f} times one of them in the plan that comes nearest; each can be met without the other",
         hint=remainder.told(study),
     )
@@ -125,12 +133,12 @@ def cheapest(study: Study, found: Sequence[Limit], multiple: int, model: str) ->
 def _missed(missed: Sequence[tuple[Limit, float]], multiple: int, why: str) -> BudgetError:
     """Of limits that not even the smallest ranks meet, with what these cost."""
     reached = [(each, int(each.most), round(least)) for each, least in missed]
-    hint = "allow at least " + " and ".join(f"{least:,} {each.kind}" for each, _, least in reached)
+    hint = "allow at least " + " and ".join(each.told(least) for each, _, least in reached)
     smaller = f", or a target file of your own with a rank_multiple below {multiple}" if multiple > 1 else ""
     return BudgetError(
         f"budget{'s' if len(missed) > 1 else ''} {' and '.join(each.text for each, _ in missed)}",
-        expected=" and ".join(f"at most {limit:,} {each.kind}" for each, limit, _ in reached),
-        got=" and ".join(f"{least:,}, {least - limit:,} too many" for _, limit, least in reached)
+        expected=" and ".join(f"at most {each.told(limit)}" for each, limit, _ in reached),
+        got=" and ".join(f"{each.told(least)}, {least - limit:,} too many" for each, limit, least in reached)
         + ", at the smallest ranks",
         hint="; ".join(filter(None, (hint + smaller, why))),
     )

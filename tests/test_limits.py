@@ -140,6 +140,17 @@ def test_the_least_parameters_that_a_refusal_names_can_be_had(known: Study) -> N
     assert known.parameters - planned(known, f"params<={least}").saved_parameters == least
 
 
+def test_a_limit_of_bytes_is_told_in_bytes(known: Study) -> None:
+    with pytest.raises(BudgetError) as refused:
+        planned(known, "size<=8B")
+    error = refused.value
+    assert error.expected == "at most 2 parameters (8 bytes)"
+    [(least, size)] = re.findall(r"allow at least ([\d,]+) parameters \(([\d,]+) bytes\)", error.hint)
+    assert size.replace(",", "") == str(4 * int(least.replace(",", "")))
+    assert error.got.startswith(f"{least} parameters ({size} bytes), ")
+    planned(known, f"size<={size.replace(',', '')}B")
+
+
 class Grouped(nn.Module):
     """Nothing but a grouped convolution and an embedding, which no form takes."""
 
