@@ -111,17 +111,19 @@ def test_what_the_readme_says_of_the_comparisons_plans_at_int8_is_in_the_result(
         ]
         return [*(part for pair in pairs for part in pair), span("fmnist-vit", False, [f"15% of the {axis}"])]
 
-    macs, parameters = told("MACs"), told("parameters")
-    slow = [s for s in models["efficientnet-lite0"]["sessions"] if s["runtime"] == "onnxruntime"]
-    models["slow"] = {"sessions": slow}
-    every = [row["forms"] for row in models["elpv-resnet18"]["rows"] if row["forms"] != "dense"]
-    assert len(every) == 12
     little = [
         session["ratios"]["80% of the parameters"]["ratio"]
         for model in models.values()
         for session in model["sessions"]
         if "ratios" in session
     ]
+    crashed = {(name, bool(s["cap"])) for name, model in models.items() for s in model["sessions"] if "error" in s}
+    assert crashed == {("fmnist-vit", True)}
+    macs, parameters = told("MACs"), told("parameters")
+    slow = [s for s in models["efficientnet-lite0"]["sessions"] if s["runtime"] == "onnxruntime"]
+    models["slow"] = {"sessions": slow}
+    every = [row["forms"] for row in models["elpv-resnet18"]["rows"] if row["forms"] != "dense"]
+    assert len(every) == 12
     forms = read(results / "forms.json")["models"]["efficientnet-lite0"]["sessions"]
     [multiples] = [s["ratios"].values() for s in forms if s["runtime"] == "onnxruntime"]
     there = [each["ratio"] for each in multiples]
@@ -131,7 +133,7 @@ def test_what_the_readme_says_of_the_comparisons_plans_at_int8_is_in_the_result(
         f"MiniLM {macs[2]} ({macs[3]}), EfficientNet-Lite0 {macs[4]} ({macs[5]}) and the ViT {macs[6]}; with 15 % of "
         f"the parameters {parameters[0]} ({parameters[1]}), {parameters[2]} ({parameters[3]}), {parameters[4]} "
         f"({parameters[5]}) and {parameters[6]}. With 80 % of the parameters all take {min(little):.2f} to "
-        f"{max(little):.2f}"
+        f"{max(little):.2f}: so little is not worth it. Held to AVX2 the ViT's sessions end in the crash"
     ) in said
     assert f"gains no time by any of the twelve plans ({span('slow', False, every)})" in said
     assert f"multiples of 16, take {min(there):.2f} to {max(there):.2f} there" in said

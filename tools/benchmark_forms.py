@@ -84,10 +84,9 @@ def main() -> None:
     def kept() -> dict[str, Any]:
         return json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"models": {}}
 
-    def keep(name: str, found: dict[str, Any]) -> None:
-        commands = dict.fromkeys([*found.get("commands", ()), shlex.join(["python", *sys.argv])])
-        made = {"commands": list(commands), "machine": machine(), "tools": job.tool_versions()}
-        made |= {"source": job.own_source()}
+    def keep(name: str, found: dict[str, Any], step: str) -> None:
+        commands = found.get("commands", {}) | {step: shlex.join(["python", *sys.argv])}
+        made = {"commands": commands, "machine": machine(), "tools": job.tool_versions(), "source": job.own_source()}
         made |= {"share": options.share} if options.plans == "forms" else {}
         written = kept()
         written["models"][name] = found | made
@@ -97,15 +96,16 @@ def main() -> None:
         with reporter() as progress:
             for name in options.models:
                 before, found = kept()["models"].get(name), files(name, options, progress)
-                timed_so = before is not None and _shapes(before) == _shapes(found)
-                keep(name, found | {key: before[key] if timed_so else [] for key in ("commands", "sessions")})
+                if before is not None and _shapes(before) == _shapes(found):
+                    found = {key: before[key] for key in ("commands", "sessions")} | found
+                keep(name, {"sessions": []} | found, "build")
     if options.only != "build":
         settle()
         for name in options.models:
             found = kept()["models"][name]
             settings = [(runtime, cap) for runtime in options.runtimes for cap in CAPS.get(runtime, ("",))]
             sessions = [timed(name, runtime, cap, found["rows"], options) for runtime, cap in settings]
-            keep(name, {**found, "sessions": sessions})
+            keep(name, {**found, "sessions": sessions}, "time")
             print(table(name, kept()["models"][name]), flush=True)
     print(f"written to {options.out}")
 

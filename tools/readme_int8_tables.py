@@ -66,7 +66,7 @@ def forms(found: dict[str, Any]) -> str:
     first = next(iter(found["models"].values()))
     levels = {f"{each['runtime']} {each['cap']}".strip(): each["evidence"] for each in first["sessions"]}
     commands = dict.fromkeys(
-        f"{', '.join(f'`{command}`' for command in model['commands'])}, {_machine(model)}"
+        f"{', '.join(f'`{command}`' for command in dict.fromkeys(model['commands'].values()))}, {_machine(model)}"
         for model in found["models"].values()
     )
     plans = "The plans of the comparison above"
