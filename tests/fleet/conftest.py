@@ -104,10 +104,12 @@ class Home:
         return processes(lambda entry: mark in (entry / "environ").read_bytes())
 
     def steps(self, name: str) -> list[int]:
-        """Processes of the device program that carry out a step."""
+        """Processes of the device program that carry out a step; not what they start, which has their command line
+        from fork to exec."""
         words = f"device.pyz\0{name}\0".encode()
         mine = set(self.running())
-        return processes(lambda entry: int(entry.name) in mine and words in (entry / "cmdline").read_bytes())
+        found = processes(lambda entry: int(entry.name) in mine and words in (entry / "cmdline").read_bytes())
+        return [pid for pid in found if parent(pid) not in found]
 
     def keepers(self) -> list[int]:
         mine = set(self.running())
