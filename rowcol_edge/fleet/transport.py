@@ -128,6 +128,8 @@ class Channel:
             code = self._process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
             return self._lost("the line was closed")
+        if code < 0:  # by a signal to all of this machine's processes of a run, before it was out of their reach
+            return self._lost(f"its program was ended by signal {-code}")
         self._told.seek(0)
         told = self._told.read().decode(errors="replace")
         if not self._answered and code in _NO_PROGRAM:

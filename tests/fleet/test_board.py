@@ -329,6 +329,20 @@ def test_a_profile_that_arrives_changed_is_refused(
     assert home.is_clean()
 
 
+def test_a_signal_to_the_line_that_cleans_leaves_nothing_behind(
+    pipe: Pipe, home: Home, opened: Bundle, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``timeout`` sends it to a group of which the line's program is still one."""
+    ended = Ended(pipe, opened, b"", b"content", said.append)
+    command, lines = Pipe.command, ["kill -TERM $$"]
+    monkeypatch.setattr(
+        Pipe, "command", lambda self, remote: ["sh", "-c", lines.pop()] if lines else command(self, remote)
+    )
+    ended.run.clean()
+    assert (lines, said) == ([], [])
+    assert home.is_clean()
+
+
 def test_what_a_board_says_steers_no_terminal(pipe: Pipe, home: Home, opened: Bundle, said: list[str]) -> None:
     ended = Ended(pipe, opened, b"\x1b[2Jboo \xff\n", b"content", said.append)
     assert ended.run.result() == b"content"
