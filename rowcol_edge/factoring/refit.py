@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from rowcol_edge.calling import bind, evaluating, feed, tensors
-from rowcol_edge.factoring import layouts
+from rowcol_edge.factoring import layouts, splits
 from rowcol_edge.factoring.costs import LayerInfo
 from rowcol_edge.factoring.layouts import Layout
 from rowcol_edge.factoring.places import Place, rows, spread
@@ -157,7 +157,7 @@ def _fan_in(layer: nn.Module) -> int | None:
     part = _part(layer)
     if isinstance(part, nn.Linear):
         size = part.in_features
-    elif isinstance(part, _ConvNd) and not part.transposed and part.groups == 1 and len(part.kernel_size) <= 2:
+    elif isinstance(part, _ConvNd) and part.groups == 1 and len(part.kernel_size) <= 2:
         size = part.in_channels * int(np.prod(part.kernel_size))
     else:
         return None
@@ -229,7 +229,8 @@ def _fitting(
             if isinstance(module, nn.Sequential):
                 taken = module[:-1](taken)
             assert fit.wanted is not None
-            _solve(part, _inputs(part, taken, fit), fit.wanted, unseen)
+            if len(args) + len(kwargs) == 1:  # the size of what a transposed convolution gives may be asked for
+                _solve(part, _inputs(part, taken, fit), fit.wanted, unseen)
             fit.wanted = None
             advance()
 
@@ -256,28 +257,47 @@ def _inputs(layer: nn.Module, taken: torch.Tensor, fit: _Fit) -> torch.Tensor:
     if isinstance(layer, nn.Linear):
         return _rows(taken, layer, Place(fit.name, given=False), fit)
     assert isinstance(layer, _ConvNd)
-    lone, limit = len(layer.kernel_size) == 1, _limit(fit)
-
-    def flat(values: Sequence[int]) -> tuple[int, ...]:
-        return (1, *values) if lone else tuple(values)
-
+    limit, taps, dilation = _limit(fit), layer.kernel_size, layer.dilation
+    stride = (1,) * len(taps) if layer.transposed else layer.stride
     found = []
     for sample in fit.layout.first(taken):  # one by one: all patches of a picture are k² times its size
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        padded = F.pad(sample[None], layer._reversed_padding_repeated_twice, mode)
-        padded = padded.unsqueeze(2) if lone else padded
-        patches = F.unfold(padded, flat(layer.kernel_size), flat(layer.dilation), 0, flat(layer.stride))
+        padded = _spread_out(layer, sample[None]) if layer.transposed else _padded(layer, sample[None])
+        if len(taps) == 1:
+            patches = F.unfold(padded.unsqueeze(2), (1, *taps), (1, *dilation), 0, (1, *stride))
+        else:
+            patches = F.unfold(padded, taps, dilation, 0, stride)
+        if layer.transposed:  # its first tap reads the last input
+            patches = patches.reshape(1, -1, *taps, patches.shape[2]).flip(*range(2, 2 + len(taps))).flatten(1, -2)
         count = patches.shape[2]
         index = spread(count, limit).to(patches.device) if count > limit else slice(None)
         found.append(patches[0, :, index].T)
     return fit.layout.by_sample(torch.stack(found))
 
 
+def _padded(layer: _ConvNd, maps: torch.Tensor) -> torch.Tensor:
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(maps, layer._reversed_padding_repeated_twice, mode)
+
+
+def _spread_out(layer: _ConvNd, maps: torch.Tensor) -> torch.Tensor:
+    """The maps on which a plain convolution with the kernel turned round gives what a transposed one gives."""
+    sides = []
+    for axis, stride in enumerate(layer.stride, 2):
+        padding = layer.padding[axis - 2]
+        assert isinstance(padding, int)  # a transposed one knows no words for it
+        before = layer.dilation[axis - 2] * (layer.kernel_size[axis - 2] - 1) - padding
+        sides.append((before, before + layer.output_padding[axis - 2]))
+        between = torch.zeros_like(maps).unsqueeze(axis + 1)
+        between = torch.cat([maps.unsqueeze(axis + 1), *[between] * (stride - 1)], axis + 1).flatten(axis, axis + 1)
+        maps = between.narrow(axis, 0, between.shape[axis] - stride + 1)
+    return F.pad(maps, [count for side in reversed(sides) for count in side])
+
+
 @torch.no_grad()
 def _solve(layer: nn.Module, taken: torch.Tensor, wanted: torch.Tensor, unseen: torch.Tensor) -> None:
     """Changes weight and bias where that does better on the unseen samples."""
     assert isinstance(layer, nn.Linear | _ConvNd)
-    weight = layer.weight.flatten(1).double()
+    weight = torch.from_numpy(splits.matrix(layer)).to(layer.weight.device)
     bias = torch.zeros(len(weight), dtype=torch.float64) if layer.bias is None else layer.bias.double()
     seen = ~unseen
     inputs, outputs = taken[seen].flatten(0, 1).double(), wanted[seen].flatten(0, 1).double()
@@ -306,6 +326,6 @@ def _solve(layer: nn.Module, taken: torch.Tensor, wanted: torch.Tensor, unseen: 
             best, least = (change, moved), error
     if best is not None:
         change, moved = best
-        layer.weight.copy_((weight + change).reshape(layer.weight.shape).to(layer.weight))
+        splits.fill(layer, (weight + change).cpu().numpy(), layer.weight)
         if layer.bias is not None:
             layer.bias.copy_(moved.to(layer.bias))

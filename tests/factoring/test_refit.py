@@ -16,7 +16,7 @@ from torch import nn
 
 import rowcol_edge
 from rowcol_edge.datasets import Split, scan
-from rowcol_edge.factoring import apply, refit
+from rowcol_edge.factoring import apply, refit, splits
 from rowcol_edge.factoring.apply import factored
 from rowcol_edge.factoring.layouts import Layout
 from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan, LayerPlan
@@ -36,6 +36,19 @@ def divergence(model: nn.Module, other: nn.Module, x: np.ndarray) -> float:
     with torch.inference_mode():
         wanted, got = (net(torch.from_numpy(x)).log_softmax(1) for net in (model, other))
     return float((wanted.exp() * (wanted - got)).sum(1).mean())
+
+
+class Up(nn.Module):
+    """Down and up again: one transposed convolution that can be split and one that stays whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(2, 12, 3, stride=2, padding=1), nn.ConvTranspose2d(12, 12, 2, stride=2)
+        self.wide, self.head = nn.ConvTranspose2d(12, 6, 3, 2, 1, output_padding=1), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = torch.relu(self.wide(torch.relu(self.up(torch.relu(self.down(x))))))
+        return 4.0 * self.head(maps.mean((2, 3)))  # type: ignore[no-any-return]
 
 
 PLANS = {
@@ -76,6 +89,36 @@ def test_a_model_that_loses_nothing_is_returned_as_it_was() -> None:
     names = ["embed", "expand", "contract"]
     result = refit.refit(model, same, {"x": inputs(TOKENS, 32, 0)}, names, {}, classify=True)
     assert all(torch.equal(a, b) for a, b in zip(result.parameters(), model.parameters(), strict=True))
+
+
+def test_transposed_convolutions_are_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = study(made(Up), split(inputs(PICTURE, 300, 0)), classify=True)
+    plan = FactorPlan((LayerPlan("up", "project", 5, split="row"),), channels=(ChannelPlan("down", 8),))
+    first, second = factored(known, plan), factored(known, replace(plan, refit=True))
+    changed = {name for name, value in second.named_parameters() if not torch.equal(value, first.get_parameter(name))}
+    assert {"up.expand.weight", "up.expand.bias", "wide.weight"} <= changed
+    unseen = inputs(PICTURE, 400, 9)
+    assert divergence(known.folded, second, unseen) < 0.95 * divergence(known.folded, first, unseen)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kernel=st.integers(1, 4), stride=st.integers(1, 3), padding=st.integers(0, 2), dilation=st.integers(1, 2),
+    more=st.integers(0, 2), lone=st.booleans(), each=st.sampled_from([1, 3]),
+)  # fmt: skip
+def test_patches_are_what_a_transposed_convolution_sees(
+    kernel: int, stride: int, padding: int, dilation: int, more: int, lone: bool, each: int
+) -> None:
+    torch.manual_seed(0)
+    kind, shape = (nn.ConvTranspose1d, (3, 2, 7)) if lone else (nn.ConvTranspose2d, (3, 2, 7, 5))
+    more = min(more, max(stride, dilation) - 1)
+    layer = kind(2, 4, kernel, stride, padding, more, dilation=dilation).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = layer(x).flatten(2).transpose(1, 2).reshape(3 // each, -1, 4)
+        fit = refit._Fit("layer", None, 10**6, Layout(each=each))
+        got = refit._inputs(layer, x, fit) @ torch.from_numpy(splits.matrix(layer)).T + layer.bias
+    torch.testing.assert_close(got, wanted)
 
 
 @settings(max_examples=20, deadline=None)
