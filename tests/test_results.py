@@ -137,3 +137,20 @@ def test_what_the_readme_says_of_the_comparisons_plans_at_int8_is_in_the_result(
     ) in said
     assert f"gains no time by any of the twelve plans ({span('slow', False, every)})" in said
     assert f"multiples of 16, take {min(there):.2f} to {max(there):.2f} there" in said
+
+
+def test_what_the_readme_says_of_a_search_among_spatial_splits_is_in_the_result(root: Path, results: Path) -> None:
+    samples = read(results / "spatial.json")["samples"]
+
+    def apart(name: str) -> tuple[int, int]:
+        """Plans that are nearer and further away beyond chance."""
+        ratios = [row["ratio"] for row in samples[name]["rows"]]
+        assert len(ratios) == 12
+        return sum(each["ci_high"] < 1 for each in ratios), sum(each["ci_low"] > 1 for each in ratios)
+
+    took, (nearer, further) = samples["elpv-resnet18"]["seconds"], apart("elpv-resnet18")
+    unet = "elpv-scratch-unet"
+    said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    assert f"in ELPV's ResNet-18 {took['spatial']:.0f} s beside {took['study']:.0f} s for all spaces" in said
+    assert f"are nearer to the original beyond chance in {nearer} and further away in {further}, as" in said
+    assert "of the small `sample:{}` in {} and in {}.".format(unet, *apart(unet)) in said
