@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import subprocess
 import tempfile
 from typing import IO, Protocol
@@ -15,6 +16,8 @@ _LINE_BYTES = 1 << 22
 _END_SECONDS = 5.0
 _NO_PROGRAM = (126, 127)
 """What a shell says of a program that it does not find or may not run."""
+_TO_ALL = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+"""What is sent to all processes of a run here at once; a line's program is one of them until it has started."""
 
 
 class Transport(Protocol):
@@ -128,10 +131,11 @@ class Channel:
             code = self._process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
             return self._lost("the line was closed")
-        if code < 0:  # by a signal to all of this machine's processes of a run, before it was out of their reach
-            return self._lost(f"its program was ended by signal {-code}")
         self._told.seek(0)
         told = self._told.read().decode(errors="replace")
+        if -code in _TO_ALL:
+            said = " ".join(filter(None, (signal.Signals(-code).name, last_line(told))))
+            return self._lost(said, "its program here got a signal, the board is as it was")
         if not self._answered and code in _NO_PROGRAM:
             return BoardError(
                 self._transport.name,
@@ -143,10 +147,8 @@ class Channel:
             return self._transport.failure(code, told)
         return self._lost(last_line(told) or f"exit code {code}")
 
-    def _lost(self, got: str) -> UnreachableError:
-        return UnreachableError(
-            f"the line to {self._transport.name} dropped", got=got, hint="look at its power and its network"
-        )
+    def _lost(self, got: str, hint: str = "look at its power and its network") -> UnreachableError:
+        return UnreachableError(f"the line to {self._transport.name} dropped", got=got, hint=hint)
 
 
 def last_line(text: str) -> str:
