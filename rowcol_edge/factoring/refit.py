@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,8 +102,9 @@ def refit(
 ) -> nn.Module:
     """A copy of ``model`` whose layers are fitted to ``original``; one of the two as it was where that is no better.
 
-    Deterministic. Memory: a forward pass of all samples, and ``4 · rows · out`` bytes a layer for what the original
-    gives, of at most 12,288 rows.
+    Deterministic. Memory: a forward pass of all samples, ``4 · rows · out`` bytes a layer for what the original gives,
+    of at most 12,288 rows, and of one layer at a time ``20 · rows · inputs`` for what an output is made from, of at
+    most 2,400 inputs.
 
     Args:
         samples: input name → calibration samples.
@@ -229,8 +231,7 @@ def _fitting(
             if isinstance(module, nn.Sequential):
                 taken = module[:-1](taken)
             assert fit.wanted is not None
-            if len(args) + len(kwargs) == 1:  # the size of what a transposed convolution gives may be asked for
-                _solve(part, _inputs(part, taken, fit), fit.wanted, unseen)
+            _solve(part, _inputs(part, taken, fit), fit.wanted, unseen)
             fit.wanted = None
             advance()
 
@@ -257,20 +258,22 @@ def _inputs(layer: nn.Module, taken: torch.Tensor, fit: _Fit) -> torch.Tensor:
     if isinstance(layer, nn.Linear):
         return _rows(taken, layer, Place(fit.name, given=False), fit)
     assert isinstance(layer, _ConvNd)
-    limit, taps, dilation = _limit(fit), layer.kernel_size, layer.dilation
-    stride = (1,) * len(taps) if layer.transposed else layer.stride
+    axes = len(layer.kernel_size)
+    stride = (1,) * axes if layer.transposed else layer.stride
     found = []
-    for sample in fit.layout.first(taken):  # one by one: all patches of a picture are k² times its size
+    for sample in fit.layout.first(taken):
         padded = _spread_out(layer, sample[None]) if layer.transposed else _padded(layer, sample[None])
-        if len(taps) == 1:
-            patches = F.unfold(padded.unsqueeze(2), (1, *taps), (1, *dilation), 0, (1, *stride))
-        else:
-            patches = F.unfold(padded, taps, dilation, 0, stride)
+        patches = padded[0]  # a view, as all patches of a picture are k² times its size
+        for axis, taps, dilation, step in zip(
+            range(1, axes + 1), layer.kernel_size, layer.dilation, stride, strict=True
+        ):
+            patches = patches.unfold(axis, dilation * (taps - 1) + 1, step)[..., ::dilation]
+        sizes = patches.shape[1 : axes + 1]
+        index = spread(math.prod(sizes), min(math.prod(sizes), _limit(fit)))
+        picked = patches.movedim(0, axes)[torch.unravel_index(index, sizes)]
         if layer.transposed:  # its first tap reads the last input
-            patches = patches.reshape(1, -1, *taps, patches.shape[2]).flip(*range(2, 2 + len(taps))).flatten(1, -2)
-        count = patches.shape[2]
-        index = spread(count, limit).to(patches.device) if count > limit else slice(None)
-        found.append(patches[0, :, index].T)
+            picked = picked.flip(*range(2, axes + 2))
+        found.append(picked.flatten(1))
     return fit.layout.by_sample(torch.stack(found))
 
 
@@ -297,7 +300,7 @@ def _spread_out(layer: _ConvNd, maps: torch.Tensor) -> torch.Tensor:
 def _solve(layer: nn.Module, taken: torch.Tensor, wanted: torch.Tensor, unseen: torch.Tensor) -> None:
     """Changes weight and bias where that does better on the unseen samples."""
     assert isinstance(layer, nn.Linear | _ConvNd)
-    weight = torch.from_numpy(splits.matrix(layer)).to(layer.weight.device)
+    weight = torch.from_numpy(splits.matrix(layer))
     bias = torch.zeros(len(weight), dtype=torch.float64) if layer.bias is None else layer.bias.double()
     seen = ~unseen
     inputs, outputs = taken[seen].flatten(0, 1).double(), wanted[seen].flatten(0, 1).double()
@@ -326,6 +329,6 @@ def _solve(layer: nn.Module, taken: torch.Tensor, wanted: torch.Tensor, unseen: 
             best, least = (change, moved), error
     if best is not None:
         change, moved = best
-        splits.fill(layer, (weight + change).cpu().numpy(), layer.weight)
+        splits.fill(layer, (weight + change).numpy(), layer.weight)
         if layer.bias is not None:
             layer.bias.copy_(moved.to(layer.bias))

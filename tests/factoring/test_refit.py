@@ -23,6 +23,8 @@ from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan, LayerPlan
 from rowcol_edge.factoring.study import study
 from tests.couplings import PICTURE, TOKENS, Encoder, Residual, made
 
+Pair = tuple[int, ...]
+
 
 def inputs(shape: tuple[int, ...], count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, *shape))
@@ -91,7 +93,7 @@ def test_a_model_that_loses_nothing_is_returned_as_it_was() -> None:
     assert all(torch.equal(a, b) for a, b in zip(result.parameters(), model.parameters(), strict=True))
 
 
-def test_transposed_convolutions_are_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transposed_convolutions_are_fitted() -> None:
     known = study(made(Up), split(inputs(PICTURE, 300, 0)), classify=True)
     plan = FactorPlan((LayerPlan("up", "project", 5, split="row"),), channels=(ChannelPlan("down", 8),))
     first, second = factored(known, plan), factored(known, replace(plan, refit=True))
@@ -101,18 +103,21 @@ def test_transposed_convolutions_are_fitted(monkeypatch: pytest.MonkeyPatch) -> 
     assert divergence(known.folded, second, unseen) < 0.95 * divergence(known.folded, first, unseen)
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    kernel=st.integers(1, 4), stride=st.integers(1, 3), padding=st.integers(0, 2), dilation=st.integers(1, 2),
-    more=st.integers(0, 2), lone=st.booleans(), each=st.sampled_from([1, 3]),
-)  # fmt: skip
+RANGES = {"kernel": (1, 4), "stride": (1, 3), "padding": (0, 2), "dilation": (1, 2), "more": (0, 2)}
+PAIRS = {name: st.tuples(st.integers(*ends), st.integers(*ends)) for name, ends in RANGES.items()}
+"""For height and width."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(**PAIRS, lone=st.booleans(), each=st.sampled_from([1, 3]))
 def test_patches_are_what_a_transposed_convolution_sees(
-    kernel: int, stride: int, padding: int, dilation: int, more: int, lone: bool, each: int
+    kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, more: Pair, lone: bool, each: int
 ) -> None:
     torch.manual_seed(0)
-    kind, shape = (nn.ConvTranspose1d, (3, 2, 7)) if lone else (nn.ConvTranspose2d, (3, 2, 7, 5))
-    more = min(more, max(stride, dilation) - 1)
-    layer = kind(2, 4, kernel, stride, padding, more, dilation=dilation).double()
+    more = tuple(min(each, max(pair) - 1) for each, *pair in zip(more, stride, dilation, strict=True))
+    kind, shape, axes = (nn.ConvTranspose1d, (3, 2, 7), 1) if lone else (nn.ConvTranspose2d, (3, 2, 7, 5), 2)
+    options = [values[:axes] for values in (kernel, stride, padding, more)]
+    layer = kind(2, 4, *options, dilation=dilation[:axes]).double()
     x = torch.randn(shape, dtype=torch.float64)
     with torch.no_grad():
         wanted = layer(x).flatten(2).transpose(1, 2).reshape(3 // each, -1, 4)
@@ -121,18 +126,18 @@ def test_patches_are_what_a_transposed_convolution_sees(
     torch.testing.assert_close(got, wanted)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
-    kernel=st.integers(1, 3), stride=st.integers(1, 2), padding=st.integers(0, 2), dilation=st.integers(1, 2),
-    mode=st.sampled_from(["zeros", "reflect", "circular"]), lone=st.booleans(),
-    each=st.sampled_from([1, 3]),
+    **{key: PAIRS[key] for key in ("kernel", "stride", "padding", "dilation")},
+    mode=st.sampled_from(["zeros", "reflect", "circular"]), lone=st.booleans(), each=st.sampled_from([1, 3]),
 )  # fmt: skip
 def test_patches_are_what_a_convolution_sees(
-    kernel: int, stride: int, padding: int, dilation: int, mode: str, lone: bool, each: int
+    kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, mode: str, lone: bool, each: int
 ) -> None:
     torch.manual_seed(0)
-    kind, shape = (nn.Conv1d, (3, 2, 9)) if lone else (nn.Conv2d, (3, 2, 9, 8))
-    layer = kind(2, 4, kernel, stride, padding, dilation, padding_mode=mode).double()
+    kind, shape, axes = (nn.Conv1d, (3, 2, 9), 1) if lone else (nn.Conv2d, (3, 2, 9, 8), 2)
+    options = [values[:axes] for values in (kernel, stride, padding, dilation)]
+    layer = kind(2, 4, *options, padding_mode=mode).double()
     x = torch.randn(shape, dtype=torch.float64)
     with torch.no_grad():
         wanted = layer(x).flatten(2).transpose(1, 2).reshape(3 // each, -1, 4)
