@@ -85,11 +85,10 @@ def main() -> None:
         return json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"models": {}}
 
     def keep(name: str, found: dict[str, Any], step: str) -> None:
-        commands = found.get("commands", {}) | {step: shlex.join(["python", *sys.argv])}
-        made = {"commands": commands, "machine": machine(), "tools": job.tool_versions(), "source": job.own_source()}
-        made |= {"share": options.share} if options.plans == "forms" else {}
+        made = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "source": job.own_source()}
+        made["tools"] = job.tool_versions()
         written = kept()
-        written["models"][name] = found | made
+        written["models"][name] = found | {step: made}
         options.out.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     if options.only != "time":
@@ -97,15 +96,18 @@ def main() -> None:
             for name in options.models:
                 before, found = kept()["models"].get(name), files(name, options, progress)
                 if before is not None and _shapes(before) == _shapes(found):
-                    found = {key: before[key] for key in ("commands", "sessions")} | found
-                keep(name, {"sessions": []} | found, "build")
+                    found = {key: before[key] for key in ("sessions", "time") if key in before} | found
+                share = {"share": options.share} if options.plans == "forms" else {}
+                keep(name, {"sessions": []} | found | share, "build")
     if options.only != "build":
         settle()
         for name in options.models:
             found = kept()["models"][name]
-            settings = [(runtime, cap) for runtime in options.runtimes for cap in CAPS.get(runtime, ("",))]
-            sessions = [timed(name, runtime, cap, found["rows"], options) for runtime, cap in settings]
-            keep(name, {**found, "sessions": sessions}, "time")
+            sessions = {(each["runtime"], each["cap"]): each for each in found["sessions"]}
+            for runtime in options.runtimes:
+                for cap in CAPS.get(runtime, ("",)):
+                    sessions[runtime, cap] = timed(name, runtime, cap, found["rows"], options)
+            keep(name, {**found, "sessions": list(sessions.values())}, "time")
             print(table(name, kept()["models"][name]), flush=True)
     print(f"written to {options.out}")
 

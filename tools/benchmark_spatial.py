@@ -1,7 +1,6 @@
 """What a search among spatial splits too would gain: plans with and without them, of networks with k×k kernels.
 
     python tools/benchmark_spatial.py                          # writes tools/results/spatial.json, half an hour
-    python tools/benchmark_spatial.py --samples elpv-resnet18 --shares 0.3
 
 `rowcol-edge` applies spatial splits where a plan names them and does not search them. Here both orders (k×1 first, 1×k
 first) are options of the allocation at every rank, at the loss that `rowcol_edge.factoring.latents` predicts for them;
@@ -49,7 +48,7 @@ Losses = Mapping[bool, Mapping[str, np.ndarray]]  # across first or not, layer �
 
 
 class WithSpatial(Options):
-    """Options of the package, and spatial splits that have fewer parameters than a layer's dearest column split."""
+    """Options of the package, and spatial splits with no more parameters than a layer's dearest column split."""
 
     def __init__(self, outputs: Mapping[str, Spectrum], inputs: Mapping[str, Spectrum], losses: Losses) -> None:
         super().__init__(outputs, inputs)
@@ -75,12 +74,11 @@ class WithSpatial(Options):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", nargs="+", choices=SAMPLES, default=list(SAMPLES))
-    parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--out", type=Path, default=_RESULTS)
     options = parser.parse_args()
     with reporter() as progress:
         for name in options.samples:
-            found = measure(name, options.shares, progress)
+            found = measure(name, progress)
             made = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "source": job.own_source()}
             result = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"samples": {}}
             result["samples"][name] = made | {"tools": job.tool_versions()} | found
@@ -89,7 +87,7 @@ def main() -> None:
     print(f"written to {options.out}")
 
 
-def measure(name: str, shares: list[float], progress: job.Progress) -> dict[str, Any]:
+def measure(name: str, progress: job.Progress) -> dict[str, Any]:
     work = job.prepare(config.make({"model": f"sample:{name}"}), progress=progress)
     assert work.test is not None
     batches, classify = list(work.test.batches()), work.contract == "classify"
@@ -112,7 +110,7 @@ def measure(name: str, shares: list[float], progress: job.Progress) -> dict[str,
         return np.concatenate([np.asarray(next(iter(run(batch).values())), np.float64) for batch in batches])
 
     reference, rows = outputs(None), []
-    cells = [(axis, share) for axis in rivals.COSTS for share in shares]
+    cells = [(axis, share) for axis in rivals.COSTS for share in SHARES]
     for done, (axis, share) in enumerate(cells):
         progress("plans", done, len(cells))
         plans = {
@@ -136,8 +134,7 @@ def _plan(known: Study, options: Options, axis: str, share: float) -> FactorPlan
     total = sum(cost(known.infos[name], None) for name in known.spaces)
     widths = {name: space.losses for name, space in known.channel_spaces.items()}
     allocator = Allocator(Widths(known.infos, known.channels), options, widths) if widths else None
-    # what the allocator has no part in is planned by options of the package's own, which these must not be
-    assert allocator is not None, "a network without channels to narrow"
+    assert allocator is not None, "without one, plans are made of the package's own options"
     return ranks.plan_by_cost(
         known.infos, known.spaces, cost, total=total, limit=share * total, made_by=f"{axis}<={share:g}",
         allocator=allocator, inputs=known.input_spaces,

@@ -66,7 +66,7 @@ def forms(found: dict[str, Any]) -> str:
     first = next(iter(found["models"].values()))
     levels = {f"{each['runtime']} {each['cap']}".strip(): each["evidence"] for each in first["sessions"]}
     commands = dict.fromkeys(
-        f"{', '.join(f'`{command}`' for command in dict.fromkeys(model['commands'].values()))}, {_machine(model)}"
+        f"`{model['build']['command']}`; `{model['time']['command']}`, {_machine(model['time'])}"
         for model in found["models"].values()
     )
     plans = "The plans of the comparison above"
@@ -77,9 +77,26 @@ def forms(found: dict[str, Any]) -> str:
     foot = (
         f"{plans}, second pass, no fine-tuning; KL in nats from the dense float network, on the selection split "
         "(EfficientNet-Lite0: on new crops of the photos that it was calibrated on). Evidence: "
-        f"{', '.join(f'{name} {level}' for name, level in levels.items())}. {'; '.join(commands)}."
+        f"{', '.join(f'{name} {level}' for name, level in levels.items())}. {_warnings(sessions)} "
+        f"{'; '.join(commands)}."
     )
     return "\n\n".join([table(heads, rows), foot])
+
+
+def _warnings(sessions: list[dict[str, Any]]) -> str:
+    """In how many of the sessions the profiler says what."""
+    told = {
+        "processes of the same arm differ": "processes of one arm differ by a tenth and more, which the intervals hold",
+        "the warm-up met its bound": "a warm-up met its bound before the median was stable",
+        "the null arm": "the dense file differs from itself",
+    }
+    counts = {
+        what: sum(any(warning.startswith(begin) for warning in each.get("warnings", ())) for each in sessions)
+        for begin, what in told.items()
+    }
+    measured = sum("ratios" in each for each in sessions)
+    said = ", ".join(f"{what} ({count})" for what, count in counts.items() if count)
+    return f"The profiler warns, in so many of {measured} sessions: {said}." if said else ""
 
 
 def gauges(found: dict[str, Any]) -> str:
@@ -110,4 +127,5 @@ def gauges(found: dict[str, Any]) -> str:
 
 
 def _machine(found: dict[str, Any]) -> str:
-    return f"{found['machine']['cpu_model']}, {found['machine']['cores_usable']} cores"
+    cores = found["machine"]["cores_usable"]
+    return f"{found['machine']['cpu_model']}, {cores} core{'s' if cores > 1 else ''}"
