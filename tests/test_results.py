@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -32,6 +33,18 @@ def test_tied_files_hold_their_matrices_once_and_take_no_longer(results: Path) -
         assert row["latency_ratio"]["ratio"] <= 1.05, what
 
 
+def test_what_the_readme_says_of_one_scale_for_two_uses_is_in_the_result(root: Path, results: Path) -> None:
+    samples = read(results / "tied_scales.json")["samples"]
+
+    def off(name: str, scale: str) -> str:
+        pairs = [pair[scale]["both"] for pair in samples[name].values()]
+        return f"{sum(pairs) / len(pairs):.2%}".replace("%", " %")
+
+    said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    assert f"worse ({off('fmnist-vit', 'row')} off instead of {off('fmnist-vit', 'tensor')})" in said
+    assert f"better ({off('elpv-resnet18', 'row')} instead of {off('elpv-resnet18', 'tensor')})" in said
+
+
 def test_factoring_large_models_keeps_its_bounds(results: Path) -> None:
     models = read(results / "factoring-cost.json")["models"]
     assert set(models) == {"resnet50", "deit_small"}
@@ -57,6 +70,20 @@ def test_no_other_way_to_factor_is_nearer_to_the_original(results: Path) -> None
             others = [kl for way, kl in found.items() if not way.startswith("ours")]
             assert len(others) == 4
             assert found["ours"] < min(others), (name, *cell)
+
+
+def test_every_domain_comes_through_every_runtime(results: Path) -> None:
+    rows = read(results / "domains.json")["rows"]
+    samples = {
+        "elpv-resnet18", "fmnist-vit", "elpv-padim", "elpv-scratch-unet", "italy-power-cnn", "spoken-language-cnn",
+        "minilm",
+    }  # fmt: skip
+    assert {(row["sample"], row["runtime"]) for row in rows} == set(
+        itertools.product(samples, ("onnxruntime", "openvino", "tflite"))
+    )
+    for row in rows:
+        assert row["errors"] == {}, (row["sample"], row["runtime"])
+        assert set(row["arms"]) == {"dense@fp32", "factored@fp32", "dense@int8", "factored@int8"}
 
 
 def test_what_the_readme_says_of_forms_at_int8_is_in_the_result(root: Path, results: Path) -> None:

@@ -6,8 +6,8 @@ device program.
 
 A cell is two builds, fp32 and int8, of plans with half of the parameters, searched on few samples: it says whether a
 model comes through, not how good it can be. Nothing is timed. The error of an arm is that of its file's outputs
-against the dense PyTorch model's; ``verified`` is what the bundle's device program says. A build that is refused
-stands there with its error.
+against the dense PyTorch model's. A build that is refused, or a bundle that its device program does not verify, stands
+there with its error.
 """
 
 from __future__ import annotations
