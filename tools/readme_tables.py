@@ -349,8 +349,8 @@ def recovered() -> str:
     foot = (
         f"`sample:{found['sample']}`, {metric} at fp32 on {dense['quality']['selection']['n']} selection and "
         f"{dense['quality']['test']['n']} test images, *distilled* without labels on the {images['calibration']} "
-        f"calibration images unless it says on how many. {found['machine']['cpu_model']}, {found['threads']} thread, "
-        f"{found['seconds']} s in all. Command: `{found['command']}`."
+        f"calibration images unless it says on how many. {found['machine']['cpu_model']}, {found['threads']} thread. "
+        f"Command: `{found['command']}`."
     )
     return "\n\n".join([table(heads, rows), foot])
 
