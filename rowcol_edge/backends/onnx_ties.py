@@ -6,8 +6,8 @@ kernel the Transpose exchanges outputs and inputs.
 
 In int8 both uses can share the numbers only if one scale holds for rows and columns, or a scale a row is moved into
 the activation that the transposed use reads. On the FFNs of the Fashion-MNIST ViT, tied in closed form, a scale a
-tensor costs the first product 0.78 % instead of 0.62 %, and the second one 0.68 % instead of 0.90 %, since rows of
-unlike scale spread the activation's range: one behind the other 1.01 % instead of 1.15 %. For the tied convolutions of
+tensor costs the first product 0.99 % instead of 0.78 %, and the second one 0.85 % instead of 1.04 %, since rows of
+unlike scale spread the activation's range: one behind the other 1.14 % instead of 1.24 %. For the tied convolutions of
 the ELPV ResNet-18 it is 0.96 % instead of 0.91 % (``tools/benchmark_tied_scales.py``). So it is one scale a tensor,
 which needs no further operator. What batch norms and other factors have multiplied into the rows stays in the scales a
 channel that it is read with.
