@@ -137,7 +137,7 @@ def test_what_the_readme_says_of_the_comparisons_plans_at_int8_is_in_the_result(
     models = read(results / "factoring-int8.json")["models"]
 
     def span(name: str, capped: bool, plans: Collection[str]) -> str:
-        sessions = [s for s in models[name]["sessions"] if "ratios" in s and bool(s["cap"]) == capped]
+        sessions = [s for s in models[name]["sessions"] if bool(s["cap"]) == capped]
         found = [s["ratios"][plan]["ratio"] for s in sessions for plan in plans]
         return f"{min(found):.2f} to {max(found):.2f}"
 
@@ -153,10 +153,15 @@ def test_what_the_readme_says_of_the_comparisons_plans_at_int8_is_in_the_result(
         session["ratios"]["80% of the parameters"]["ratio"]
         for model in models.values()
         for session in model["sessions"]
-        if "ratios" in session
     ]
-    crashed = {(name, bool(s["cap"])) for name, model in models.items() for s in model["sessions"] if "error" in s}
-    assert crashed == {("fmnist-vit", True)}
+    crashed = {
+        (name, session["cap"]): frozenset(session["crashed"])
+        for name, model in models.items()
+        for session in model["sessions"]
+        if session.get("crashed")
+    }
+    assert set(crashed) == {("fmnist-vit", "AVX2_VNNI"), ("fmnist-vit", "AVX2")}
+    [narrow] = set(crashed.values())
     macs, parameters = told("MACs"), told("parameters")
     slow = [s for s in models["efficientnet-lite0"]["sessions"] if s["runtime"] == "onnxruntime"]
     models["slow"] = {"sessions": slow}
@@ -171,7 +176,9 @@ def test_what_the_readme_says_of_the_comparisons_plans_at_int8_is_in_the_result(
         f"MiniLM {macs[2]} ({macs[3]}), EfficientNet-Lite0 {macs[4]} ({macs[5]}) and the ViT {macs[6]}; with 15 % of "
         f"the parameters {parameters[0]} ({parameters[1]}), {parameters[2]} ({parameters[3]}), {parameters[4]} "
         f"({parameters[5]}) and {parameters[6]}. With 80 % of the parameters all take {min(little):.2f} to "
-        f"{max(little):.2f}: so little is not worth it. Held to AVX2 the ViT's sessions end in the crash"
+        f"{max(little):.2f}: so little is not worth it. Held to older instruction sets {len(narrow)} of the ViT's "
+        "twelve plans end in the crash that is told below, the others take "
+        f"{span('fmnist-vit', True, [plan for plan in every if plan not in narrow])}."
     ) in said
     assert f"gains no time by any of the twelve plans ({span('slow', False, every)})" in said
     assert f"multiples of 16, take {min(there):.2f} to {max(there):.2f} there" in said

@@ -104,7 +104,9 @@ def main() -> None:
         print(json.dumps(measure(options.one, options.threads)))
         return
     from benchmark_machine import machine
+    from rowcol_edge import job
 
+    made = {"source": job.own_source(), "tools": job.tool_versions()}
     kept: dict[str, Any] = json.loads(_RESULT.read_text(encoding="utf-8")) if _RESULT.is_file() else {}
     models = kept.get("models", {})
     for name in options.models:
@@ -112,7 +114,7 @@ def main() -> None:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(options.threads))
         load = os.getloadavg()[0]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | threads, text=True)
-        models[name] = json.loads(done.stdout) | {"threads": options.threads, "load_before": round(load, 2)}
+        models[name] = json.loads(done.stdout) | {"threads": options.threads, "load_before": round(load, 2)} | made
         result = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "models": models}
         _RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(table(name, models[name]))
