@@ -87,10 +87,13 @@ def go(step: Step, work: Path) -> list[str]:
         step.before()
     kept = tree(work / "out") if step.bad else {}
     process = start(step, work)
+    heard = ""
     if step.signal is not None:
+        heard = hear(process, step.signal_at)
         time.sleep(step.signal_after)
         process.send_signal(step.signal)
     out, err = process.communicate()
+    err = heard + err
     problems = []
     if process.returncode != step.code:
         problems.append(f"exit code {process.returncode}, expected {step.code}")
@@ -124,6 +127,14 @@ def start(step: Step, work: Path) -> subprocess.Popen[str]:
         cwd=work, env=os.environ | {"ROWCOL_CACHE": str(work / "cache")}, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def hear(process: subprocess.Popen[str], words: str) -> str:
+    """What a program says of its progress until these words, or until its end."""
+    heard = ""
+    while words not in heard and process.stderr is not None and (line := process.stderr.readline()):
+        heard += line
+    return heard
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:

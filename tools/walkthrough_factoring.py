@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +21,8 @@ from walkthrough_steps import CALIB, MODEL, NAMES, Step, bad
 FEW = ("--calib", "odd.py:few")
 LAYER = "layer4.1.conv2"
 HANDLED = {
-    "dead and constant channels": "dead", "zero weights": "zeros", "unused layers": "unused", "channels last": "last",
-    "float16": "half", "bfloat16": "bfloat",
+    "dead and constant channels": "dead", "zero weights": "zeros", "rank-deficient weights": "deficient",
+    "unused layers": "unused", "channels last": "last", "float16": "half", "bfloat16": "bfloat", "float64": "double",
 }  # fmt: skip
 """By a factory of walkthrough_user/odd.py: factored like any other."""
 LEFT = {
@@ -166,8 +167,8 @@ def _budgets(work: Path) -> Iterator[Step]:
 
     def recovered(out: str) -> None:
         record = json.loads(out)["recovered"]
-        assert record["epochs"] >= 0
-        assert {"before", "after"} <= set(record), record
+        assert 1 <= record["best_epoch"] <= record["epochs"] == len(record["history"]) - 1 == 3, record
+        assert record["after"] > record["before"], record
 
     budget = "params<=0.5x,macs<=0.7x,drop<=0.5pp"
     several = ("factor", *MODEL, *judged, "--budget", budget, "--out", "both", "--json")
@@ -177,8 +178,15 @@ def _budgets(work: Path) -> Iterator[Step]:
         yield Step(f"out of reach: {budget}", ("factor", *MODEL, *FEW, "--budget", budget, "--out", "new"), code=1,
                    says=("error: budget .*expected: .*got: ",), check=lambda _: absent(work / "new"))  # fmt: skip
     yield bad("a budget of nothing", ("factor", *MODEL, *FEW, "--budget", "params<=0x", "--out", "new"), "budget")
-    vit = ("factor", "sample:fmnist-vit", "--budget", "params<=0.2x", "--recover", "1", "--out", "recovered", "--json")
-    yield Step("distilled from the original", vit, check=recovered)
+    vit = ("factor", "sample:fmnist-vit", "--budget")
+    yield Step("budgets that exclude each other", (*vit, "params<=0.05x,drop<=0.1pp", "--out", "new"), code=1,
+               says=("error: budgets .*expected: .*got: .*the boldest plan found",),
+               check=lambda _: absent(work / "new"))  # fmt: skip
+    distilled = (*vit, "params<=0.17x", "--recover", "3", "--out", "recovered", "--json")
+    yield Step("distilled, killed in its second epoch", distilled, code=-signal.SIGKILL, signal=signal.SIGKILL,
+               signal_at="judge epoch 2", check=lambda _: absent(work / "recovered"))  # fmt: skip
+    yield Step("distilled, from its second epoch on", distilled, says=(r"^(?!.*judge epoch 1\b).*judge epoch 2\b",),
+               check=recovered)  # fmt: skip
 
 
 def _odd(work: Path) -> Iterator[Step]:
@@ -210,9 +218,12 @@ def _odd(work: Path) -> Iterator[Step]:
     refused = ("hooked", "weight norm in a hook"), ("masked", "a pruning mask left in")
     for factory, name in refused:
         yield bad(name, ("factor", f"odd.py:{factory}", *FEW, "--budget", "params<=0.6x", "--out", "new"), LAYER)
-    for calib, name in (("one", "one picture"), ("flat", "constant pictures")):
+    few = {"one": "one picture", "three": "three pictures", "copies": "pictures that are there eight times"}
+    for calib, name in (few | {"flat": "constant pictures"}).items():
         options = ("factor", *MODEL, "--calib", f"odd.py:{calib}", "--budget", "params<=0.6x", "--out", calib)
-        yield Step(f"odd: {name}", options, says=("few|constant|none to predict",), check=lambda _: None)
+        yield Step(f"odd: {name}", options, says=("few|constant|none to predict",))
+    options = ("factor", *MODEL, "--calib", "odd.py:hole", "--budget", "params<=0.6x", "--out", "new")
+    yield bad("a pixel that is no number", options, "NaN|finite")
 
 
 # ---------------------------------------------------------------- what checks use

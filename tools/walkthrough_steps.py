@@ -43,6 +43,7 @@ class Step:
     ``says``: patterns for its output, in which every run of blanks is one. ``check`` gets stdout. ``bad``: there must
     be one typed error, and nothing written. ``python``: the interpreter, where it is not `rowcol-edge` that runs.
     ``needed``: others use what it makes. ``locked``: some of its files may not be read, not by root either.
+    ``signal``: is sent so many seconds after those words in its progress.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Step:
     python: str | None = None
     locked: bool = False
     signal: signal.Signals | None = None
+    signal_at: str = ""
     signal_after: float = 0.0
 
     @property

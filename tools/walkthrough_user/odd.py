@@ -31,6 +31,23 @@ def one() -> Iterator[dict[str, np.ndarray]]:
     return ({"x": feeds["x"][:1]} for feeds in islice(few(), 1))
 
 
+def three() -> Iterator[dict[str, np.ndarray]]:
+    return ({"x": feeds["x"][:3]} for feeds in islice(few(), 1))
+
+
+def copies() -> Iterator[dict[str, np.ndarray]]:
+    """Four pictures, each there eight times."""
+    return ({"x": np.repeat(feeds["x"][:4], 8, axis=0)} for feeds in islice(few(), 1))
+
+
+def hole() -> Iterator[dict[str, np.ndarray]]:
+    """One pixel of one picture is no number."""
+    for feeds in few():
+        pixels = feeds["x"].copy()
+        pixels[5, 0, 100, 100] = np.nan
+        yield {"x": pixels}
+
+
 def flat() -> Iterator[dict[str, np.ndarray]]:
     """A camera with its cap on."""
     return ({"x": np.zeros_like(feeds["x"])} for feeds in few())
@@ -57,6 +74,16 @@ def zeros() -> ResNet:
     return net
 
 
+def deficient() -> ResNet:
+    """The weights of one layer span 20 of their 512 directions."""
+    net = trained()
+    weight = net.layer4[1].conv2.weight
+    with torch.no_grad():
+        u, s, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+        weight.copy_((u[:, :20] * s[:20] @ v[:20]).view_as(weight))
+    return net
+
+
 def unused() -> ResNet:
     net = trained()
     net.spare = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Linear(8, 8))
@@ -73,6 +100,10 @@ def half() -> nn.Module:
 
 def bfloat() -> nn.Module:
     return trained().bfloat16()
+
+
+def double() -> nn.Module:
+    return trained().double()
 
 
 def twice() -> ResNet:
