@@ -33,7 +33,7 @@ BREAK_EVEN = 0.75
 DEFAULT_ENERGY = 0.999
 DEFAULT_LOSS = 1e-4
 """Predicted loss that is taken where nothing says how much may be lost: nats for a classifier, else half the squared
-relative error of the outputs about their mean. What really follows is several times as much, as layers add up."""
+relative error of the outputs about their mean. What really follows may be several times as much, as layers add up."""
 _MOST_CAREFUL, _BOLDEST, _PLANS = 0.97, 0.03, 31
 _WITHIN = 8  # plans within the cost limits that are tried where the largest that keeps the drop is too dear
 BYTES_PER_WEIGHT = {

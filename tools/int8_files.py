@@ -1,4 +1,8 @@
-"""A module's int8 file in each runtime, as a build would make it, for benchmarks of what int8 makes of it."""
+"""A module's int8 file in each runtime, for benchmarks of what int8 makes of it.
+
+As a build compiles it at first: what that does where a file is too far off (equalised channels, corrected biases,
+layers left in float) is not done.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from rowcol_edge import evaluation, targets
+from rowcol_edge import evaluation, models, targets
 from rowcol_edge.backends import BACKENDS, load_backend
 from rowcol_edge.backends.base import QuantSpec, Source
 from rowcol_edge.backends.tensorrt_qdq import WEIGHTED
@@ -186,6 +186,23 @@ def test_weights_are_stored_once_and_outputs_stay(
         [got] = run({"x": x}).values()
         wanted = model(torch.from_numpy(x)).numpy()
     assert np.linalg.norm(got - wanted) <= PRECISIONS[precision] * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "tensorrt"])
+def test_whole_files_of_halvit_tiny_are_as_large_as_its_parameters(backend: str, tmp_path: Path) -> None:
+    compiler, model = load_backend(backend), models.load("sample:halvit-tiny").module
+    inputs = np.random.default_rng(0).normal(size=(2, 3, 224, 224)).astype(np.float32)
+    path = write_source(compiler.consumes, model, {"x": inputs[:1]}, tmp_path)
+    if compiler.consumes is Source.ONNX:
+        path = simplify(path, tmp_path / "simplified.onnx").path
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1 and p.shape[0] > 1)
+    others = sum(p.numel() for p in model.parameters()) - matrices  # in float at int8 too
+    for precision, width in (("fp32", 4), ("int8", 1)):
+        artifact = compiler.compile(
+            path, _runtime(backend), QuantSpec.for_target(precision, TARGET), lambda: iter([{"x": inputs}]),
+            tmp_path / f"{precision}{compiler.suffix}",
+        )  # fmt: skip
+        assert 0.95 <= artifact.size_bytes / (width * matrices + 4 * others) <= 1.03, precision
 
 
 @pytest.mark.parametrize(("name", "products"), [("stage", 3), ("wide head", 0), ("pair", 0), ("transformer", 6)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -188,7 +189,9 @@ def test_losses_are_monotone_and_follow_the_divergence(name: str) -> None:
         for width in (1, max(1, size // 2), size):
             got = torch.from_numpy(outputs(narrowed(known, {each: width}), x)).log_softmax(1)
             found.append(float((wanted.exp() * (wanted - got)).sum(1).mean()))
-        predicted = known.channel_spaces[each].losses[max(1, size // 2)]
+        losses = known.channel_spaces[each].losses
+        predicted = losses[max(1, size // 2)]
+        assert all(more >= less for more, less in pairwise(losses))
         assert found[2] == pytest.approx(0.0, abs=1e-6)
         assert found[0] >= 0.5 * found[1]
         if found[1] > 1e-5:
