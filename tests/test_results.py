@@ -68,12 +68,15 @@ def test_factoring_large_models_keeps_its_bounds(root: Path, results: Path) -> N
         assert found["once"]["seconds"] <= 60
         assert found["once"]["peak_bytes"] <= 3e9
         assert found["twice"]["seconds"] <= 240
-        plans = {stage: at["seconds"] for stage, at in found["stages"].items() if stage.startswith("allocation")}
-        assert len(plans) == 3  # within one limit, and within two pairs of them
-        assert max(plans.values()) <= 2
+        assert found["stages"]["allocation"]["seconds"] <= 2
+    pairs = [
+        at["seconds"] for found in models.values() for stage, at in found["stages"].items() if stage.endswith(" beside")
+    ]
+    assert len(pairs) == 4
     settled = [models[name]["once"]["seconds"] + models[name]["stages"]["gauges"]["seconds"] for name in models]
     said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
-    assert f"with these ResNet-50 takes {settled[0]:.0f} s and DeiT-S {settled[1]:.0f} s, more than the minute" in said
+    assert f"a plan within two limits takes up to {max(pairs):.1f} s" in said
+    assert f"with which ResNet-50 takes {settled[0]:.0f} s and DeiT-S {settled[1]:.0f} s, which is more than" in said
 
 
 def test_no_other_way_to_factor_is_nearer_to_the_original(results: Path) -> None:
@@ -118,13 +121,19 @@ def test_what_the_readme_says_of_forms_at_int8_is_in_the_result(root: Path, resu
     medians = {name: [each["ratio"] for each in ratios] for name, ratios in found.items()}
     paying = ("elpv-resnet18", "minilm", "efficientnet-lite0")
     shares = [f"{min(medians[name]):.2f} to {max(medians[name]):.2f}" for name in paying]
+    assert max(max(medians[name]) for name in paying[:2]) < 1.0
+    below = sum(each < 1.0 for each in medians[paying[2]])
+    [there] = [s["ratios"].values() for s in models[paying[2]]["sessions"] if s["runtime"] == "onnxruntime"]
+    gained = [each["ratio"] for each in there]
+    assert all(each["ci_low"] < 1.0 < each["ci_high"] for each in there)
     said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
     assert (
-        f"At int8 every form pays in the median in ResNet-18 ({shares[0]} of the time), MiniLM ({shares[1]}) and "
-        f"EfficientNet-Lite0 ({shares[2]}); of their 20 intervals each, {above[paying[0]]}, {above[paying[1]]} and "
-        f"{above[paying[2]]} reach above 1. In the small ViT, with {above['fmnist-vit']} of 20, only narrowing does"
+        f"At int8 every form pays in the median in ResNet-18 ({shares[0]} of the time) and MiniLM ({shares[1]}); of "
+        f"their 20 intervals each, {above[paying[0]]} and {above[paying[1]]} reach above 1. In EfficientNet-Lite0 "
+        f"({shares[2]}) {below} of the 20 medians are below 1, and {above[paying[2]]} intervals reach above; in "
+        f"onnxruntime nothing is gained there beyond chance ({min(gained):.2f} to {max(gained):.2f}). In the "
+        f"small ViT, with {above['fmnist-vit']} of 20, only narrowing pays"
     ) in said
-    assert max(max(medians[name]) for name in paying) < 1.0
 
     sessions = models["efficientnet-lite0"]["sessions"]
 
@@ -180,9 +189,6 @@ def test_what_the_readme_says_of_the_comparisons_plans_at_int8_is_in_the_result(
     models["slow"] = {"sessions": slow}
     every = [row["forms"] for row in models["elpv-resnet18"]["rows"] if row["forms"] != "dense"]
     assert len(every) == 12
-    forms = read(results / "forms.json")["models"]["efficientnet-lite0"]["sessions"]
-    [multiples] = [s["ratios"].values() for s in forms if s["runtime"] == "onnxruntime"]
-    there = [each["ratio"] for each in multiples]
     said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
     assert (
         f"with 15 % of the MACs ResNet-18 takes {macs[0]} of the time (held to older instruction sets {macs[1]}), "
@@ -194,7 +200,6 @@ def test_what_the_readme_says_of_the_comparisons_plans_at_int8_is_in_the_result(
         f"{span('fmnist-vit', True, [plan for plan in every if plan not in narrow])}."
     ) in said
     assert f"gains no time by any of the twelve plans ({span('slow', False, every)})" in said
-    assert f"take {min(there):.2f} to {max(there):.2f} there" in said
 
 
 def test_what_the_readme_says_of_predicted_losses_is_in_the_result(root: Path, results: Path) -> None:
