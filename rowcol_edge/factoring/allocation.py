@@ -256,21 +256,20 @@ def _prices(options: Iterable[tuple[Array, Array]]) -> Array:
 class _Entry:
     """The options of a layer at its channels, and the best of them by price."""
 
-    __slots__ = ("_at", "_costs", "_losses")
+    __slots__ = ("_costs", "_losses", "_taken", "_values")
 
     def __init__(self, costs: Array, losses: Array, prices: Array) -> None:
         """``prices``: those that will be asked for, all at once: one by one would take most of the time."""
         values = losses + prices[:, None] * costs
         places = values.argmin(axis=1)
-        self._at: list[tuple[float, float]] = list(
-            zip(values[np.arange(len(prices)), places].tolist(), costs[places].tolist(), strict=True)
-        )
+        self._values: list[float] = values[np.arange(len(prices)), places].tolist()
+        self._taken: list[float] = costs[places].tolist()
         self._costs, self._losses = costs, losses
 
     def at(self, price: float, place: int | None) -> tuple[float, float]:
         """The least ``loss + λ · cost``, and the cost of the option that has it; ``place``: that of the price."""
         if place is not None:
-            return self._at[place]
+            return self._values[place], self._taken[place]
         values = self._losses + price * self._costs
         best = int(values.argmin())
         return float(values[best]), float(self._costs[best])

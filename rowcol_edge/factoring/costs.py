@@ -136,13 +136,12 @@ class LayerInfo:
     def _parts(self, split: Split) -> list[tuple[int, str]]:
         """Of each layer its weights, and what they are applied to: ``taken``, the layer's own inputs; ``given``, its
         outputs; ``own``, what its kernel is applied to; ``down`` or ``across``, maps convolved along one axis only."""
-        taken, given, taps = self.in_features, self.out_features, prod(self.kernel)
-        self._check_form(split.form)
-        rank = split.rank
+        taken, given, taps, rank = self.in_features, self.out_features, prod(self.kernel), split.rank
         if split.form is Form.COLUMN:
             return [(rank * taken * taps, "own"), (rank * given, "given")]
         if split.form is Form.ROW:
             return [(taken * rank, "taken"), (rank * given * taps, "own")]
+        self._check_form(split.form)
         if split.form is Form.BOTH:
             inner = split.taken or 0
             return [(taken * inner, "taken"), (inner * rank * taps, "own"), (rank * given, "given")]

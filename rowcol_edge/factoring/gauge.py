@@ -42,25 +42,54 @@ class Gauge:
         return f"alpha {self.alpha:g}" + ("" if self.rotation is None else f", rotation {self.rotation}")
 
 
-def turn(first: Layer, second: Layer, gauge: Gauge, latent: Array, metric: Array | None = None) -> tuple[Layer, Layer]:
-    """Copies of two layers that multiply, with ``M`` between them: their float product is the same up to rounding.
+class Pair:
+    """Two layers that multiply, and what is the same for any gauge between them."""
 
-    Args:
-        latent: (positions, rank), what the first layer gives on real inputs.
-        metric: (out, out), what errors of the second's output are weighed with; None: the identity.
-    """
-    behind = splits.taps(second)
-    forward, back = _gauge(gauge, latent, behind, metric)
-    turned = np.einsum("ort,rs->ost", behind, back, optimize=True)
-    values = forward @ splits.matrix(first), turned.reshape(len(behind), -1)
-    level = levels(values)[0]
-    made = copy.deepcopy(first), copy.deepcopy(second)
-    for layer, value, power in zip(made, values, (level, -level), strict=True):
-        splits.fill(layer, np.ldexp(value, power), layer.weight)
-    bias = made[0].bias
-    if bias is not None:
-        splits.put(bias, np.ldexp(forward @ bias.detach().double().cpu().numpy(), level), first.weight)
-    return made
+    def __init__(self, first: Layer, second: Layer, latent: Array, metric: Array | None = None) -> None:
+        """
+        Args:
+            latent: (positions, rank), what the first layer gives on real inputs.
+            metric: (out, out), what errors of the second's output are weighed with; None: the identity.
+        """
+        self._layers = first, second
+        self._front, self._behind = splits.matrix(first), splits.taps(second)
+        rank, self._mean = latent.shape[1], latent.mean(axis=0)
+        self._latent = latent - self._mean
+        covariance = self._latent.T @ self._latent / len(latent)
+        level = float(np.trace(covariance)) / rank
+        root = np.linalg.cholesky(covariance + max(_RIDGE * level, 1e-30) * np.eye(rank))
+        behind = self._behind
+        weighed = behind if metric is None else np.einsum("op,prt->ort", metric, behind, optimize=True)
+        worth = np.einsum("ort,ost->rs", behind, weighed, optimize=True)
+        values, vectors = np.linalg.eigh(root.T @ worth @ root)
+        values, vectors = values[::-1], vectors[:, ::-1]
+        # the floor only leaves channels that are worth nothing a little more than that
+        self._scales = np.sqrt(np.maximum(values, max(_FLOOR * float(values[0]), 1e-30)))
+        self._forward, self._back = np.linalg.solve(root.T, vectors).T, root @ vectors
+
+    def turned(self, gauge: Gauge) -> tuple[Layer, Layer]:
+        """Copies with ``M`` between them: their float product is the same up to rounding."""
+        forward, back = self._matrices(gauge)
+        turned = np.einsum("ort,rs->ost", self._behind, back, optimize=True)
+        values = forward @ self._front, turned.reshape(len(turned), -1)
+        level = levels(values)[0]
+        made = copy.deepcopy(self._layers)
+        for layer, value, power in zip(made, values, (level, -level), strict=True):
+            splits.fill(layer, np.ldexp(value, power), layer.weight)
+        bias = made[0].bias
+        if bias is not None:
+            splits.put(bias, np.ldexp(forward @ bias.detach().double().cpu().numpy(), level), made[0].weight)
+        return made
+
+    def _matrices(self, gauge: Gauge) -> tuple[Array, Array]:
+        """``M`` and its inverse."""
+        forward = self._forward * (self._scales ** (1.0 - gauge.alpha))[:, None]
+        back = self._back * self._scales ** (gauge.alpha - 1.0)
+        if gauge.rotation is not None:
+            drawn = _spread(rotation(len(forward), gauge.rotation), forward @ self._mean)
+            forward, back = drawn @ forward, back @ drawn.T
+        roots = np.sqrt(np.maximum(np.ptp(self._latent @ forward.T, axis=0), 1e-30))
+        return forward / roots[:, None], back * roots
 
 
 def levels(weights: Sequence[Array]) -> list[int]:
@@ -75,28 +104,6 @@ def levels(weights: Sequence[Array]) -> list[int]:
     logs = [math.log2(size) for size in sizes]
     found = [round(sum(logs) / len(logs) - log) for log in logs[:-1]]
     return [*found, -sum(found)]
-
-
-def _gauge(gauge: Gauge, latent: Array, behind: Array, metric: Array | None) -> tuple[Array, Array]:
-    """``M`` and its inverse. ``behind``: (out, rank, taps)."""
-    rank, mean = latent.shape[1], latent.mean(axis=0)
-    latent = latent - mean
-    covariance = latent.T @ latent / len(latent)
-    level = float(np.trace(covariance)) / rank
-    root = np.linalg.cholesky(covariance + max(_RIDGE * level, 1e-30) * np.eye(rank))
-    weighed = behind if metric is None else np.einsum("op,prt->ort", metric, behind, optimize=True)
-    worth = np.einsum("ort,ost->rs", behind, weighed, optimize=True)
-    values, vectors = np.linalg.eigh(root.T @ worth @ root)
-    values, vectors = values[::-1], vectors[:, ::-1]
-    scales = np.sqrt(np.maximum(values, max(_FLOOR * float(values[0]), 1e-30)))
-    # T and its inverse; the floor only leaves channels that are worth nothing a little more than that
-    forward = np.linalg.solve(root.T, vectors).T * (scales ** (1.0 - gauge.alpha))[:, None]
-    back = (root @ vectors) * scales ** (gauge.alpha - 1.0)
-    if gauge.rotation is not None:
-        drawn = _spread(rotation(rank, gauge.rotation), forward @ mean)
-        forward, back = drawn @ forward, back @ drawn.T
-    roots = np.sqrt(np.maximum(np.ptp(latent @ forward.T, axis=0), 1e-30))
-    return forward / roots[:, None], back * roots
 
 
 def rotation(size: int, seed: int) -> Array:

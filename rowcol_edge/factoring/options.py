@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from typing import Protocol, TypeVar
 
@@ -77,7 +76,9 @@ class Options:
         self._outputs, self._inputs = (
             {name: spectrum for name, spectrum in each.items() if not spectrum.constant} for each in (outputs, inputs)
         )
-        self._pairs: dict[str, list[tuple[int, int, float]]] = {}
+        # made once: a model's widths ask for the same ones again and again
+        self._made: dict[tuple[str, Form], dict[int, Option]] = {}
+        self._pairs: dict[str, list[tuple[Split, Option]]] = {}
 
     def of(self, info: LayerInfo, count: int | None = None) -> list[Option]:
         """The layer as it is, then all splits that save enough, or of each form at most ``count`` ranks."""
@@ -88,17 +89,19 @@ class Options:
             return found
         columns, rows = _losses(spectrum), self._rows(info)
         most = info.split_parameters(Split(Form.COLUMN, limit))
-        found += [Option(_split(Form.COLUMN, rank), float(columns[rank])) for rank in self._ranks(limit, count)]
+        found += self._of_one(info.name, Form.COLUMN, columns, self._ranks(limit, count))
         if rows is None:
             return found
         fitting = (most - info.out_features) // (info.in_features + info.out_features * prod(info.kernel))
-        ranks = self._ranks(min(fitting, info.in_features), count)
-        found += [Option(_split(Form.ROW, rank), float(rows[rank])) for rank in ranks]
+        found += self._of_one(info.name, Form.ROW, rows, self._ranks(min(fitting, info.in_features), count))
         if info.takes(Form.BOTH):
             pairs = self._of_both(info, columns, rows)
-            fits = [p for p in pairs if p[0] <= info.out_features and p[1] <= info.in_features]
-            splits = [(_split(Form.BOTH, rank, taken), loss) for rank, taken, loss in thinned(fits, count)]
-            found += [Option(split, loss) for split, loss in splits if info.split_parameters(split) <= most]
+            fits = [
+                (split, option)
+                for split, option in pairs
+                if split.rank <= info.out_features and (split.taken or 0) <= info.in_features
+            ]
+            found += [option for split, option in thinned(fits, count) if info.split_parameters(split) <= most]
         return found
 
     def _ranks(self, most: int, count: int | None) -> Sequence[int]:
@@ -109,8 +112,16 @@ class Options:
         found = self._inputs.get(info.name)
         return None if found is None else found.losses
 
-    def _of_both(self, info: LayerInfo, columns: Array, rows: Array) -> list[tuple[int, int, float]]:
-        """(rank, taken, loss) from the dearest down, of the layer at its full width."""
+    def _of_one(self, name: str, form: Form, losses: Array, ranks: Sequence[int]) -> list[Option]:
+        """Of a form that cuts down one space, the losses by its rank."""
+        made = self._made.setdefault((name, form), {})
+        for rank in ranks:
+            if rank not in made:
+                made[rank] = Option(Split(form, rank), float(losses[rank]))
+        return [made[rank] for rank in ranks]
+
+    def _of_both(self, info: LayerInfo, columns: Array, rows: Array) -> list[tuple[Split, Option]]:
+        """From the dearest down, of the layer at its full width."""
         if info.name not in self._pairs:
             outputs, inputs = len(columns) - 1, len(rows) - 1
             ranks, taken = (np.array(self._ranks(size, _PAIRS), int) for size in (outputs, inputs))
@@ -120,13 +131,11 @@ class Options:
             order = np.lexsort((loss, size))
             best = loss[order] < np.concatenate([[np.inf], np.minimum.accumulate(loss[order])])[:-1]
             front = order[best][::-1]
-            self._pairs[info.name] = list(
-                zip(rank[front].tolist(), inner[front].tolist(), loss[front].tolist(), strict=True)
-            )
+            splits = [Split(Form.BOTH, int(rank[place]), int(inner[place])) for place in front]
+            self._pairs[info.name] = [
+                (split, Option(split, float(lost))) for split, lost in zip(splits, loss[front], strict=True)
+            ]
         return self._pairs[info.name]
-
-
-_split = lru_cache(maxsize=None)(Split)  # a model's widths ask for the same ones again and again
 
 
 def kept(eigenvalues: Array) -> Array:

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from rowcol_edge.calling import bind, evaluating, feed
 from rowcol_edge.errors import DataError, PlanError
 from rowcol_edge.factoring import splits
-from rowcol_edge.factoring.gauge import Gauge, turn
+from rowcol_edge.factoring.gauge import Gauge, Pair
 from rowcol_edge.factoring.layers import base
 from rowcol_edge.factoring.places import channel_axis
 from rowcol_edge.factoring.splits import Layer
@@ -99,10 +99,11 @@ def settle(
         chosen: list[Gauge | None] = []
         for place in range(len(layers) - 1):
             first, second, *rest = layers[place:]
-            latent, worth = _rows(_float(first)(exact), first), _worth(layers[place + 1 :], metric)
+            latent = _rows(_float(first)(exact), first)
+            known = Pair(first, second, latent, _worth(layers[place + 1 :], metric))
             error, found = np.inf, gauges[0]
             for gauge in gauges:
-                pair = (first, second) if gauge is None else turn(first, second, gauge, latent, worth)
+                pair = (first, second) if gauge is None else known.turned(gauge)
                 tried = judge.error([*pair, *rest], arrives)
                 if tried < error:
                     error, found, layers[place : place + 2] = tried, gauge, pair
@@ -154,10 +155,11 @@ def quantized(layer: Layer, bits: int) -> Layer:
 def in8bits(values: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
     """Values in uint8 with one scale and zero point, zero exact, for the range that ``like`` has (or they have)."""
     like = values if like is None else like
-    low, high = min(float(like.min()), 0.0), max(float(like.max()), 0.0)
+    least, most = torch.aminmax(like)
+    low, high = min(float(least), 0.0), max(float(most), 0.0)
     scale = max((high - low) / 255.0, 1e-30)
     zero = round(-low / scale)
-    return ((values / scale).round().add(zero).clamp(0, 255) - zero) * scale
+    return (values / scale).round_().add_(zero).clamp_(0, 255).sub_(zero).mul_(scale)
 
 
 def _worth(layers: Sequence[Layer], metric: Array | None) -> Array | None:
