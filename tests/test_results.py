@@ -68,23 +68,12 @@ def test_factoring_large_models_keeps_its_bounds(root: Path, results: Path) -> N
         assert found["once"]["seconds"] <= 60
         assert found["once"]["peak_bytes"] <= 3e9
         assert found["twice"]["seconds"] <= 240
-        assert found["stages"]["allocation"]["seconds"] <= 2
-    pairs = [
-        at["seconds"] for found in models.values() for stage, at in found["stages"].items() if stage.endswith(" beside")
-    ]
-    assert len(pairs) == 4
-    settled = [models[name]["once"]["seconds"] + models[name]["stages"]["gauges"]["seconds"] for name in models]
-    said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
-    assert f"a plan within two limits takes up to {max(pairs):.1f} s" in said
-    assert f"with which ResNet-50 takes {settled[0]:.0f} s and DeiT-S {settled[1]:.0f} s, which is more than" in said
-
-
-@pytest.mark.xfail(strict=True, reason="missed by ResNet-50, 2.1 s on the processor that it was measured on last")
-def test_plans_within_two_limits_keep_the_bound_of_one(results: Path) -> None:
-    for found in read(results / "factoring-cost.json")["models"].values():
         plans = [at["seconds"] for stage, at in found["stages"].items() if stage.startswith("allocation")]
         assert len(plans) == 3  # within one limit, and within two pairs of them
         assert max(plans) <= 2
+    settled = [models[name]["once"]["seconds"] + models[name]["stages"]["gauges"]["seconds"] for name in models]
+    said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    assert f"with which ResNet-50 takes {settled[0]:.0f} s and DeiT-S {settled[1]:.0f} s" in said
 
 
 def test_no_other_way_to_factor_is_nearer_to_the_original(results: Path) -> None:
