@@ -2,16 +2,16 @@
 the tied network beside the same one untied.
 
     python tools/benchmark_ties.py                        # writes tools/results/ties.json
-    python tools/benchmark_ties.py --models halvit-tiny --runtimes onnxruntime --seconds 20
+    python tools/benchmark_ties.py --models halvit-tiny --runtimes onnxruntime
 
 What the file holds of rows that were not asked for stays in it.
 
 The untied network has a matrix of its own for each use, with the same numbers: the same operators, more bytes. Files of
-one runtime and precision take turns in one session, a null arm among them. A parameter counts with the bytes it is
-stored in: at int8 one for those of matrices and kernels, four for biases, norms and positions. Memory is what a process
-has taken after it has loaded the file and run it once, so that it holds what a runtime copies. Weights are random: at
-int8 the error against the float network says whether one scale for both uses is good enough, not how good the network
-is.
+one runtime and precision take short turns (see `benchmark_turns`), a null arm among them. A parameter counts with the
+bytes it is stored in: at int8 one for those of matrices and kernels, four for biases, norms and positions. Memory is
+the most that a process of its own takes while it loads the file and runs it, so that it holds what a runtime copies.
+Weights are random: at int8 the error against the float network says whether one scale for both uses is good enough, not
+how good the network is.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmark_machine import machine
+from benchmark_turns import take_turns
 from rowcol_edge import evaluation, job, models, sources, targets
 from rowcol_edge.backends import load_backend
 from rowcol_edge.backends.base import QuantSpec
-from rowcol_edge.device import schedule, stats, system
+from rowcol_edge.device import stats, system
 from rowcol_edge.device.processes import Processes
 from rowcol_edge.device.profile import NULL
 from rowcol_edge.device.runtimes import RuntimeOptions
-from rowcol_edge.device.session import run_session
-from rowcol_edge.device.verdicts import judge
-from rowcol_edge.device.worker import TIME, Request
+from rowcol_edge.device.session import MEMORY_REPEATS
+from rowcol_edge.device.worker import MEMORY, TIME, Request
 from rowcol_edge.factoring.halvit import TiedStage
 from rowcol_edge.factoring.ties import TiedAttention, TiedFeedForward
 from rowcol_edge.targets import RuntimeSpec, Target
@@ -109,7 +109,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--runtimes", nargs="+", default=["onnxruntime", "openvino", "tflite"])
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--rounds", type=int, default=stats.MIN_ROUNDS, help="fresh processes for each file")
-    parser.add_argument("--seconds", type=float, default=45.0, help="for each session, as far as the rounds allow")
     parser.add_argument("--work", type=Path, default=Path("dist/ties"), help="the files that are measured")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ties.json")
     return parser.parse_args()
@@ -226,33 +225,33 @@ def _measured(
 ) -> dict[str, Any]:
     golden = options.work / "inputs.npz"
     np.savez(golden, x=inputs[:1])
-    host = system.environment()
     requests = {file.arm: _request(file, target, runtime, golden) for file in made}
-    requests[NULL] = replace(requests["untied"])
-    found = run_session(requests, Processes({}, _TIMEOUT_SECONDS), options.rounds, options.seconds, job.silent)
-    level = system.evidence_for(target.to_dict(), host).level
-    judged = judge(found.blocks, [("tied", "untied")], "untied", level)
-    [ratio] = judged.comparisons
+    processes = Processes({}, _TIMEOUT_SECONDS)
+    peaks: dict[str, list[float]] = {file.arm: [] for file in made}
+    for _ in range(MEMORY_REPEATS):
+        for arm, request in requests.items():
+            peaks[arm].append(processes.memory(replace(request, mode=MEMORY), f"memory of {arm}").peak_bytes or 0)
+    requests[NULL] = requests["untied"]
+    found = take_turns(requests, "untied", options.rounds)
     arms = {
         file.arm: {
             "size_bytes": file.size_bytes,
             "unique_bytes": file.unique_bytes,
             "size_ratio": file.size_bytes / file.unique_bytes,
             "error": file.error,
-            "median_ns": stats.median([ns for block in found.blocks[file.arm] for ns in block.samples_ns]),
-            "peak_bytes": stats.median([run.peak_bytes or 0 for run in found.memory[file.arm]]),
-            "load_ns": stats.median([block.load_ns for block in found.blocks[file.arm]]),
+            "median_ns": found.medians_ns[file.arm],
+            "peak_bytes": stats.median(peaks[file.arm]),
         }
         for file in made
     }
+    ratio, null = found.ratios["tied"], found.ratios[NULL]
     return {
         "runtime": runtime.name, "precision": precision, "arms": arms,
         "latency_ratio": {
-            "ratio": ratio.ratio, "ci_low": ratio.ci_low, "ci_high": ratio.ci_high, "verdict": ratio.verdict,
-            "evidence": ratio.evidence,
+            "ratio": ratio.ratio, "ci_low": ratio.low, "ci_high": ratio.high, "verdict": ratio.verdict,
+            "evidence": system.evidence_for(target.to_dict(), system.environment()).level,
         },
-        "null": {"ratio": judged.null.ratio, "ci_low": judged.null.ci_low, "ci_high": judged.null.ci_high},
-        "warnings": [*found.warnings, *judged.warnings],
+        "null": {"ratio": null.ratio, "ci_low": null.low, "ci_high": null.high},
     }  # fmt: skip
 
 
@@ -267,8 +266,6 @@ def _request(file: File, target: Target, runtime: RuntimeSpec, golden: Path) -> 
         threads=min(target.threads, system.environment().cores_usable),
         providers=runtime.providers,
         properties=runtime.properties,
-        min_samples=schedule.MIN_SAMPLES,
-        max_samples=schedule.MAX_SAMPLES,
     )
 
 

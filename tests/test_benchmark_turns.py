@@ -1,0 +1,75 @@
+"""Files that take short turns: what they share of a machine's moods is in no ratio."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from rowcol_edge.device.worker import TIME, Request
+from rowcol_edge.errors import MeasurementError
+
+
+@pytest.fixture
+def script(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(root / "tools")
+    return importlib.import_module("benchmark_turns")
+
+
+def request_for(arm: str, artifact: Path, inputs: Path) -> Request:
+    return Request(TIME, arm, "onnxruntime", str(artifact), str(inputs), {"x": 1}, 1, ("CPUExecutionProvider",))
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    path = tmp_path / "inputs.npz"
+    np.savez(path, x=np.ones((1, 8), np.float32))
+    return path
+
+
+@pytest.fixture
+def product(tmp_path: Path) -> Path:
+    weight = numpy_helper.from_array(np.eye(8, dtype=np.float32), "w")
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 8]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "product", [x], [y], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, tmp_path / "product.onnx")
+    return tmp_path / "product.onnx"
+
+
+def test_each_file_has_as_many_turns(
+    script: ModuleType, product: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "_TURN_SECONDS", 0.001)
+    medians = script._round({arm: request_for(arm, product, inputs) for arm in ("tied", "untied")})
+    assert {arm: len(each) for arm, each in medians.items()} == {"tied": 2, "untied": 2}
+    assert all(median > 0 for each in medians.values() for median in each)
+
+
+def test_what_slows_all_for_a_while_is_in_no_ratio(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    moods = iter(np.random.default_rng(0).uniform(1.0, 3.0, (6, 6)))
+    seen: list[tuple[str, ...]] = []
+
+    def played(requests: dict[str, Request]) -> dict[str, list[float]]:
+        seen.append(tuple(requests))
+        mood = next(moods)
+        return {arm: (mood * (1.02e6 if arm == "tied" else 1e6)).tolist() for arm in requests}
+
+    monkeypatch.setattr(script, "_round", played)
+    requests = {arm: request_for(arm, Path("a.onnx"), Path("g.npz")) for arm in ("tied", "untied", "null")}
+    ratios = script.take_turns(requests, "untied", 6).ratios
+    assert ratios["tied"].low == pytest.approx(1.02)
+    assert ratios["tied"].high == pytest.approx(1.02)
+    assert ratios["null"].ratio == pytest.approx(1.0)
+    assert len(set(seen)) == 6  # each order once
+
+
+def test_a_process_that_ends_is_an_error_with_its_arm(script: ModuleType, tmp_path: Path, inputs: Path) -> None:
+    missing = request_for("tied", tmp_path / "none.onnx", inputs)
+    with pytest.raises(MeasurementError, match="tied"):
+        script.take_turns({"tied": missing, "untied": missing}, "untied", 6)

@@ -1,0 +1,128 @@
+"""Files that take turns of a tenth of a second, each in a process of its own that stays up meanwhile.
+
+The profiler starts a process for each block, so that seconds lie between one file's block and another's: its intervals
+hold what a machine's neighbours on the host do in that time, which can be more than the few percent that are asked
+about. Turns this short meet the same of it. A round is a process for each file and a few turns in a balanced order; its
+ratio is the median over the turns. The interval is over the rounds, as pages lie elsewhere in each process. Before a
+turn threads of the others come to rest, and its first inference, which finds the caches as the others left them, does
+not count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rowcol_edge.device import schedule, stats
+from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
+from rowcol_edge.device.stats import Interval
+from rowcol_edge.device.worker import Request
+from rowcol_edge.errors import MeasurementError
+
+_TURN_SECONDS, _REST_SECONDS = 0.12, 0.02
+_FEWEST = 2
+"""Inferences of a turn, after its first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """Of each arm the median time of an inference, and of all but the baseline the ratio to it."""
+
+    medians_ns: dict[str, float]
+    ratios: dict[str, Interval]
+
+
+def take_turns(requests: Mapping[str, Request], baseline: str, rounds: int) -> Turns:
+    """Measure arms against ``baseline``, one of them. MeasurementError: a process ends early, or too few rounds."""
+    found: dict[str, list[float]] = {arm: [] for arm in requests if arm != baseline}
+    times: dict[str, list[float]] = {arm: [] for arm in requests}
+    for names in schedule.order(list(requests), rounds):
+        turns = _round({name: requests[name] for name in names})
+        for arm, medians in turns.items():
+            times[arm] += medians
+        for arm, ratios in found.items():
+            ratios.append(stats.median([a / b for a, b in zip(turns[arm], turns[baseline], strict=True)]))
+    ratios = {arm: stats.ratio_interval(each, [1.0] * rounds) for arm, each in found.items()}
+    return Turns({arm: stats.median(each) for arm, each in times.items()}, ratios)
+
+
+def _round(requests: Mapping[str, Request]) -> dict[str, list[float]]:
+    """Of each arm the median of each of its turns, in ns."""
+    arms = list(requests)
+    with ExitStack() as stack:
+        files = {arm: stack.enter_context(_File(arm, request)) for arm, request in requests.items()}
+        slowest = max(stats.median(file.inferences(3)) for file in files.values())
+        count = 1 + max(_FEWEST, round(_TURN_SECONDS * 1e9 / slowest))
+        medians: dict[str, list[float]] = {arm: [] for arm in arms}
+        for row in schedule.order(arms, schedule.cycle(len(arms))):
+            for arm in row:
+                time.sleep(_REST_SECONDS)
+                medians[arm].append(stats.median(files[arm].inferences(count)[1:]))
+        return medians
+
+
+class _File:
+    """A process that has a file open and runs it when it is asked to."""
+
+    def __init__(self, arm: str, request: Request) -> None:
+        self._arm = arm
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True,
+        )  # fmt: skip
+        self._say(request.to_json())
+
+    def __enter__(self) -> _File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def inferences(self, count: int) -> list[int]:
+        """Their times in ns."""
+        self._say(str(count))
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise MeasurementError(self._arm, expected="times", got=f"the end of its process ({self._process.wait()})")
+        times: list[int] = json.loads(line)
+        return times
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+
+def main() -> None:
+    """The other end: a request on stdin, then numbers of inferences; their times on stdout."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print
+    request = Request.from_json(sys.stdin.readline())
+    options = RuntimeOptions(request.threads, request.providers, request.properties)
+    with np.load(request.golden_inputs, allow_pickle=False) as arrays:
+        feed = dict(arrays)
+    with load_runtime(request.runtime).open(Path(request.artifact), options) as session:
+        for _ in range(_FEWEST):
+            session.run(feed)
+        for line in sys.stdin:
+            times = []
+            for _ in range(int(line)):
+                begin = time.perf_counter_ns()
+                session.run(feed)
+                times.append(time.perf_counter_ns() - begin)
+            print(json.dumps(times), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
