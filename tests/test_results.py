@@ -128,13 +128,13 @@ def test_what_the_readme_says_of_forms_at_int8_is_in_the_result(root: Path, resu
     below = sum(each < 1.0 for each in medians[paying[2]])
     [there] = [s["ratios"].values() for s in models[paying[2]]["sessions"] if s["runtime"] == "onnxruntime"]
     gained = [each["ratio"] for each in there]
-    assert all(each["ci_low"] < 1.0 < each["ci_high"] for each in there)
+    assert sum(each["ci_high"] < 1.0 for each in there) == 1
     said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
     assert (
         f"At int8 every form pays in the median in ResNet-18 ({shares[0]} of the time) and MiniLM ({shares[1]}); of "
         f"their 20 intervals each, {above[paying[0]]} and {above[paying[1]]} reach above 1. In EfficientNet-Lite0 "
         f"({shares[2]}) {below} of the 20 medians are below 1, and {above[paying[2]]} intervals reach above; in "
-        f"onnxruntime nothing is gained there beyond chance ({min(gained):.2f} to {max(gained):.2f}). In the "
+        f"onnxruntime one of the four forms gains beyond chance there ({min(gained):.2f} to {max(gained):.2f}). In the "
         f"small ViT, with {above['fmnist-vit']} of 20, only narrowing pays"
     ) in said
 
