@@ -71,5 +71,12 @@ def test_what_slows_all_for_a_while_is_in_no_ratio(script: ModuleType, monkeypat
 
 def test_a_process_that_ends_is_an_error_with_its_arm(script: ModuleType, tmp_path: Path, inputs: Path) -> None:
     missing = request_for("tied", tmp_path / "none.onnx", inputs)
-    with pytest.raises(MeasurementError, match="tied"):
+    with pytest.raises(MeasurementError, match="arm tied: "):
         script.take_turns({"tied": missing, "untied": missing}, "untied", 6)
+
+
+def test_so_is_one_that_had_ended_before_it_is_asked(script: ModuleType, tmp_path: Path, inputs: Path) -> None:
+    with script._File("tied", request_for("tied", tmp_path / "none.onnx", inputs)) as file:
+        file._process.wait()
+        with pytest.raises(MeasurementError, match="arm tied: "):
+            file.inferences(1)

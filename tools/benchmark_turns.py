@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,11 +90,13 @@ class _File:
 
     def inferences(self, count: int) -> list[int]:
         """Their times in ns."""
-        self._say(str(count))
         assert self._process.stdout is not None
+        with suppress(BrokenPipeError):  # of a process that has ended, which gives no line
+            self._say(str(count))
         line = self._process.stdout.readline()
         if not line:
-            raise MeasurementError(self._arm, expected="times", got=f"the end of its process ({self._process.wait()})")
+            got = f"the end of its process ({self._process.wait()})"
+            raise MeasurementError(f"arm {self._arm}", expected="times", got=got)
         times: list[int] = json.loads(line)
         return times
 
