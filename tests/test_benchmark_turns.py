@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from rowcol_edge.device.stats import NO_DIFFERENCE, SLOWER, Interval
 from rowcol_edge.device.worker import TIME, Request
 from rowcol_edge.errors import MeasurementError
 
@@ -67,6 +68,21 @@ def test_what_slows_all_for_a_while_is_in_no_ratio(script: ModuleType, monkeypat
     assert ratios["tied"].high == pytest.approx(1.02)
     assert ratios["null"].ratio == pytest.approx(1.0)
     assert len(set(seen)) == 6  # each order once
+
+
+@pytest.mark.parametrize(
+    ("null", "verdict"),
+    [
+        (Interval(1.0, 0.98, 1.02, 6), SLOWER),  # undisturbed
+        (Interval(1.01, 1.005, 1.02, 6), SLOWER),  # disturbed by less than what was found
+        (Interval(0.95, 0.94, 0.96, 6), NO_DIFFERENCE),
+    ],
+)
+def test_what_is_no_larger_than_the_null_arm_shows_is_no_finding(
+    script: ModuleType, null: Interval, verdict: str
+) -> None:
+    turns = script.Turns({}, {"tied": Interval(1.04, 1.01, 1.06, 6), "null": null})
+    assert turns.verdict("tied", "null") == verdict
 
 
 def test_a_process_that_ends_is_an_error_with_its_arm(script: ModuleType, tmp_path: Path, inputs: Path) -> None:

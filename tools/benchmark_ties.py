@@ -248,7 +248,7 @@ def _measured(
     return {
         "runtime": runtime.name, "precision": precision, "arms": arms,
         "latency_ratio": {
-            "ratio": ratio.ratio, "ci_low": ratio.low, "ci_high": ratio.high, "verdict": ratio.verdict,
+            "ratio": ratio.ratio, "ci_low": ratio.low, "ci_high": ratio.high, "verdict": found.verdict("tied", NULL),
             "evidence": system.evidence_for(target.to_dict(), system.environment()).level,
         },
         "null": {"ratio": null.ratio, "ci_low": null.low, "ci_high": null.high},

@@ -11,6 +11,7 @@ not count.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -39,6 +40,14 @@ class Turns:
 
     medians_ns: dict[str, float]
     ratios: dict[str, Interval]
+
+    def verdict(self, arm: str, null: str) -> str:
+        """As the profiler's: what is no larger than the null arm shows is no finding."""
+        found, nothing = self.ratios[arm], self.ratios[null]
+        bound = max(abs(math.log(nothing.low)), abs(math.log(nothing.high)))
+        if nothing.verdict != stats.NO_DIFFERENCE and abs(math.log(found.ratio)) <= bound:
+            return stats.NO_DIFFERENCE
+        return found.verdict
 
 
 def take_turns(requests: Mapping[str, Request], baseline: str, rounds: int) -> Turns:
