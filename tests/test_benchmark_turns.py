@@ -11,7 +11,8 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from rowcol_edge.device.stats import NO_DIFFERENCE, SLOWER, Interval
+from rowcol_edge.device.profile import NULL
+from rowcol_edge.device.stats import NO_DIFFERENCE, NOT_COMPARABLE, SLOWER
 from rowcol_edge.device.worker import TIME, Request
 from rowcol_edge.errors import MeasurementError
 
@@ -52,42 +53,68 @@ def test_each_file_has_as_many_turns(
     assert all(median > 0 for each in medians.values() for median in each)
 
 
+def test_the_first_inference_of_a_turn_does_not_count(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cold:
+        def __init__(self, arm: str, _: Request) -> None:
+            self.pace = 20_000_000 if arm == "tied" else 10_000_000
+
+        def __enter__(self) -> Cold:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def inferences(self, count: int) -> list[int]:
+            return [1_000_000_000, *[self.pace] * (count - 1)]
+
+    monkeypatch.setattr(script, "_File", Cold)
+    medians = script._round({arm: request_for(arm, Path("a.onnx"), Path("g.npz")) for arm in ("tied", "untied")})
+    assert medians == {"tied": [2e7, 2e7], "untied": [1e7, 1e7]}
+
+
 def test_what_slows_all_for_a_while_is_in_no_ratio(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     moods = iter(np.random.default_rng(0).uniform(1.0, 3.0, (6, 6)))
+    hit = np.array([1.0, 1.0, 1.5, 1.0, 1.0, 1.5])  # two turns of one arm alone
     seen: list[tuple[str, ...]] = []
 
     def played(requests: dict[str, Request]) -> dict[str, list[float]]:
         seen.append(tuple(requests))
         mood = next(moods)
-        return {arm: (mood * (1.02e6 if arm == "tied" else 1e6)).tolist() for arm in requests}
+        return {arm: (mood * (1.02e6 * hit if arm == "tied" else 1e6)).tolist() for arm in requests}
 
     monkeypatch.setattr(script, "_round", played)
-    requests = {arm: request_for(arm, Path("a.onnx"), Path("g.npz")) for arm in ("tied", "untied", "null")}
-    ratios = script.take_turns(requests, "untied", 6).ratios
-    assert ratios["tied"].low == pytest.approx(1.02)
-    assert ratios["tied"].high == pytest.approx(1.02)
-    assert ratios["null"].ratio == pytest.approx(1.0)
+    requests = {arm: request_for(arm, Path("a.onnx"), Path("g.npz")) for arm in ("tied", "untied", NULL)}
+    judged = script.take_turns(requests, "untied", 6).judged("target")
+    [tied] = judged.comparisons
+    assert (tied.arm, tied.baseline, tied.rounds) == ("tied", "untied", 6)
+    assert (tied.ci_low, tied.ci_high) == (pytest.approx(1.02), pytest.approx(1.02))
+    assert judged.null.ratio == pytest.approx(1.0)
     assert len(set(seen)) == 6  # each order once
 
 
 @pytest.mark.parametrize(
     ("null", "verdict"),
     [
-        (Interval(1.0, 0.98, 1.02, 6), SLOWER),  # undisturbed
-        (Interval(1.01, 1.005, 1.02, 6), SLOWER),  # disturbed by less than what was found
-        (Interval(0.95, 0.94, 0.96, 6), NO_DIFFERENCE),
+        (np.linspace(0.98, 1.02, 6), SLOWER),  # undisturbed
+        (np.linspace(1.005, 1.02, 6), SLOWER),  # disturbed by less than what was found
+        (np.linspace(0.94, 0.96, 6), NO_DIFFERENCE),
     ],
 )
 def test_what_is_no_larger_than_the_null_arm_shows_is_no_finding(
-    script: ModuleType, null: Interval, verdict: str
+    script: ModuleType, null: np.ndarray, verdict: str
 ) -> None:
-    turns = script.Turns({}, {"tied": Interval(1.04, 1.01, 1.06, 6), "null": null})
-    assert turns.verdict("tied", "null") == verdict
+    turns = script.Turns("untied", {}, {"tied": [1.03, 1.035, 1.04, 1.04, 1.045, 1.05], NULL: null.tolist()})
+    [tied] = turns.judged("target").comparisons
+    assert tied.verdict == verdict
+
+
+def test_times_of_an_emulated_machine_are_compared_with_nothing(script: ModuleType) -> None:
+    [tied] = script.Turns("untied", {}, {"tied": [1.5] * 6, NULL: [1.0] * 6}).judged("emulated").comparisons
+    assert tied.verdict == NOT_COMPARABLE
 
 
 def test_a_process_that_ends_is_an_error_with_its_arm(script: ModuleType, tmp_path: Path, inputs: Path) -> None:
     missing = request_for("tied", tmp_path / "none.onnx", inputs)
-    with pytest.raises(MeasurementError, match="arm tied: "):
+    with pytest.raises(MeasurementError, match=r"arm tied: .*exit code 1: .*none\.onnx"):
         script.take_turns({"tied": missing, "untied": missing}, "untied", 6)
 
 
@@ -96,3 +123,14 @@ def test_so_is_one_that_had_ended_before_it_is_asked(script: ModuleType, tmp_pat
         file._process.wait()
         with pytest.raises(MeasurementError, match="arm tied: "):
             file.inferences(1)
+
+
+def test_one_that_hangs_is_an_error(
+    script: ModuleType, product: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "_TIMEOUT_SECONDS", 0.0)
+    with (
+        script._File("tied", request_for("tied", product, inputs)) as file,
+        pytest.raises(MeasurementError, match=r"arm tied: .*times within 0 s"),
+    ):
+        file.inferences(1)

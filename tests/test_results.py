@@ -21,7 +21,9 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_tied_files_hold_their_matrices_once_and_take_no_longer_in_the_median(root: Path, results: Path) -> None:
+def test_tied_files_hold_their_matrices_once_and_are_at_most_5_percent_slower_in_the_median(
+    root: Path, results: Path
+) -> None:
     rows = read(results / "ties.json")["rows"]
     models, precisions = {row["model"] for row in rows}, {row["precision"] for row in rows}
     assert models == {"halvit-tiny", "halvit-small", "halvit-resnet50"}
@@ -39,23 +41,61 @@ def test_tied_files_hold_their_matrices_once_and_take_no_longer_in_the_median(ro
             assert abs(saved) < 0.05, what
     ratios, above = [row["latency_ratio"]["ratio"] for row in rows], [row["latency_ratio"]["ci_high"] for row in rows]
     said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    assert sum(1.05 < each < 1.051 for each in above) == 2
     assert (
         f"in the median tied files take {min(ratios):.2f} to {max(ratios):.2f} of the untied ones' time, though "
-        f"{sum(each > 1.05 for each in above)} of the 18 intervals reach above 1.05."
+        f"{sum(each > 1.05 for each in above)} of the 18 intervals reach above 1.05, two of them by less than 0.001."
     ) in said
-    slower = [row for row in rows if row["latency_ratio"]["verdict"] == "slower"]
-    assert [(row["model"], row["runtime"], row["precision"]) for row in slower] == [
+    found = {
+        verdict: {
+            (row["model"], row["runtime"], row["precision"]): f"{row['latency_ratio']['ratio']:.2f}"
+            for row in rows
+            if row["latency_ratio"]["verdict"] == verdict
+        }
+        for verdict in ("slower", "faster")
+    }
+    [(_, at_fp32), (_, at_int8)] = slower = sorted(found["slower"].items())
+    assert [place for place, _ in slower] == [
         ("halvit-resnet50", "tflite", precision) for precision in ("fp32", "int8")
     ]
-    for row in slower:
-        shown = (row["null"]["ci_low"], row["null"]["ci_high"])
-        disturbed = not shown[0] <= 1.0 <= shown[1]
-        assert row["latency_ratio"]["ratio"] > max(shown[1], 1.0 / shown[0]) or not disturbed
-    at_fp32, at_int8 = (row["latency_ratio"]["ratio"] for row in slower)
-    assert f"HaLViT's ResNet-50 in TFLite ({at_fp32:.2f} at fp32, {at_int8:.2f} at int8)" in said
+    assert f"HaLViT's ResNet-50 in TFLite ({at_fp32} at fp32, {at_int8} at int8)" in said
+    assert set(found["slower"]) == {
+        (row["model"], row["runtime"], row["precision"]) for row in rows if "--rounds 24" in row["command"]
+    }
+    residual, tiny, other = (
+        found["faster"].pop(place)
+        for place in (
+            ("halvit-resnet50", "openvino", "int8"),
+            ("halvit-tiny", "openvino", "int8"),
+            ("halvit-tiny", "onnxruntime", "fp32"),
+        )
+    )
+    assert not found["faster"]
+    assert (
+        f"HaLViT's ResNet-50 ({residual}) and HaLViT-tiny ({tiny}) in OpenVINO at int8, and HaLViT-tiny in ONNX "
+        f"Runtime at fp32 ({other})."
+    ) in said
     copied = [row["arms"] for row in rows if row["runtime"] != "tflite"]
-    more = sum(arms["tied"]["peak_bytes"] > arms["untied"]["peak_bytes"] for arms in copied)
-    assert f"{more} of their {len(copied)} tied files take a little more memory than the untied ones" in said
+    more = [arms["tied"]["peak_bytes"] - arms["untied"]["peak_bytes"] for arms in copied]
+    assert (
+        f"{sum(each > 0 for each in more)} of their {len(copied)} tied files take more memory than the untied ones, "
+        f"{max(more) / 1e6:.0f} MB at most"
+    ) in said
+
+
+def test_what_the_readme_says_of_what_tying_costs_is_in_the_result(root: Path, results: Path) -> None:
+    lost = {
+        name: [drop for start in sample["starts"].values() for drop in start["drop_pp"].values()]
+        for name, sample in read(results / "tied_twins.json")["samples"].items()
+    }
+    assert min(drop["ci_low"] for drop in lost["fmnist-vit"]) > 0.0
+    assert all(drop["ci_low"] <= 0.0 <= drop["ci_high"] for drop in lost["elpv-resnet18"])
+    least, most = sorted(drop["value"] for drop in lost["fmnist-vit"])
+    said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    assert (
+        f"With equal budgets of training the tied ViT loses {least:.1f} to {most:.1f} points, the tied ResNet-18 "
+        "nothing beyond chance."
+    ) in said
 
 
 def test_what_the_readme_says_of_one_scale_for_two_uses_is_in_the_result(root: Path, results: Path) -> None:
@@ -120,6 +160,16 @@ def test_every_domain_comes_through_every_runtime(root: Path, results: Path) -> 
     assert f"PaDiM's in onnxruntime ({off[worst[0]]:.2f}) and MiniLM's in tflite ({off[worst[1]]:.2f})" in said
 
 
+def disturbances(models: Any) -> dict[tuple[str, str, str], float]:
+    """Of each session whose dense file differs from itself the bound below which an effect is no finding."""
+    return {
+        (name, session["runtime"], session["cap"]): max(session["null"]["ci_high"], 1.0 / session["null"]["ci_low"])
+        for name, model in models.items()
+        for session in model["sessions"]
+        if not session["null"]["ci_low"] <= 1.0 <= session["null"]["ci_high"]
+    }
+
+
 def test_what_the_readme_says_of_forms_at_int8_is_in_the_result(root: Path, results: Path) -> None:
     models = read(results / "forms.json")["models"]
     found = {name: [r for s in model["sessions"] for r in s["ratios"].values()] for name, model in models.items()}
@@ -138,31 +188,47 @@ def test_what_the_readme_says_of_forms_at_int8_is_in_the_result(root: Path, resu
         f"At int8 every form pays in the median in ResNet-18 ({shares[0]} of the time) and MiniLM ({shares[1]}); of "
         f"their 20 intervals each, {above[paying[0]]} and {above[paying[1]]} reach above 1. In EfficientNet-Lite0 "
         f"({shares[2]}) {below} of the 20 medians are below 1, and {above[paying[2]]} intervals reach above; in "
-        f"onnxruntime one of the four forms gains beyond chance there ({min(gained):.2f} to {max(gained):.2f}). In the "
-        f"small ViT, with {above['fmnist-vit']} of 20, only narrowing pays"
+        f"onnxruntime one of the four forms gains beyond chance there ({min(gained):.2f} to {max(gained):.2f})."
     ) in said
 
-    sessions = models["efficientnet-lite0"]["sessions"]
-
-    def span(*forms: str) -> str:
-        ratios = [session["ratios"][form]["ratio"] for session in sessions for form in forms]
+    def span(name: str, *forms: str) -> str:
+        ratios = [session["ratios"][form]["ratio"] for session in models[name]["sessions"] for form in forms]
         return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
-    twice = [[s["ratios"][form]["ratio"] for form in ("column", "column, row, both")] for s in sessions]
-    apart = max(abs(one - other) for one, other in twice)
+    columns = ("column", "column, row, both")
+    narrowed, split = span("fmnist-vit", "narrow"), span("fmnist-vit", *columns)
+    assert f"In the small ViT narrowing takes {narrowed} of the time, and column splits {split}:" in said
+    narrowed, split = (span(paying[2], *forms) for forms in (("narrow", "all"), columns))
+    assert f"In EfficientNet-Lite0 what is narrowed takes {narrowed} and column splits {split}." in said
+    [free] = [s["ratios"] for s in models[paying[0]]["sessions"] if s["runtime"] == "openvino" and not s["cap"]]
+    with_both = {row["forms"] for row in models[paying[0]]["rows"] if row["layers"].get("both")}
+    assert with_both == {"column, row, both", "all"}
+    [both] = {f"{free[form]['ratio']:.2f}" for form in with_both}
     assert (
-        f"what is narrowed takes {span('narrow', 'all')} and column splits {span('column', 'column, row, both')}, "
-        f"in two files of one plan that are up to {apart:.2f} apart"
+        f"in openvino the two plans with Tucker-2 splits take {both} of the time where column splits and narrowing "
+        f"take {free['column']['ratio']:.2f} and {free['narrow']['ratio']:.2f}."
     ) in said
-    disturbed = {
-        (name, session["runtime"], session["cap"]): max(session["null"]["ci_high"], 1.0 / session["null"]["ci_low"])
-        for name, model in models.items()
-        for session in model["sessions"]
-        if not session["null"]["ci_low"] <= 1.0 <= session["null"]["ci_high"]
-    }
+    of_one_plan = [
+        abs(session["ratios"][columns[0]]["ratio"] - session["ratios"][columns[1]]["ratio"])
+        for name in ("fmnist-vit", *paying[1:])
+        for session in models[name]["sessions"]
+    ]
+    assert f"two files of one plan, up to {max(of_one_plan):.2f} apart" in said
+    assert all(any(w.startswith("processes of") for w in s["warnings"]) for m in models.values() for s in m["sessions"])
+
+    disturbed = disturbances(models)
     assert list(disturbed) == [("elpv-resnet18", "tflite", ""), ("efficientnet-lite0", "tflite", "")]
-    one, other = (f"{100 * (bound - 1.0):.0f} %" for bound in disturbed.values())
-    assert f"effects up to {one} and {other} count as none" in said
+    one, other = (f"{1.0 / bound:.2f} to {bound:.2f}" for bound in disturbed.values())
+    assert f"ratios of {one} ({other}) are no findings" in said
+    beyond = [
+        (name, form)
+        for (name, runtime, cap), bound in disturbed.items()
+        for session in models[name]["sessions"]
+        if (session["runtime"], session["cap"]) == (runtime, cap)
+        for form, ratio in session["ratios"].items()
+        if not 1.0 / bound <= ratio["ratio"] <= bound and not ratio["ci_low"] <= 1.0 <= ratio["ci_high"]
+    ]
+    assert beyond == [("efficientnet-lite0", "narrow")]
     for name in ("fmnist-vit", "minilm"):
         for session in models[name]["sessions"]:
             assert min(session["ratios"], key=lambda form: session["ratios"][form]["ratio"]) == "narrow"
@@ -216,6 +282,10 @@ def test_what_the_readme_says_of_the_comparisons_plans_at_int8_is_in_the_result(
         "twelve plans end in the crash that is told below, the others take "
         f"{span('fmnist-vit', True, [plan for plan in every if plan not in narrow])}."
     ) in said
+    disturbed = disturbances(read(results / "factoring-int8.json")["models"])
+    assert list(disturbed) == [("fmnist-vit", "tflite", ""), ("minilm", "openvino", "AVX2_VNNI")]
+    one, other = (f"{1.0 / bound:.2f} to {bound:.2f}" for bound in disturbed.values())
+    assert f"there ratios of {one} and of {other} are no findings" in said
     assert f"gains no time by any of the twelve plans ({span('slow', False, every)})" in said
     assert f"and the ViT none in openvino that is not held ({span('free', False, every)})" in said
 

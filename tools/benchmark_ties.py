@@ -111,7 +111,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=stats.MIN_ROUNDS, help="fresh processes for each file")
     parser.add_argument("--work", type=Path, default=Path("dist/ties"), help="the files that are measured")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ties.json")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.rounds < stats.MIN_ROUNDS:
+        parser.error(f"--rounds {options.rounds}: an interval needs {stats.MIN_ROUNDS}")
+    return options
 
 
 class _Untied(nn.Module):
@@ -244,14 +247,15 @@ def _measured(
         }
         for file in made
     }
-    ratio, null = found.ratios["tied"], found.ratios[NULL]
+    judged = found.judged(system.evidence_for(target.to_dict(), system.environment()).level)
+    [ratio] = judged.comparisons
     return {
         "runtime": runtime.name, "precision": precision, "arms": arms,
         "latency_ratio": {
-            "ratio": ratio.ratio, "ci_low": ratio.low, "ci_high": ratio.high, "verdict": found.verdict("tied", NULL),
-            "evidence": system.evidence_for(target.to_dict(), system.environment()).level,
+            "ratio": ratio.ratio, "ci_low": ratio.ci_low, "ci_high": ratio.ci_high, "verdict": ratio.verdict,
+            "evidence": ratio.evidence,
         },
-        "null": {"ratio": null.ratio, "ci_low": null.low, "ci_high": null.high},
+        "null": {"ratio": judged.null.ratio, "ci_low": judged.null.ci_low, "ci_high": judged.null.ci_high},
     }  # fmt: skip
 
 

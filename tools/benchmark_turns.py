@@ -2,19 +2,20 @@
 
 The profiler starts a process for each block, so that seconds lie between one file's block and another's: its intervals
 hold what a machine's neighbours on the host do in that time, which can be more than the few percent that are asked
-about. Turns this short meet the same of it. A round is a process for each file and a few turns in a balanced order; its
-ratio is the median over the turns. The interval is over the rounds, as pages lie elsewhere in each process. Before a
-turn threads of the others come to rest, and its first inference, which finds the caches as the others left them, does
-not count.
+about. Turns this short meet the same of it; those of a slow file are as long as three inferences. A round is a process
+for each file and a few turns in a balanced order; its ratio is the median over the turns. The interval is over the
+rounds, as pages lie elsewhere in each process. Before a turn threads of the others come to rest, and its first
+inference, which finds the caches as the others left them, does not count.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
+import select
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -24,44 +25,51 @@ from pathlib import Path
 import numpy as np
 
 from rowcol_edge.device import schedule, stats
+from rowcol_edge.device.profile import NULL, Block
 from rowcol_edge.device.runtimes import RuntimeOptions, load_runtime
-from rowcol_edge.device.stats import Interval
-from rowcol_edge.device.worker import Request
+from rowcol_edge.device.verdicts import Judgement, judge
+from rowcol_edge.device.worker import Request, sample
 from rowcol_edge.errors import MeasurementError
 
 _TURN_SECONDS, _REST_SECONDS = 0.12, 0.02
 _FEWEST = 2
 """Inferences of a turn, after its first."""
 
+_TIMEOUT_SECONDS = 300.0
+"""Of a turn, or of a file's loading: a bound on hanging, not on being slow."""
+
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """Of each arm the median time of an inference, and of all but the baseline the ratio to it."""
+    """Of each arm the median time of an inference in ns, and of all but the baseline each round's ratio to it."""
 
+    baseline: str
     medians_ns: dict[str, float]
-    ratios: dict[str, Interval]
+    ratios: dict[str, list[float]]
 
-    def verdict(self, arm: str, null: str) -> str:
-        """As the profiler's: what is no larger than the null arm shows is no finding."""
-        found, nothing = self.ratios[arm], self.ratios[null]
-        bound = max(abs(math.log(nothing.low)), abs(math.log(nothing.high)))
-        if nothing.verdict != stats.NO_DIFFERENCE and abs(math.log(found.ratio)) <= bound:
-            return stats.NO_DIFFERENCE
-        return found.verdict
+    def judged(self, evidence: str) -> Judgement:
+        """By the profiler's rules; the ratios stand in for the medians of its blocks."""
+        rounds = len(self.ratios[NULL])
+        blocks = {
+            arm: [Block(number, 0, 0, 0, 0, True, (), (round(1e9 * ratio),)) for number, ratio in enumerate(ratios)]
+            for arm, ratios in {self.baseline: [1.0] * rounds, **self.ratios}.items()
+        }
+        pairs = [(arm, self.baseline) for arm in self.ratios if arm != NULL]
+        return judge(blocks, pairs, self.baseline, evidence)
 
 
 def take_turns(requests: Mapping[str, Request], baseline: str, rounds: int) -> Turns:
-    """Measure arms against ``baseline``, one of them. MeasurementError: a process ends early, or too few rounds."""
-    found: dict[str, list[float]] = {arm: [] for arm in requests if arm != baseline}
+    """Measure arms against ``baseline``, one of them; another is its null arm. MeasurementError: a process ends early,
+    or hangs."""
+    ratios: dict[str, list[float]] = {arm: [] for arm in requests if arm != baseline}
     times: dict[str, list[float]] = {arm: [] for arm in requests}
     for names in schedule.order(list(requests), rounds):
         turns = _round({name: requests[name] for name in names})
         for arm, medians in turns.items():
             times[arm] += medians
-        for arm, ratios in found.items():
-            ratios.append(stats.median([a / b for a, b in zip(turns[arm], turns[baseline], strict=True)]))
-    ratios = {arm: stats.ratio_interval(each, [1.0] * rounds) for arm, each in found.items()}
-    return Turns({arm: stats.median(each) for arm, each in times.items()}, ratios)
+        for arm, each in ratios.items():
+            each.append(stats.median([a / b for a, b in zip(turns[arm], turns[baseline], strict=True)]))
+    return Turns(baseline, {arm: stats.median(each) for arm, each in times.items()}, ratios)
 
 
 def _round(requests: Mapping[str, Request]) -> dict[str, list[float]]:
@@ -84,10 +92,10 @@ class _File:
 
     def __init__(self, arm: str, request: Request) -> None:
         self._arm = arm
+        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 – see __exit__
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True,
-        )  # fmt: skip
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True
+        )
         self._say(request.to_json())
 
     def __enter__(self) -> _File:
@@ -96,16 +104,23 @@ class _File:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.communicate()
+        self._stderr.close()
 
     def inferences(self, count: int) -> list[int]:
         """Their times in ns."""
-        assert self._process.stdout is not None
+        stdout = self._process.stdout
+        assert stdout is not None
         with suppress(BrokenPipeError):  # of a process that has ended, which gives no line
             self._say(str(count))
-        line = self._process.stdout.readline()
+        ready, *_ = select.select([stdout], [], [], _TIMEOUT_SECONDS)
+        if not ready:
+            raise MeasurementError(f"arm {self._arm}", expected=f"times within {_TIMEOUT_SECONDS:.0f} s", got="none")
+        line = stdout.readline()
         if not line:
-            got = f"the end of its process ({self._process.wait()})"
-            raise MeasurementError(f"arm {self._arm}", expected="times", got=got)
+            code = self._process.wait()
+            self._stderr.seek(0)
+            last = self._stderr.read().strip().rpartition("\n")[2]
+            raise MeasurementError(f"arm {self._arm}", expected="times", got=f"exit code {code}: {last}")
         times: list[int] = json.loads(line)
         return times
 
@@ -127,11 +142,7 @@ def main() -> None:
         for _ in range(_FEWEST):
             session.run(feed)
         for line in sys.stdin:
-            times = []
-            for _ in range(int(line)):
-                begin = time.perf_counter_ns()
-                session.run(feed)
-                times.append(time.perf_counter_ns() - begin)
+            times = sample(session.run, feed, 0, (int(line), int(line)), time.perf_counter_ns)
             print(json.dumps(times), file=out, flush=True)
 
 

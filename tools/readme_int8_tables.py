@@ -34,8 +34,8 @@ def ties(found: dict[str, Any]) -> str:
     evidence = ", ".join(sorted({row["latency_ratio"]["evidence"] for row in found["rows"]}))
     made = dict.fromkeys(f"`{row['command']}`, {_machine(row)}" for row in found["rows"])
     foot = (
-        "Batch 1, random weights, files in turns of a tenth of a second; the error is that of the file's outputs "
-        "against the float network's. Evidence: "
+        "Batch 1, random weights, files in turns of a tenth of a second or three inferences; the error is that of the "
+        "file's outputs against the float network's. Evidence: "
         f"{evidence}. {'; '.join(made)}."
     )
     return "\n\n".join([table(heads, rows), foot])
