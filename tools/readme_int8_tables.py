@@ -76,7 +76,8 @@ def forms(found: dict[str, Any]) -> str:
     plans = "The plans of the comparison above"
     if "share" in first:
         plans = (
-            f"Plans of {first['share']:.0%} of what the layers that can be factored cost (mean of parameters and MACs)"
+            f"Plans of at most {first['share']:.0%} of what the layers that can be factored cost "
+            "(mean of parameters and MACs)"
         )
     foot = (
         f"{plans}, second pass, no fine-tuning; KL in nats from the dense float network, on the selection split "
