@@ -21,9 +21,7 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_tied_files_hold_their_matrices_once_and_are_at_most_5_percent_slower_in_the_median(
-    root: Path, results: Path
-) -> None:
+def test_tied_files_hold_their_matrices_once_and_are_at_most_5_percent_slower(root: Path, results: Path) -> None:
     rows = read(results / "ties.json")["rows"]
     models, precisions = {row["model"] for row in rows}, {row["precision"] for row in rows}
     assert models == {"halvit-tiny", "halvit-small", "halvit-resnet50"}
@@ -33,18 +31,20 @@ def test_tied_files_hold_their_matrices_once_and_are_at_most_5_percent_slower_in
         tied, untied = row["arms"]["tied"], row["arms"]["untied"]
         what = row["model"], row["runtime"], row["precision"]
         assert tied["size_bytes"] <= 1.03 * tied["unique_bytes"], what
-        assert row["latency_ratio"]["ratio"] <= 1.05, what
+        assert row["latency_ratio"]["ci_high"] < 1.05, what
         saved = (untied["peak_bytes"] - tied["peak_bytes"]) / (untied["size_bytes"] - tied["size_bytes"])
         if row["runtime"] == "tflite":
             assert saved > 0.95, what
         elif what[1:] == ("openvino", "fp32") and row["model"] != "halvit-resnet50":
             assert abs(saved) < 0.05, what
-    ratios, above = [row["latency_ratio"]["ratio"] for row in rows], [row["latency_ratio"]["ci_high"] for row in rows]
+    ratios = [row["latency_ratio"]["ratio"] for row in rows]
+    nulls = [row["null"][end] for row in rows for end in ("ci_low", "ci_high")]
     said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
-    assert sum(1.05 < each < 1.051 for each in above) == 2
+    most = max(row["latency_ratio"]["ci_high"] for row in rows)
     assert (
-        f"in the median tied files take {min(ratios):.2f} to {max(ratios):.2f} of the untied ones' time, though "
-        f"{sum(each > 1.05 for each in above)} of the 18 intervals reach above 1.05, two of them by less than 0.001."
+        f"in the median tied files take {min(ratios):.2f} to {max(ratios):.2f} of the untied ones' time, and none of "
+        f"the {len(rows)} intervals reaches 1.05 (they end at {most:.3f} at most); those of an untied file against "
+        f"itself lie between {min(nulls):.2f} and {max(nulls):.2f}."
     ) in said
     found = {
         verdict: {
@@ -54,26 +54,22 @@ def test_tied_files_hold_their_matrices_once_and_are_at_most_5_percent_slower_in
         }
         for verdict in ("slower", "faster")
     }
-    [(_, at_fp32), (_, at_int8)] = slower = sorted(found["slower"].items())
-    assert [place for place, _ in slower] == [
-        ("halvit-resnet50", "tflite", precision) for precision in ("fp32", "int8")
-    ]
-    assert f"HaLViT's ResNet-50 in TFLite ({at_fp32} at fp32, {at_int8} at int8)" in said
-    assert set(found["slower"]) == {
-        (row["model"], row["runtime"], row["precision"]) for row in rows if "--rounds 24" in row["command"]
-    }
-    residual, tiny, other = (
+    in_ort, in_tflite = (
+        found["slower"].pop(("halvit-resnet50", *place)) for place in (("onnxruntime", "fp32"), ("tflite", "int8"))
+    )
+    small, at_fp32, at_int8 = (
         found["faster"].pop(place)
         for place in (
+            ("halvit-small", "onnxruntime", "fp32"),
+            ("halvit-resnet50", "openvino", "fp32"),
             ("halvit-resnet50", "openvino", "int8"),
-            ("halvit-tiny", "openvino", "int8"),
-            ("halvit-tiny", "onnxruntime", "fp32"),
         )
     )
-    assert not found["faster"]
+    assert found == {"slower": {}, "faster": {}}
     assert (
-        f"HaLViT's ResNet-50 ({residual}) and HaLViT-tiny ({tiny}) in OpenVINO at int8, and HaLViT-tiny in ONNX "
-        f"Runtime at fp32 ({other});"
+        f"Slower beyond chance is HaLViT's ResNet-50 in ONNX Runtime at fp32 ({in_ort}) and in TFLite at int8 "
+        f"({in_tflite}). Faster are HaLViT-small in ONNX Runtime at fp32 ({small}) and HaLViT's ResNet-50 in OpenVINO "
+        f"({at_fp32} at fp32, {at_int8} at int8)."
     ) in said
     copied = [row["arms"] for row in rows if row["runtime"] != "tflite"]
     more = [arms["tied"]["peak_bytes"] - arms["untied"]["peak_bytes"] for arms in copied]

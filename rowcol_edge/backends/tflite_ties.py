@@ -2,11 +2,12 @@
 
 FULLY_CONNECTED and CONV_2D read a weight as outputs × inputs and cannot read it transposed; BATCH_MATMUL reads the same
 numbers as inputs × outputs. So a transposed use becomes a BATCH_MATMUL on the buffer of the others, and its bias an
-ADD. A scale that the converter has multiplied into the rows (batch norms) becomes a MUL. No operator reads a larger
-kernel with inputs and outputs exchanged: such a use keeps a buffer of its own.
+ADD. A scale that the converter has multiplied into the rows (batch norms) becomes a MUL, and so does an activation that
+no other operator ends with. No operator reads a larger kernel with inputs and outputs exchanged: such a use keeps a
+buffer of its own.
 
-In int8 XNNPACK does not run such products, which between convolutions shows in the time (`tools/benchmark_ties.py`). So
-where that hardly adds to the file, convolutions read the matrix the other way round from a second buffer.
+A product and a sum take longer than one convolution (`tools/benchmark_ties.py`). So where that hardly adds to the file,
+convolutions read the matrix the other way round from a second buffer.
 
 This is done to the float file, which every precision is made from: a quantizer then sees the operators that will run.
 """
@@ -215,8 +216,10 @@ def _rewrite(model: Any, graph: Any, layer: _Layer, use: ties.Use, shape: tuple[
         weight.shape, weight.shapeSignature = np.array(shape, np.int32), None
         operator.inputs = operator.inputs[:2]
         _become_product(model, operator)
-        if bias is not None or activation:
-            steps.append(("ADD", np.zeros(1, np.float32) if bias is None else bias))
+        if bias is not None and bias.any():  # XNNPACK does not run a sum with zeros at int8, for their scale
+            steps.append(("ADD", bias))
+        elif activation and not steps:
+            steps.append(("MUL", np.ones(1, np.float32)))
     elif bias is not None and not use.plain:
         scaled = np.divide(bias, use.factors, dtype=np.float32)
         operator.inputs[2] = _add_constant(model, graph, f"{layer.name};bias", scaled)
