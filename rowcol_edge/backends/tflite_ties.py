@@ -3,18 +3,20 @@
 FULLY_CONNECTED and CONV_2D read a weight as outputs × inputs and cannot read it transposed; BATCH_MATMUL reads the same
 numbers as inputs × outputs. So a transposed use becomes a BATCH_MATMUL on the buffer of the others, and its bias an
 ADD. A scale that the converter has multiplied into the rows (batch norms) becomes a MUL, and so does an activation that
-no other operator ends with. No operator reads a larger kernel with inputs and outputs exchanged: such a use keeps a
-buffer of its own.
+no other operator ends with; at int8 a convolution's is moved into the scales of its weight. No operator reads a larger
+kernel with inputs and outputs exchanged: such a use keeps a buffer of its own.
 
 A product and a sum take longer than one convolution (`tools/benchmark_ties.py`). So where that hardly adds to the file,
 convolutions read the matrix the other way round from a second buffer.
 
-This is done to the float file, which every precision is made from: a quantizer then sees the operators that will run.
+All but the move is done to the float file, which every precision is made from: a quantizer then sees the operators
+that will run.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -140,6 +142,63 @@ def read_half(model: Any) -> None:
         if half in halves:
             _widen(model, graph, operator, halves[half])
     _empty_unused(model)
+
+
+def absorb(model: Any, original: Any) -> None:
+    """Move, in place, positive scales of the rows of shared weights from the MUL of a static int8 model into the scales
+    of a convolution's weight, of which each channel has its own while the numbers stay those of the other uses.
+
+    ``original`` is the float model, which has the factors as they were before they got eight bits.
+    """
+    [graph], [floats] = model.subgraphs, original.subgraphs
+    exact = {tflite_files.text(tensor.name): tensor for tensor in floats.tensors}
+    makers = {int(index): operator for operator in graph.operators for index in operator.outputs}
+    readers = Counter(int(index) for operator in graph.operators for index in operator.inputs)
+    kept, moved = [], {}
+    for operator in graph.operators:
+        maker = makers.get(int(operator.inputs[0])) if tflite_files.kind(model, operator) == "MUL" else None
+        factors = None if maker is None else exact.get(tflite_files.text(graph.tensors[operator.inputs[1]].name))
+        if (
+            maker is None
+            or factors is None
+            or tflite_files.kind(model, maker) != "CONV_2D"
+            or maker.builtinOptions.fusedActivationFunction
+            or readers[int(operator.inputs[0])] != 1
+            or operator.outputs[0] in graph.outputs
+            or not _scale_rows(model, graph, maker, original, factors)
+        ):
+            kept.append(operator)
+            continue
+        before, after = graph.tensors[maker.outputs[0]], graph.tensors[operator.outputs[0]]
+        before.quantization = after.quantization
+        maker.builtinOptions.fusedActivationFunction = operator.builtinOptions.fusedActivationFunction
+        moved[int(operator.outputs[0])] = int(maker.outputs[0])
+    graph.operators = kept
+    for operator in kept:
+        operator.inputs = np.array([moved.get(int(index), index) for index in operator.inputs], np.int32)
+    _empty_unused(model)
+
+
+def _scale_rows(model: Any, graph: Any, operator: Any, original: Any, factors: Any) -> bool:
+    """Whether the scales of an int8 convolution's weight and bias could be multiplied with these."""
+    weight, bias = (graph.tensors[index] for index in operator.inputs[1:3])
+    data = original.buffers[factors.buffer].data
+    rows = None if data is None else np.frombuffer(bytes(data), np.float32)
+    if (
+        rows is None
+        or rows.size != weight.shape[0]
+        or rows.min() <= 0.0
+        or weight.type != schema.TensorType.INT8
+        or bias.type != schema.TensorType.INT32
+        or len(weight.quantization.scale) != 1
+    ):
+        return False
+    for tensor in (weight, bias):
+        quantization = schema.QuantizationParametersT()
+        quantization.scale = (tensor.quantization.scale * rows).astype(np.float32)
+        quantization.zeroPoint, quantization.quantizedDimension = np.zeros(rows.size, np.int64), 0
+        tensor.quantization = quantization
+    return True
 
 
 def _widen(model: Any, graph: Any, operator: Any, buffer: int) -> None:

@@ -45,6 +45,8 @@ def main(job_file: str) -> int:
     model = tflite_files.unpacked(content)
     if job["precision"] == "int8":
         tflite_files.split_outputs(model)
+    if job["precision"] in _STATIC:
+        tflite_ties.absorb(model, tflite_files.read(Path(job["float"])))
     if job["precision"] == "fp16":
         tflite_ties.read_half(model)
     tflite_files.add_biases(model)

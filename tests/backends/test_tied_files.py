@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,16 @@ class PlainStage(Stage):
                 norm.reset_parameters()
 
 
+class PositiveStage(Stage):
+    """Norms whose scales are positive, as training mostly leaves them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for norm in self.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.weight.data.abs_()
+
+
 class Pair(nn.Module):
     """One matrix, turned with a norm behind it, and a classifier beside which it takes few bytes."""
 
@@ -121,6 +132,7 @@ NETWORKS = {
     "transformer": lambda: VisionTransformer(width=64, hidden=256, heads=4, depth=2, classes=5, image=32),
     "stage": Stage,
     "plain stage": PlainStage,
+    "positive stage": PositiveStage,
     "wide head": WideHead,
     "pair": Pair,
     "features": Features,
@@ -128,7 +140,8 @@ NETWORKS = {
 }
 SHAPES = {
     "transformer": (3, 32, 32), "stage": (3, 32, 32), "plain stage": (3, 32, 32),
-    "wide head": (3, 32, 32), "pair": (32, 8, 8), "features": (3, 7, 16), "kernels": (3, 32, 32),
+    "positive stage": (3, 32, 32), "wide head": (3, 32, 32), "pair": (32, 8, 8), "features": (3, 7, 16),
+    "kernels": (3, 32, 32),
 }  # fmt: skip
 
 
@@ -242,9 +255,16 @@ def test_convolutions_read_a_small_matrix_the_other_way_round_instead_of_product
         assert not any(tflite_files.kind(model, operator) == "MUL" for operator in graph.operators)
 
 
-@pytest.mark.parametrize("name", ["stage", "plain stage"])
-def test_xnnpack_runs_all_of_what_stands_for_a_transposed_use_in_int8(name: str, source, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "scaled"),
+    [("stage", {"CONV_2D": 3, "BATCH_MATMUL": 3}), ("positive stage", {"BATCH_MATMUL": 3}), ("plain stage", {})],
+)
+def test_xnnpack_runs_all_of_what_stands_for_a_use_in_int8(
+    name: str, scaled: dict[str, int], source, tmp_path: Path
+) -> None:
     from ai_edge_litert.interpreter import Interpreter
+
+    from rowcol_edge.backends import tflite_files
 
     def calibration() -> Iterator[dict[str, np.ndarray]]:
         yield {"x": pictures(name, 4, 1)}
@@ -253,6 +273,15 @@ def test_xnnpack_runs_all_of_what_stands_for_a_transposed_use_in_int8(name: str,
     compiler = load_backend("tflite")
     quant = QuantSpec.for_target("int8", TARGET)
     compiler.compile(source(compiler.consumes, name), TARGET.runtime("tflite"), quant, calibration, out)
+    model = tflite_files.read(out)
+    [graph] = model.subgraphs
+    makers = {operator.outputs[0]: tflite_files.kind(model, operator) for operator in graph.operators}
+    factors = [
+        operator.inputs[0]
+        for operator in graph.operators
+        if tflite_files.kind(model, operator) == "MUL" and graph.tensors[operator.inputs[1]].shape[0] > 1
+    ]
+    assert Counter(makers[given] for given in factors) == scaled
     interpreter = Interpreter(str(out))
     interpreter.allocate_tensors()
     # behind the operators stands one delegate for each part of the graph that nothing else breaks: GELU does, once
@@ -261,19 +290,22 @@ def test_xnnpack_runs_all_of_what_stands_for_a_transposed_use_in_int8(name: str,
     assert kinds.count("DELEGATE") == 2
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "tensorrt"])
-def test_layer_errors_know_both_uses(backend: str, source, tmp_path: Path) -> None:
-    compiler, path = load_backend(backend), source(load_backend(backend).consumes, "transformer")
+@pytest.mark.parametrize(
+    ("backend", "name", "count"),
+    [*((name, "transformer", 14) for name in BACKENDS if name != "tensorrt"), ("tflite", "positive stage", 13)],
+)
+def test_layer_errors_know_both_uses(backend: str, name: str, count: int, source, tmp_path: Path) -> None:
+    compiler, path = load_backend(backend), source(load_backend(backend).consumes, name)
 
     def calibration() -> Iterator[dict[str, np.ndarray]]:
-        yield {"x": pictures("transformer", 8, 1)}
+        yield {"x": pictures(name, 8, 1)}
 
     out = tmp_path / f"made{compiler.suffix}"
     quant = QuantSpec.for_target("int8", TARGET)
     compiler.compile(path, _runtime(backend), quant, calibration, out)
     errors = compiler.layer_errors(path, out, calibration)
-    # a patch embedding, a head, and six uses of three matrices in each of two blocks
-    assert len(errors) == 14
+    # the transformer: a patch embedding, a head, and six uses of three matrices in each of two blocks
+    assert len(errors) == count
     assert all(0 < layer.error < 0.2 for layer in errors)
 
 
@@ -296,6 +328,7 @@ def test_tensorrt_has_int8_scales_for_the_outputs_of_each_use(name: str, source,
             "transformer": 14,
             "stage": 13,
             "plain stage": 13,
+            "positive stage": 13,
             "wide head": 13,
             "pair": 3,
             "features": 3,
