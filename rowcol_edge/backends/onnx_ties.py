@@ -190,6 +190,23 @@ def share_scales(model: onnx.ModelProto, found: tuple[ties.Tie, ...], names: Map
             _rescale(graph, constants, node, scale * use.factors)
 
 
+def join_scales(model: onnx.ModelProto) -> None:
+    """Read, in place, a constant whose channels have one scale and one zero point, as all of a tie's may, with scalars:
+    repeated a channel, also for the bias behind, they are as large as a tied transformer's biases twice."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear" or not all(name in constants for name in node.input):
+            continue
+        parameters = [constants[name] for name in node.input[1:]]
+        arrays = [_array(tensor) for tensor in parameters]
+        if any(array.ndim > 1 or array.size == 0 or (array != array.flat[0]).any() for array in arrays):
+            continue
+        for tensor, array in zip(parameters, arrays, strict=True):
+            _put(tensor, array.reshape(-1)[:1].reshape(()))
+        for attribute in [attribute for attribute in node.attribute if attribute.name == "axis"]:
+            node.attribute.remove(attribute)
+
+
 def _rescale(
     graph: onnx.GraphProto, constants: Mapping[str, onnx.TensorProto], node: onnx.NodeProto, scales: ties.Floats
 ) -> None:
@@ -225,4 +242,4 @@ def _weights(model: onnx.ModelProto, constants: Mapping[str, onnx.TensorProto]) 
 
 
 def _put(tensor: onnx.TensorProto, values: npt.NDArray[Any]) -> None:
-    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), tensor.name))
+    tensor.CopyFrom(numpy_helper.from_array(np.asarray(values, order="C"), tensor.name))  # a scalar stays one

@@ -113,6 +113,7 @@ def _convert(path: Path, source: onnx.ModelProto, quant: QuantSpec, calibration:
         if quant.correct_bias:
             few = calibrating.spread(calibration, inputs, BIAS_SAMPLES)
             quantized = qdq.corrected(path, quantized, few)
+        onnx_ties.join_scales(quantized)
         return quantized
     copy = onnx.ModelProto()
     copy.CopyFrom(source)

@@ -102,7 +102,8 @@ def _share_int8(tie: ties.Tie, uses: list[tuple[ties.Use, _Weight]]) -> None:
         factors = (scale * use.factors).astype(np.float32)
         rank = weight.constant.get_output_partial_shape(0).rank.get_length()
         shape = (-1, *[1] * (rank - 1)) if weight.upright else (1, -1)
-        after = ops.constant(factors.reshape(shape))
+        # one for all where they are one: repeated, those of a tied transformer are as large as its biases
+        after = ops.constant(factors[:1].reshape([1] * rank) if use.plain else factors.reshape(shape))
         after.set_friendly_name(before.get_node().get_friendly_name())
         weight.scale.input(1).replace_source_output(after.output(0))
         _read(use, weight, shared)

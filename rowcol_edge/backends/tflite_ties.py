@@ -16,6 +16,7 @@ that will run.
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -248,7 +249,7 @@ def _layers(model: Any, graph: Any) -> Iterator[_Layer]:
         weight, options = graph.tensors[operator.inputs[1]], operator.builtinOptions
         if model.buffers[weight.buffer].data is None or weight.type != schema.TensorType.FLOAT32:
             continue
-        if any(size != 1 for size in weight.shape[1:-1]) or len(given.shape) != len(made.shape):
+        if any(size != 1 for size in weight.shape[1:-1]) or math.prod(given.shape[:-1]) != math.prod(made.shape[:-1]):
             continue
         if kind == "FULLY_CONNECTED" or (options.strideH, options.strideW) == (1, 1):
             yield _Layer(tflite_files.text(made.name), operator, weight)
@@ -275,6 +276,7 @@ def _rewrite(model: Any, graph: Any, layer: _Layer, use: ties.Use, shape: tuple[
         weight.shape, weight.shapeSignature = np.array(shape, np.int32), None
         operator.inputs = operator.inputs[:2]
         _become_product(model, operator)
+        _keep_rank(model, graph, operator)
         if bias is not None and bias.any():  # XNNPACK does not run a sum with zeros at int8, for their scale
             steps.append(("ADD", bias))
         elif activation and not steps:
@@ -293,6 +295,24 @@ def _become_product(model: Any, operator: Any) -> None:
     options.adjX = options.adjY = False
     operator.opcodeIndex = tflite_files.opcode(model, schema.BuiltinOperator.BATCH_MATMUL)
     operator.builtinOptionsType, operator.builtinOptions = schema.BuiltinOptions.BatchMatMulOptions, options
+
+
+def _keep_rank(model: Any, graph: Any, operator: Any) -> None:
+    """Put a RESHAPE behind a product where the linear layer it was gave its outputs fewer axes, as it may."""
+    given, made = graph.tensors[operator.inputs[0]], graph.tensors[operator.outputs[0]]
+    if len(given.shape) == len(made.shape):
+        return
+    deep, step, options = schema.TensorT(), schema.OperatorT(), schema.ReshapeOptionsT()
+    deep.name, deep.type, deep.buffer = f"{tflite_files.text(made.name)};deep".encode(), made.type, 0
+    deep.shape = np.array([*given.shape[:-1], made.shape[-1]], np.int32)
+    options.newShape = list(made.shape)
+    step.opcodeIndex = tflite_files.opcode(model, schema.BuiltinOperator.RESHAPE)
+    step.builtinOptionsType, step.builtinOptions = schema.BuiltinOptions.ReshapeOptions, options
+    shape = _add_constant(model, graph, f"{tflite_files.text(made.name)};shape", np.array(made.shape, np.int32))
+    step.inputs, step.outputs = np.array([len(graph.tensors), shape], np.int32), operator.outputs
+    operator.outputs = np.array([len(graph.tensors)], np.int32)
+    graph.tensors.append(deep)
+    graph.operators.insert(1 + next(i for i, other in enumerate(graph.operators) if other is operator), step)
 
 
 def _follow(
@@ -322,17 +342,19 @@ def _follow(
         current = step
 
 
-def _add_constant(model: Any, graph: Any, name: str, values: npt.NDArray[np.float32]) -> int:
-    tensor = schema.TensorT()
-    tensor.name, tensor.shape, tensor.type = name.encode(), np.array(values.shape, np.int32), schema.TensorType.FLOAT32
+def _add_constant(model: Any, graph: Any, name: str, values: npt.NDArray[np.float32] | npt.NDArray[np.int32]) -> int:
+    tensor, is_float = schema.TensorT(), np.issubdtype(values.dtype, np.floating)
+    tensor.name, tensor.shape = name.encode(), np.array(values.shape, np.int32)
+    tensor.type = schema.TensorType.FLOAT32 if is_float else schema.TensorType.INT32
     tensor.buffer = _buffer(model, values)
     graph.tensors.append(tensor)
     return len(graph.tensors) - 1
 
 
-def _buffer(model: Any, values: npt.NDArray[np.floating]) -> int:
+def _buffer(model: Any, values: npt.NDArray[np.floating] | npt.NDArray[np.int32]) -> int:
+    kind = np.float32 if np.issubdtype(values.dtype, np.floating) else np.int32
     buffer = schema.BufferT()
-    buffer.data = np.frombuffer(np.ascontiguousarray(values, np.float32).tobytes(), np.uint8)
+    buffer.data = np.frombuffer(np.ascontiguousarray(values, kind).tobytes(), np.uint8)
     model.buffers.append(buffer)
     return len(model.buffers) - 1
 

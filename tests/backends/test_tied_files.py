@@ -212,9 +212,18 @@ def test_weights_are_stored_once_and_outputs_stay(
     assert np.linalg.norm(got - wanted) <= PRECISIONS[precision] * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "tensorrt"])
-def test_whole_files_of_halvit_tiny_are_as_large_as_its_parameters(backend: str, tmp_path: Path) -> None:
+# OpenVINO's description of each operator makes the int8 file of a trained one 1.031 times as large
+@pytest.mark.parametrize(
+    ("backend", "trained"),
+    [*((name, False) for name in BACKENDS if name != "tensorrt"), ("onnxruntime", True), ("tflite", True)],
+)
+def test_whole_files_of_halvit_tiny_are_as_large_as_its_parameters(backend: str, trained: bool, tmp_path: Path) -> None:
     compiler, model = load_backend(backend), models.load("sample:halvit-tiny").module
+    for name, parameter in model.named_parameters() if trained else ():
+        if name.endswith("bias"):  # zeros at first, which are stored once, and which layers are fused without
+            nn.init.normal_(parameter, 0.0, 0.1)
+        elif "norm" in name:
+            nn.init.normal_(parameter, 1.0, 0.1)
     inputs = np.random.default_rng(0).normal(size=(2, 3, 224, 224)).astype(np.float32)
     path = write_source(compiler.consumes, model, {"x": inputs[:1]}, tmp_path)
     if compiler.consumes is Source.ONNX:
