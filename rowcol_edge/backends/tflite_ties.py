@@ -164,7 +164,7 @@ def absorb(model: Any, original: Any) -> None:
             or factors is None
             or tflite_files.kind(model, maker) != "CONV_2D"
             or maker.builtinOptions.fusedActivationFunction
-            or readers[int(operator.inputs[0])] != 1
+            or any(readers[int(index)] != 1 for index in (operator.inputs[0], *maker.inputs[1:]))
             or operator.outputs[0] in graph.outputs
             or not _scale_rows(model, graph, maker, original, factors)
         ):
@@ -187,7 +187,7 @@ def _scale_rows(model: Any, graph: Any, operator: Any, original: Any, factors: A
     rows = None if data is None else np.frombuffer(bytes(data), np.float32)
     if (
         rows is None
-        or rows.size != weight.shape[0]
+        or list(factors.shape) != [weight.shape[0]]
         or rows.min() <= 0.0
         or weight.type != schema.TensorType.INT8
         or bias.type != schema.TensorType.INT32

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -238,19 +239,23 @@ def test_whole_files_of_halvit_tiny_are_as_large_as_its_parameters(backend: str,
         assert 0.95 <= artifact.size_bytes / (width * matrices + 4 * others) <= 1.03, precision
 
 
+def _int8_for_tflite(name: str, source: Any, folder: Path) -> Path:
+    def calibration() -> Iterator[dict[str, np.ndarray]]:
+        yield {"x": pictures(name, 4, 1)}
+
+    out, compiler = folder / "made.tflite", load_backend("tflite")
+    quant = QuantSpec.for_target("int8", TARGET)
+    compiler.compile(source(compiler.consumes, name), TARGET.runtime("tflite"), quant, calibration, out)
+    return out
+
+
 @pytest.mark.parametrize(("name", "products"), [("stage", 3), ("wide head", 0), ("pair", 0), ("transformer", 6)])
 def test_convolutions_read_a_small_matrix_the_other_way_round_instead_of_products(
     name: str, products: int, source, tmp_path: Path
 ) -> None:
     from rowcol_edge.backends import tflite_files
 
-    def calibration() -> Iterator[dict[str, np.ndarray]]:
-        yield {"x": pictures(name, 4, 1)}
-
-    out = tmp_path / "made.tflite"
-    compiler = load_backend("tflite")
-    quant = QuantSpec.for_target("int8", TARGET)
-    compiler.compile(source(compiler.consumes, name), TARGET.runtime("tflite"), quant, calibration, out)
+    out = _int8_for_tflite(name, source, tmp_path)
     model = tflite_files.read(out)
     [graph] = model.subgraphs
     constant = [
@@ -275,13 +280,7 @@ def test_xnnpack_runs_all_of_what_stands_for_a_use_in_int8(
 
     from rowcol_edge.backends import tflite_files
 
-    def calibration() -> Iterator[dict[str, np.ndarray]]:
-        yield {"x": pictures(name, 4, 1)}
-
-    out = tmp_path / "made.tflite"
-    compiler = load_backend("tflite")
-    quant = QuantSpec.for_target("int8", TARGET)
-    compiler.compile(source(compiler.consumes, name), TARGET.runtime("tflite"), quant, calibration, out)
+    out = _int8_for_tflite(name, source, tmp_path)
     model = tflite_files.read(out)
     [graph] = model.subgraphs
     makers = {operator.outputs[0]: tflite_files.kind(model, operator) for operator in graph.operators}
