@@ -22,7 +22,7 @@ CHECKS: dict[str, list[str]] = {
         *("rowcol_edge/device", "rowcol_edge/errors.py", "rowcol_edge/fleet/board.py", "rowcol_edge/fleet/keeper.py"),
     ],
     # in the order of tests/conftest.py, whose long modules come first
-    "pytest": ["pytest", "-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder", *sys.argv[1:]],
+    "pytest": ["pytest", "-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder", "--durations=40", *sys.argv[1:]],
 }
 
 

@@ -51,7 +51,7 @@ def main(job_file: str) -> int:
     out = Path(job["out"])
     ov.save_model(model, out, compress_to_fp16=job["precision"] == "fp16")
     if found:
-        openvino_ties.without_spaces(out)
+        openvino_ties.shorten(out)
     out.with_suffix(".json").write_text(json.dumps(notes), encoding="utf-8")
     return 0
 

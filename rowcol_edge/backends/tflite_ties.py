@@ -215,7 +215,7 @@ def _widen(model: Any, graph: Any, operator: Any, buffer: int) -> None:
     )
     step.inputs, step.outputs = np.array([len(graph.tensors)], np.int32), operator.inputs[1:2]
     graph.tensors.append(narrow)
-    graph.operators.insert(next(i for i, other in enumerate(graph.operators) if other is operator), step)
+    graph.operators.insert(_place(graph, operator), step)
 
 
 def _empty_unused(model: Any) -> None:
@@ -276,7 +276,7 @@ def _rewrite(model: Any, graph: Any, layer: _Layer, use: ties.Use, shape: tuple[
         weight.shape, weight.shapeSignature = np.array(shape, np.int32), None
         operator.inputs = operator.inputs[:2]
         _become_product(model, operator)
-        _keep_rank(model, graph, operator)
+        _flatten(model, graph, operator)
         if bias is not None and bias.any():  # XNNPACK does not run a sum with zeros at int8, for their scale
             steps.append(("ADD", bias))
         elif activation and not steps:
@@ -297,29 +297,52 @@ def _become_product(model: Any, operator: Any) -> None:
     operator.builtinOptionsType, operator.builtinOptions = schema.BuiltinOptions.BatchMatMulOptions, options
 
 
-def _keep_rank(model: Any, graph: Any, operator: Any) -> None:
-    """Put a RESHAPE behind a product where the linear layer it was gave its outputs fewer axes, as it may."""
+def _flatten(model: Any, graph: Any, operator: Any) -> None:
+    """Put RESHAPEs around a product of a map, which would be one of a row of it at a time, and behind one whose linear
+    layer gave its outputs fewer axes, as it may."""
     given, made = graph.tensors[operator.inputs[0]], graph.tensors[operator.outputs[0]]
-    if len(given.shape) == len(made.shape):
+    name, place = tflite_files.text(made.name), _place(graph, operator)
+    if math.prod(given.shape[:-2]) == 1 and len(given.shape) == len(made.shape):
         return
-    deep, step, options = schema.TensorT(), schema.OperatorT(), schema.ReshapeOptionsT()
-    deep.name, deep.type, deep.buffer = f"{tflite_files.text(made.name)};deep".encode(), made.type, 0
-    deep.shape = np.array([*given.shape[:-1], made.shape[-1]], np.int32)
-    options.newShape = list(made.shape)
+    shape = list(given.shape)
+    if math.prod(shape[:-2]) > 1:
+        shape = [1, math.prod(shape[:-1]), shape[-1]]
+        flat = _add_tensor(graph, f"{name};rows", shape)
+        graph.operators.insert(place, _reshape(model, graph, int(operator.inputs[0]), flat, [1, -1, shape[-1]]))
+        operator.inputs[0], place = flat, place + 1
+    deep, out = _add_tensor(graph, f"{name};flat", [*shape[:-1], made.shape[-1]]), int(operator.outputs[0])
+    operator.outputs = np.array([deep], np.int32)
+    graph.operators.insert(place + 1, _reshape(model, graph, deep, out, [-1, *made.shape[1:]]))
+
+
+def _reshape(model: Any, graph: Any, given: int, made: int, shape: Sequence[int]) -> Any:
+    step, options = schema.OperatorT(), schema.ReshapeOptionsT()
+    options.newShape = list(shape)
     step.opcodeIndex = tflite_files.opcode(model, schema.BuiltinOperator.RESHAPE)
     step.builtinOptionsType, step.builtinOptions = schema.BuiltinOptions.ReshapeOptions, options
-    shape = _add_constant(model, graph, f"{tflite_files.text(made.name)};shape", np.array(made.shape, np.int32))
-    step.inputs, step.outputs = np.array([len(graph.tensors), shape], np.int32), operator.outputs
-    operator.outputs = np.array([len(graph.tensors)], np.int32)
-    graph.tensors.append(deep)
-    graph.operators.insert(1 + next(i for i, other in enumerate(graph.operators) if other is operator), step)
+    name = f"{tflite_files.text(graph.tensors[made].name)};shape"
+    values = _add_constant(model, graph, name, np.array(shape, np.int32))
+    step.inputs, step.outputs = np.array([given, values], np.int32), np.array([made], np.int32)
+    return step
+
+
+def _place(graph: Any, operator: Any) -> int:
+    return next(number for number, other in enumerate(graph.operators) if other is operator)
+
+
+def _add_tensor(graph: Any, name: str, shape: Sequence[int]) -> int:
+    tensor = schema.TensorT()
+    tensor.name, tensor.shape, tensor.type = name.encode(), np.array(shape, np.int32), schema.TensorType.FLOAT32
+    tensor.buffer = 0
+    graph.tensors.append(tensor)
+    return len(graph.tensors) - 1
 
 
 def _follow(
     model: Any, graph: Any, operator: Any, steps: list[tuple[str, npt.NDArray[np.float32]]], activation: int
 ) -> None:
     """Put elementwise operators behind one, of which the last gives what it gave."""
-    place = next(i for i, other in enumerate(graph.operators) if other is operator)
+    place = _place(graph, operator)
     end = int(operator.outputs[0])
     current = operator
     for number, (kind, values) in enumerate(steps):
