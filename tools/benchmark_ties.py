@@ -10,8 +10,9 @@ The untied network has a matrix of its own for each use, with the same numbers: 
 one runtime and precision take short turns (see `benchmark_turns`), a null arm among them. A parameter counts with the
 bytes it is stored in: at int8 one for those of matrices and kernels, four for biases, norms and positions. Memory is
 the most that a process of its own takes while it loads the file and runs it, so that it holds what a runtime copies.
-Weights are random: at int8 the error against the float network says whether one scale for both uses is good enough, not
-how good the network is.
+Weights are random, but batch norms know their inputs and biases are no zeros: a network as it was before training would
+lack what stands behind a use. At int8 the error against the float network says whether one scale for both uses is good
+enough, not how good the network is.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def main() -> None:
     inputs = np.random.default_rng(0).normal(size=(_SAMPLES, 3, 224, 224)).astype(np.float32)
     for name in options.models:
         shutil.rmtree(options.work / name, ignore_errors=True)  # an older converter's files would be taken
-        tied = models.load(f"sample:{name}").module
+        tied = _settled(models.load(f"sample:{name}").module, torch.from_numpy(inputs))
         networks = {"tied": tied, "untied": untied(tied)}
         for runtime in (target.runtime(found) for found in options.runtimes):
             programs = {
@@ -86,6 +87,23 @@ def main() -> None:
                 print(_line(row), flush=True)
                 _keep(row, options.out)
     print(f"written to {options.out}")
+
+
+def _settled(network: nn.Module, inputs: torch.Tensor) -> nn.Module:
+    """With biases and uneven norms, those of batches after they have seen the inputs."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d | nn.LayerNorm):
+            layer.weight.data = 1.0 + 0.1 * torch.randn(layer.weight.shape, generator=generator)
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.reset_running_stats()
+            layer.momentum = None  # the mean over all batches
+    with torch.no_grad():
+        network.train()(inputs)
+    return network.eval()
 
 
 def _keep(row: dict[str, Any], out: Path) -> None:
