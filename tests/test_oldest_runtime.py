@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
 
 import rowcol_edge
 from rowcol_edge import targets
+from rowcol_edge.factoring.ties import TiedFeedForward
 from rowcol_edge.targets import RuntimeSpec
 
 from .nets import Dense, small_net, widened_target, write_splits
@@ -81,19 +83,25 @@ def vit(promise: tuple[str, str], tmp_path_factory: pytest.TempPathFactory, shar
 
 @pytest.fixture(scope="module")
 def others(promise: tuple[str, str], tmp_path_factory: pytest.TempPathFactory, shared_stages: None) -> list[Path]:
-    """Small nets at the other precisions; some of those are for linear layers."""
+    """Small nets at the other precisions, of which some are for linear layers and one holds a tied matrix once."""
     target, runtime = promise
     made = []
     for precision in OTHER_PRECISIONS[runtime]:
         out = tmp_path_factory.mktemp("net")
         [built] = rowcol_edge.build(
-            small_net() if precision == "fp16" else Dense().eval(),
+            tied_net() if precision == "fp16" else Dense().eval(),
             target=widened_target(out, target, precision), runtime=runtime, precision=precision,
             labels=["plain", "striped"], metric="accuracy", energy=0.98, zip=False, out=str(out / "bundles"),
             **write_splits(out),
         )  # fmt: skip
         made.append(Path(built.path))
     return made
+
+
+def tied_net() -> nn.Module:
+    net = small_net()
+    net.head = nn.Sequential(TiedFeedForward(64, 128), net.head)
+    return net.eval()
 
 
 def on_board(python: Path, bundle: Path, *arguments: str | Path) -> Any:

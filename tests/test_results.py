@@ -77,7 +77,6 @@ def test_tied_files_hold_their_matrices_once_and_are_at_most_5_percent_slower(ro
         (row["model"], row["precision"]) == ("halvit-resnet50", "int8") for row in rows if row["runtime"] != "tflite"
     ]
     assert [each > 1.0 for each in savings] == own
-    assert sum(own) == 2
     int8 = [row for row in rows if row["precision"] == "int8"]
     off = [arm["error"] for row in int8 if row["model"] == "halvit-resnet50" for arm in row["arms"].values()]
     assert f"is {100 * min(off):.0f} to {100 * max(off):.0f} % off, tied or not." in said

@@ -221,10 +221,13 @@ def _rescale(
         maker = next((n for n in graph.node if n.output[0] == layer.input[2]), None)
         if maker is not None and maker.op_type == "DequantizeLinear":
             values, scale = _array(constants[maker.input[0]]), _array(constants[maker.input[1]])
-            ratio = np.divide(after, before, out=np.ones_like(after), where=before != 0.0)
+            # that of the layer's input, one for all channels: one scale for a weight stays one for its bias
+            given = np.median(np.divide(scale, before, dtype=np.float64)[before != 0.0])
+            follows = np.broadcast_to((given * after).astype(np.float32), scale.shape)
             edge = np.iinfo(values.dtype)
-            _put(constants[maker.input[0]], np.clip(np.rint(values / ratio), edge.min, edge.max).astype(values.dtype))
-            _put(constants[maker.input[1]], (scale * ratio).astype(np.float32))
+            numbers = np.clip(np.rint(values * (scale / follows)), edge.min, edge.max)
+            _put(constants[maker.input[0]], numbers.astype(values.dtype))
+            _put(constants[maker.input[1]], follows)
 
 
 def _weights(model: onnx.ModelProto, constants: Mapping[str, onnx.TensorProto]) -> Iterator[_Weight]:

@@ -21,6 +21,7 @@ from openvino import opset13 as ops
 from . import ties
 
 _LEAST_BYTES = 1024
+_VALUE_OR_END = re.compile(r'"[^"]*"|\s*(?P<end>/?>)\s*')
 _PORT = re.compile(r'<port (id="\d+")[^>]*?(?:/>|>.*?</port>)')
 
 
@@ -62,15 +63,18 @@ def share(model: Any, found: tuple[ties.Tie, ...]) -> None:
 
 
 def compact(model: Any) -> None:
-    """Merge, in place, constants of the same content and forget the names of tensors within: the file describes each,
-    and beside weights that are stored once the descriptions count."""
+    """Merge, in place, constants of the same content, number them, and forget the names of tensors within: the file
+    describes each, and beside weights that are stored once the descriptions count."""
     first: dict[tuple[str, tuple[int, ...], bytes], Any] = {}
-    for node in model.get_ordered_ops():
+    for number, node in enumerate(model.get_ordered_ops()):
         kind = node.get_type_name()
         for out in node.outputs() if kind not in ("Parameter", "Result") else ():
             if not any(reader.get_node().get_type_name() == "Result" for reader in out.get_target_inputs()):
                 out.get_tensor().set_names(set())
-        if kind != "Constant" or node.get_byte_size() >= _LEAST_BYTES:
+        if kind != "Constant":
+            continue
+        node.set_friendly_name(f"c{number}")
+        if node.get_byte_size() >= _LEAST_BYTES:
             continue
         key = (str(node.get_element_type()), tuple(node.get_output_shape(0)), node.get_data().tobytes())
         kept = first.setdefault(key, node)
@@ -82,7 +86,7 @@ def compact(model: Any) -> None:
 def shorten(path: Path) -> None:
     """Rewrite an IR's description without what its readers can do without: the spaces between its elements, and of
     inputs, which an edge joins to the output of another operator, all but their number."""
-    text = re.sub(r"\s*(/?>)\s*", r"\1", path.read_text(encoding="utf-8"))
+    text = _VALUE_OR_END.sub(lambda found: found["end"] or found[0], path.read_text(encoding="utf-8"))
     text = re.sub(r"<input>.*?</input>", lambda found: _PORT.sub(r"<port \1/>", found[0]), text)
     path.write_text(text, encoding="utf-8")
 

@@ -6,7 +6,7 @@ ADD. A scale that the converter has multiplied into the rows (batch norms) becom
 no other operator ends with; at int8 a convolution's is moved into the scales of its weight. No operator reads a larger
 kernel with inputs and outputs exchanged: such a use keeps a buffer of its own.
 
-A product and a sum take longer than one convolution (`tools/benchmark_ties.py`). So where that hardly adds to the file,
+At int8 a product, a scale and a sum take longer than one convolution. So where that hardly adds to the file,
 convolutions read the matrix the other way round from a second buffer.
 
 All but the move is done to the float file, which every precision is made from: a quantizer then sees the operators
@@ -29,7 +29,7 @@ from ai_edge_litert import schema_py_generated as schema
 from . import tflite_files, ties
 
 PRODUCT = ";product"
-"""Ends the name of a tensor that was a layer's output before its bias and its scale were taken out."""
+"""With a number ends the name of a tensor that a layer's bias or scale, taken out of it, is still to come to."""
 _LAYERS = ("FULLY_CONNECTED", "CONV_2D")
 _LEAST_FACTOR = 1e-3
 """Of the largest: a bias would be divided by smaller ones."""
@@ -164,8 +164,10 @@ def absorb(model: Any, original: Any) -> None:
             or factors is None
             or tflite_files.kind(model, maker) != "CONV_2D"
             or maker.builtinOptions.fusedActivationFunction
+            or len(maker.inputs) < 3
+            or maker.inputs[2] < 0
             or any(readers[int(index)] != 1 for index in (operator.inputs[0], *maker.inputs[1:]))
-            or operator.outputs[0] in graph.outputs
+            or {int(operator.inputs[0]), int(operator.outputs[0])}.intersection(graph.outputs)
             or not _scale_rows(model, graph, maker, original, factors)
         ):
             kept.append(operator)
@@ -249,7 +251,9 @@ def _layers(model: Any, graph: Any) -> Iterator[_Layer]:
         weight, options = graph.tensors[operator.inputs[1]], operator.builtinOptions
         if model.buffers[weight.buffer].data is None or weight.type != schema.TensorType.FLOAT32:
             continue
-        if any(size != 1 for size in weight.shape[1:-1]) or math.prod(given.shape[:-1]) != math.prod(made.shape[:-1]):
+        if given.shape[-1] != weight.shape[-1] or any(size != 1 for size in weight.shape[1:-1]):
+            continue
+        if math.prod(given.shape[:-1]) != math.prod(made.shape[:-1]):
             continue
         if kind == "FULLY_CONNECTED" or (options.strideH, options.strideW) == (1, 1):
             yield _Layer(tflite_files.text(made.name), operator, weight)
