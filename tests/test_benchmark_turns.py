@@ -102,13 +102,13 @@ def test_what_slows_all_for_a_while_is_in_no_ratio(script: ModuleType, monkeypat
 def test_what_is_no_larger_than_the_null_arm_shows_is_no_finding(
     script: ModuleType, null: np.ndarray, verdict: str
 ) -> None:
-    turns = script.Turns("untied", {}, {"tied": [1.03, 1.035, 1.04, 1.04, 1.045, 1.05], NULL: null.tolist()})
+    turns = script.Turns("untied", {"tied": [1.03, 1.035, 1.04, 1.04, 1.045, 1.05], NULL: null.tolist()})
     [tied] = turns.judged("target").comparisons
     assert tied.verdict == verdict
 
 
 def test_times_of_an_emulated_machine_are_compared_with_nothing(script: ModuleType) -> None:
-    [tied] = script.Turns("untied", {}, {"tied": [1.5] * 6, NULL: [1.0] * 6}).judged("emulated").comparisons
+    [tied] = script.Turns("untied", {"tied": [1.5] * 6, NULL: [1.0] * 6}).judged("emulated").comparisons
     assert tied.verdict == NOT_COMPARABLE
 
 

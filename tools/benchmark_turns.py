@@ -41,10 +41,9 @@ _TIMEOUT_SECONDS = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """Of each arm the median time of an inference in ns, and of all but the baseline each round's ratio to it."""
+    """Of each arm but the baseline each round's ratio to it."""
 
     baseline: str
-    medians_ns: dict[str, float]
     ratios: dict[str, list[float]]
 
     def judged(self, evidence: str) -> Judgement:
@@ -62,14 +61,11 @@ def take_turns(requests: Mapping[str, Request], baseline: str, rounds: int) -> T
     """Measure arms against ``baseline``, one of them; another is its null arm. MeasurementError: a process ends early,
     or hangs."""
     ratios: dict[str, list[float]] = {arm: [] for arm in requests if arm != baseline}
-    times: dict[str, list[float]] = {arm: [] for arm in requests}
     for names in schedule.order(list(requests), rounds):
         turns = _round({name: requests[name] for name in names})
-        for arm, medians in turns.items():
-            times[arm] += medians
         for arm, each in ratios.items():
             each.append(stats.median([a / b for a, b in zip(turns[arm], turns[baseline], strict=True)]))
-    return Turns(baseline, {arm: stats.median(each) for arm, each in times.items()}, ratios)
+    return Turns(baseline, ratios)
 
 
 def _round(requests: Mapping[str, Request]) -> dict[str, list[float]]:
