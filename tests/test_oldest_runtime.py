@@ -25,7 +25,7 @@ from rowcol_edge.targets import RuntimeSpec
 
 from .nets import Dense, small_net, widened_target, write_splits
 
-OTHER_PRECISIONS = {"onnxruntime": ("int8-dynamic", "int4-weights", "fp16"), "openvino": ("fp16",)}
+OTHER_PRECISIONS = {"onnxruntime": ("int8-dynamic", "int4-weights", "fp16"), "openvino": ("fp16", "int8")}
 
 
 def promises() -> list[tuple[str, str]]:
@@ -83,13 +83,13 @@ def vit(promise: tuple[str, str], tmp_path_factory: pytest.TempPathFactory, shar
 
 @pytest.fixture(scope="module")
 def others(promise: tuple[str, str], tmp_path_factory: pytest.TempPathFactory, shared_stages: None) -> list[Path]:
-    """Small nets at the other precisions, of which some are for linear layers and one holds a tied matrix once."""
+    """Small nets at the other precisions: some are for linear layers, the other files hold a tied matrix once."""
     target, runtime = promise
     made = []
     for precision in OTHER_PRECISIONS[runtime]:
         out = tmp_path_factory.mktemp("net")
         [built] = rowcol_edge.build(
-            tied_net() if precision == "fp16" else Dense().eval(),
+            tied_net() if precision in ("fp16", "int8") else Dense().eval(),
             target=widened_target(out, target, precision), runtime=runtime, precision=precision,
             labels=["plain", "striped"], metric="accuracy", energy=0.98, zip=False, out=str(out / "bundles"),
             **write_splits(out),

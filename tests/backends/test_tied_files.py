@@ -31,6 +31,7 @@ from .conftest import RUNTIME, write_source
 
 TARGET = targets.load("generic-x86")
 PRECISIONS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 0.1}
+TFLITE_ONLY = [("transformer", "fp32", 4), ("stage", "int8", 4), ("stage", "int8-io", 1)]
 
 
 def uneven_norms(model: nn.Module) -> None:
@@ -182,35 +183,37 @@ def stored(model: nn.Module, backend: str) -> list[torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Source, str], Path]:
-    made: dict[tuple[Source, str], Path] = {}
+def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    made: dict[tuple[Source, str, int], Path] = {}
 
-    def get(consumes: Source, name: str) -> Path:
-        if (consumes, name) not in made:
+    def get(consumes: Source, name: str, samples: int = 1) -> Path:
+        if (consumes, name, samples) not in made:
             folder = tmp_path_factory.mktemp(name)
-            path = write_source(consumes, network(name), {"x": pictures(name, 1, 0)}, folder)
+            path = write_source(consumes, network(name), {"x": pictures(name, samples, 0)}, folder)
             if consumes is Source.ONNX:
                 simplified = simplify(path, folder / "simplified.onnx")
                 assert simplified.applied, simplified.reason
                 path = simplified.path
-            made[consumes, name] = path
-        return made[consumes, name]
+            made[consumes, name, samples] = path
+        return made[consumes, name, samples]
 
     return get
 
 
-def _kept_once() -> Iterator[tuple[str, str, str]]:
+def _kept_once() -> Iterator[tuple[str, str, str, int]]:
     """Two of the networks differ from the stage in files for TFLite only, the others at fp16 in none."""
     for backend, name, precision in itertools.product(BACKENDS, NETWORKS, PRECISIONS):
         if backend == "tensorrt" or (backend != "tflite" and name in ("wide head", "positive stage")):
             continue
         if precision != "fp16" or name in ("transformer", "stage", "wide head", "features", "kernels"):
-            yield backend, name, precision
+            yield backend, name, precision, 1
+    for name, precision, samples in TFLITE_ONLY:
+        yield "tflite", name, precision, samples
 
 
-@pytest.mark.parametrize(("backend", "name", "precision"), list(_kept_once()))
+@pytest.mark.parametrize(("backend", "name", "precision", "samples"), list(_kept_once()))
 def test_weights_are_stored_once_and_outputs_stay(
-    backend: str, name: str, precision: str, source, tmp_path: Path
+    backend: str, name: str, precision: str, samples: int, source, tmp_path: Path
 ) -> None:
     compiler, model = load_backend(backend), network(name)
     runtime = _runtime(backend)
@@ -220,7 +223,8 @@ def test_weights_are_stored_once_and_outputs_stay(
 
     quant = QuantSpec.for_target(precision, TARGET)
     out = tmp_path / f"made{compiler.suffix}"
-    artifact = compiler.compile(source(compiler.consumes, name), runtime, quant, calibration, out)
+    artifact = compiler.compile(source(compiler.consumes, name, samples), runtime, quant, calibration, out)
+    precision = precision.removesuffix("-io")
     kind = {"fp32": "float32", "fp16": "float16", "int8": "int8"}[precision]
     width = {"fp32": 4, "fp16": 2, "int8": 1}[precision]
     # biases, norms and what tools add to them are small beside the matrices
