@@ -1,4 +1,4 @@
-"""Measure the gauge between factors at int8: each one tried for all layers, and those chosen per layer.
+"""Measure gauges between factors at int8: what a split leaves, others for all layers, and one chosen for each.
 
     python tools/benchmark_gauge.py            # writes tools/results/gauge.json and prints a table
 
@@ -48,6 +48,7 @@ RESULTS = Path(__file__).parent / "results"
 _ALONE = 128  # selection inputs that layers are judged on one by one
 
 ARMS: dict[str, Sequence[Gauge | None]] = {
+    "as split": (None,),
     **{f"alpha {alpha:g}": (Gauge(alpha),) for alpha in (0.0, 0.5, 1.0)},
     "alpha 0.5, rotated": (Gauge(0.5, 0),),
     "chosen per layer": GAUGES,
