@@ -31,7 +31,7 @@ from .conftest import RUNTIME, write_source
 
 TARGET = targets.load("generic-x86")
 PRECISIONS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 0.1}
-TFLITE_ONLY = [("transformer", "fp32", 4), ("stage", "int8", 4), ("stage", "int8-io", 1)]
+TFLITE_ONLY = [("transformer", "fp32", 4), ("stage", "int8", 4), ("stage", "int8-io", 1), ("stage", "int8-dynamic", 1)]
 
 
 def uneven_norms(model: nn.Module) -> None:
@@ -224,7 +224,7 @@ def test_weights_are_stored_once_and_outputs_stay(
     quant = QuantSpec.for_target(precision, TARGET)
     out = tmp_path / f"made{compiler.suffix}"
     artifact = compiler.compile(source(compiler.consumes, name, samples), runtime, quant, calibration, out)
-    precision = precision.removesuffix("-io")
+    precision = precision.partition("-")[0]
     kind = {"fp32": "float32", "fp16": "float16", "int8": "int8"}[precision]
     width = {"fp32": 4, "fp16": 2, "int8": 1}[precision]
     # biases, norms and what tools add to them are small beside the matrices

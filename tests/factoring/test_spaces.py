@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,28 @@ def test_several_inputs_and_progress() -> None:
     spaces = collect(Two(), batches, ["layer"], progress=lambda *report: seen.append(report))
     assert seen == [("calibration", 1, 2), ("calibration", 2, 2), ("spectra", 1, 1)]
     assert spaces["layer"].constant
+
+
+def test_no_activation_is_held_after_its_batch() -> None:
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 7)
+            self.given: list[weakref.ref[np.ndarray]] = []
+            self.held: list[int] = []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.held.append(sum(earlier() is not None for earlier in self.given))
+            between = torch.relu(self.a(x)).numpy().copy()  # a tensor on it, and any view of that, keeps it alive
+            self.given.append(weakref.ref(between))
+            return self.b(torch.from_numpy(between))
+
+    model = Watched()
+    batches = np.random.default_rng(0).normal(size=(10, 4, 6)).astype(np.float32)
+    found = collect(model, [{"x": batch} for batch in batches], ["a", "b"], row_space=True)
+    assert found["b"].samples == 40
+    assert model.held == [0] * 10
+    assert not any(batch() is not None for batch in model.given)
 
 
 def test_bad_data() -> None:
