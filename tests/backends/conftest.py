@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from rowcol_edge import targets
 from rowcol_edge.backends import program_files
-from rowcol_edge.backends.base import Source
+from rowcol_edge.backends.base import QuantSpec, Source
 from rowcol_edge.export import capture
 from rowcol_edge.export.onnx import export
 from rowcol_edge.targets import RuntimeSpec
@@ -70,6 +71,11 @@ RUNTIME = RuntimeSpec(
     requirements=("onnxruntime",),
     why="",
 )
+
+
+def judged(precision: str) -> QuantSpec:
+    """For files whose outputs are judged here: int8 that x86-64 processors without VNNI do not saturate either."""
+    return QuantSpec.for_target(precision, targets.load("generic-x86"))
 
 
 @pytest.fixture(scope="session")

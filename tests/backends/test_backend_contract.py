@@ -22,7 +22,7 @@ from rowcol_edge.errors import ConfigError, DataError, MissingDependencyError, S
 from rowcol_edge.targets import PRECISIONS, RuntimeSpec, load
 
 from .. import stored
-from .conftest import Convolutions, smooth, write_source
+from .conftest import Convolutions, judged, smooth, write_source
 
 Batches = Callable[[], Iterator[dict[str, np.ndarray]]]
 Sources = Callable[[Source, str], Path]
@@ -72,7 +72,7 @@ def test_an_artifact_is_what_it_says(
     source = sources(backend.consumes, network)
     before = source.read_bytes()
     out = tmp_path / f"artifact{backend.suffix}"
-    made = backend.compile(source, runtime, QuantSpec(precision), batches, out)
+    made = backend.compile(source, runtime, judged(precision), batches, out)
     files = [*made.companions, out]
     content = b"".join(path.read_bytes() for path in files)
     assert (made.path, made.precision) == (out, precision)
@@ -225,7 +225,7 @@ def test_ranges_of_several_inputs_are_not_mixed_up(backend: Backend, tmp_path: P
     example = {name: np.zeros((1, 24), np.float32) for name in ("vibration", "heat")}
     source = write_source(backend.consumes, net, example, tmp_path)
     out = tmp_path / f"out{backend.suffix}"
-    backend.compile(source, runtime, QuantSpec("int8"), lambda: iter(seen), out)
+    backend.compile(source, runtime, judged("int8"), lambda: iter(seen), out)
     with load_runtime(backend.host_runtime).open(out, RuntimeOptions(threads=1)) as session, torch.inference_mode():
         got = np.concatenate([session.run(values)["output"] for values in fresh])
         wanted = np.concatenate([net(**{k: torch.from_numpy(v) for k, v in values.items()}) for values in fresh])
@@ -253,7 +253,7 @@ def test_token_ids_keep_their_type(backend: Backend, precision: str, tmp_path: P
              for _ in range(16)]  # fmt: skip
     source = write_source(backend.consumes, net, feeds[0], tmp_path)
     out = tmp_path / f"out{backend.suffix}"
-    backend.compile(source, runtime, QuantSpec(precision), lambda: iter(feeds), out)
+    backend.compile(source, runtime, judged(precision), lambda: iter(feeds), out)
     with load_runtime(backend.host_runtime).open(out, RuntimeOptions(threads=1)) as session, torch.inference_mode():
         assert [(spec.name, spec.dtype) for spec in session.inputs] == [("ids", "int64"), ("mask", "int64")]
         got = np.concatenate([session.run(values)["output"] for values in feeds])

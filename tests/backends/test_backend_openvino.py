@@ -22,7 +22,7 @@ from rowcol_edge.errors import BundleError, StageError, UnsupportedOpError
 from rowcol_edge.quality import Predictions, metric
 from rowcol_edge.targets import RuntimeSpec
 
-from .conftest import write_source
+from .conftest import judged, write_source
 
 Batches = Callable[[], Iterator[dict[str, np.ndarray]]]
 Make = Callable[..., Artifact]
@@ -107,7 +107,7 @@ def test_every_output_has_its_name_though_two_are_one_tensor(
     rng, model, out = np.random.default_rng(0), Shared().eval(), tmp_path / "shared.xml"
     samples = [{"x": rng.normal(size=(1, 4)).astype(np.float32)} for _ in range(4)]
     source = write_source(Source.EXPORTED_PROGRAM, model, samples[0], tmp_path)
-    load_backend("openvino").compile(source, runtime, QuantSpec(precision), lambda: iter(samples), out)
+    load_backend("openvino").compile(source, runtime, judged(precision), lambda: iter(samples), out)
     with load_runtime("openvino").open(out, RuntimeOptions(1)) as session:
         assert [spec.name for spec in session.inputs] == ["x"]
         got = session.run(samples[0])
@@ -159,7 +159,7 @@ def test_a_layer_behind_pooled_tokens_is_right_in_int8(runtime: RuntimeSpec, tmp
     model, rng, out = Pooled().eval(), np.random.default_rng(0), tmp_path / "pooled.xml"
     samples = [{"x": rng.normal(size=(1, 7, 24)).astype(np.float32)} for _ in range(16)]
     source = write_source(Source.EXPORTED_PROGRAM, model, samples[0], tmp_path)
-    load_backend("openvino").compile(source, runtime, QuantSpec("int8"), lambda: iter(samples), out)
+    load_backend("openvino").compile(source, runtime, judged("int8"), lambda: iter(samples), out)
     with load_runtime("openvino").open(out, RuntimeOptions(1)) as session, torch.no_grad():
         got = np.concatenate([next(iter(session.run(sample).values())) for sample in samples])
         wanted = np.concatenate([model(torch.from_numpy(sample["x"])).numpy() for sample in samples])

@@ -19,7 +19,7 @@ from rowcol_edge.errors import ConfigError, StageError
 from rowcol_edge.targets import RuntimeSpec
 
 from ..nets import outlier_net
-from .conftest import Batches, write_source
+from .conftest import Batches, judged, write_source
 
 BACKENDS = ("onnxruntime", "openvino", "tensorrt")
 """tflite is left out where the net has an outlier between its layers, which it holds in 8 bits too."""
@@ -115,7 +115,7 @@ def test_attention_has_errors_too(
 ) -> None:
     backend = load_backend(name)
     tokens = sources(backend.consumes, "tokens")
-    made = backend.compile(tokens, runtime, QuantSpec("int8"), batches, tmp_path / f"a{backend.suffix}")
+    made = backend.compile(tokens, runtime, judged("int8"), batches, tmp_path / f"a{backend.suffix}")
     found = backend.layer_errors(tokens, made.path, batches)
     assert len(found) >= 7
     assert 0.0 < found[0].error < 0.2

@@ -97,7 +97,10 @@ def test_nearly_all_that_a_runtime_runs_is_known(
     wanted = SHAPES if network == "convolutions" else TOKENS
     assert set(wanted) <= layers
     unknown = [operator for operator in found if homes[operator.name] is None]
-    assert {operator.kind.split(" ")[0] for operator in unknown} <= ADDED
+    added = set(ADDED)
+    if any(operator.name == "ScaledDotProductAttention" and operator.kind.startswith("MatMul") for operator in found):
+        added |= {"MatMul", "Softmax"}  # without VNNI OpenVINO takes int8 attention apart, and numbers are their names
+    assert {operator.kind.split(" ")[0] for operator in unknown} <= added
     assert len(unknown) <= len(found) / 3
 
 
