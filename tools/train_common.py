@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import math
 import platform
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from rowcol_edge.device.system import environment
+
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from malloc.h
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,6 +33,17 @@ def keep_memory() -> None:
         return
     for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
         mallopt(option, value)
+
+
+@functools.cache
+def arithmetic() -> str:
+    """What products are trained in: without instructions for it, bfloat16 takes many times as long as float32."""
+    return "bfloat16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(environment().isa) else "float32"
+
+
+def reduced(wanted: bool = True) -> torch.autocast:
+    """Products in the `arithmetic` of this processor; False: in float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=wanted and arithmetic() == "bfloat16")
 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -67,12 +81,12 @@ def load_half(model: torch.nn.Module, path: Path) -> torch.nn.Module:
 class Checkpoint:
     """One file per stage, rewritten after every epoch.
 
-    `settings` is stored with it: a checkpoint of other settings is set aside, never resumed.
+    `settings` is stored with it: a checkpoint of other settings, or of another arithmetic, is set aside, never resumed.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
-        self.settings = json.dumps(settings, sort_keys=True)
+        self.settings = json.dumps({**settings, "arithmetic": arithmetic()}, sort_keys=True)
 
     def load(self) -> dict[str, Any] | None:
         if not self.path.is_file():
@@ -233,7 +247,8 @@ def shuffled(count: int, batch: int, generator: torch.Generator) -> Iterator[tor
 
 def machine() -> dict[str, Any]:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "cpu": _cpu(), "versions": versions}
+    threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return {"machine": threads, "cpu": _cpu(), "arithmetic": arithmetic(), "versions": versions}
 
 
 def _cpu() -> str:

@@ -49,6 +49,7 @@ from train_common import (
     load_half,
     machine,
     rates,
+    reduced,
     save_half,
     shuffled,
     write_json,
@@ -168,15 +169,11 @@ class Teacher(nn.Module):
         return self.head(F.dropout(self.features(x), 0.2, self.training))
 
 
-def bf16() -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16)
-
-
 @torch.no_grad()
-def probabilities(model: nn.Module, inputs: Tensor, reduced: bool = False) -> np.ndarray:
-    """P(defective), in fp32 unless `reduced`."""
+def probabilities(model: nn.Module, inputs: Tensor, as_trained: bool = False) -> np.ndarray:
+    """P(defective), in fp32 unless `as_trained`."""
     model.eval()
-    with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+    with reduced(as_trained):
         logits = [model(fast(x)).float() for x in inputs.split(64)]
     return torch.cat(logits).softmax(1)[:, 1].numpy()
 
@@ -233,14 +230,14 @@ def train_teacher(settings: Settings, number: int, recipe: Any, splits: Splits, 
         teacher.train()
         losses = []
         for step, x, y in training_batches(settings, train, generator, epoch * steps):
-            with bf16():
+            with reduced():
                 logits = teacher(fast(resized(x, sizes[epoch]))).float()
             loss = F.cross_entropy(logits, torch.stack([1 - y, y], 1))
             stage.learn(loss, step, lr[step])
             losses.append(loss.item())
         averaged.load_state_dict(stage.average.state)
         stage.text = f"at {sizes[epoch]} px, loss {np.mean(losses):.3f}"
-        got = figures(selection.labels, probabilities(averaged, selection.inputs, reduced=True))
+        got = figures(selection.labels, probabilities(averaged, selection.inputs, as_trained=True))
         stage.judge(got, score(got))
     teacher.load_state_dict(stage.best["state"])
     return teacher.eval(), {"kept_epoch": stage.best["epoch"], **stage.about()}
@@ -279,7 +276,7 @@ class Hints(nn.Module):
 def distil(
     settings: Settings, student: nn.Module, teachers: list[Teacher], hints: Hints, x: Tensor, y: Tensor, pixels: int
 ) -> Tensor:
-    with bf16():
+    with reduced():
         with torch.no_grad():
             seen = fast(resized(x, max(pixels, 160)))
             wanted = torch.stack([teacher(seen).float() for teacher in teachers]).mean(0)
@@ -330,7 +327,7 @@ def train_student(
         stage.text = f"at {sizes[epoch]} px, loss {np.mean(losses):.3f}"
         if (epoch + 1) % 5 == 0 or sizes[epoch] == FULL:
             averaged.load_state_dict(stage.average.state)
-            p = probabilities(averaged, resized(selection.inputs, sizes[epoch]), reduced=True)
+            p = probabilities(averaged, resized(selection.inputs, sizes[epoch]), as_trained=True)
             got = figures(selection.labels, p)
             stage.judge({"pixels": sizes[epoch], **got}, score(got) if sizes[epoch] == FULL else 0.0)
     return checkpoint.path, {"kept_epoch": stage.best["epoch"], **stage.about()}

@@ -37,6 +37,7 @@ from train_common import (
     load_half,
     machine,
     rates,
+    reduced,
     save_half,
     schedule,
     shuffled,
@@ -138,7 +139,7 @@ def train(settings: Settings, data: Any, build: Any, cache: Path) -> tuple[dict[
         losses = []
         for step, pick in enumerate(shuffled(len(labels), settings.batch, generator), epoch * steps):
             # the fused attention's backward is slower than plain matrix products on a CPU
-            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            with reduced(), sdpa_kernel(SDPBackend.MATH):
                 tokens = model.tokens(augment(inputs[pick], generator))
                 if sizes[epoch] < tokens.shape[1]:
                     tokens = some(tokens, sizes[epoch], generator)

@@ -24,6 +24,7 @@ from train_common import (
     keep_memory,
     load_half,
     machine,
+    reduced,
     save_half,
     write_json,
 )
@@ -99,7 +100,7 @@ def train(recipe: Recipe, cache: Path, stop_after: int) -> tuple[dict[str, Tenso
         losses = []
         steps = recipe.steps(epoch)
         for step, (inputs, targets) in enumerate(recipe.batches(epoch, generator), epoch * steps):
-            with torch.autocast("cpu", torch.bfloat16):
+            with reduced():
                 outputs = model(fast(inputs))
             loss = recipe.loss(outputs.float(), targets)
             stage.learn(loss, step, settings.lr * cosine(step, steps * settings.epochs, warmup=steps))

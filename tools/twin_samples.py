@@ -19,7 +19,7 @@ import train_fmnist_vit as fmnist
 from rowcol_edge import quality
 from rowcol_edge.errors import ModelError
 from rowcol_edge.user_code import import_file
-from train_common import ROOT, load_half, shuffled
+from train_common import ROOT, load_half, reduced, shuffled
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Garments(Sample):
     def losses(self, model: Any, size: int, generator: torch.Generator) -> Iterator[Tensor]:
         for pick in shuffled(self.count(), self.settings.batch, generator):
             # the fused attention's backward is slower than plain matrix products on a CPU
-            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            with reduced(), sdpa_kernel(SDPBackend.MATH):
                 tokens = model.tokens(fmnist.augment(self.inputs[pick], generator))
                 if size < tokens.shape[1]:
                     tokens = fmnist.some(tokens, size, generator)
@@ -168,7 +168,7 @@ class Cells(Sample):
     def losses(self, model: nn.Module, size: int, generator: torch.Generator) -> Iterator[Tensor]:
         train, views = self.splits["train"], cells.Views(generator)
         for pick in shuffled(self.count(), self.settings.batch, generator):
-            with torch.autocast("cpu", torch.bfloat16):
+            with reduced():
                 logits = model(cells.fast(views(train.inputs[pick])))
             y = train.targets[pick]
             yield F.cross_entropy(logits.float(), torch.stack([1 - y, y], 1))
