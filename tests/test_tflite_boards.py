@@ -37,11 +37,8 @@ def board(request: pytest.FixtureRequest, bare_python: Callable[..., Path]) -> P
 
 @pytest.fixture(scope="module", params=["int8", "int8-io", "int8-dynamic", "fp16"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, shared_stages: None) -> Path:
-    """The dense arms beside it only at int8: at another precision their files have the same operators."""
     net, options = short_vit(tmp_path_factory.mktemp(request.param))
-    [built] = rowcol_edge.build(
-        net, target="generic-x86", runtime="tflite", precision=request.param, dense=request.param == "int8", **options
-    )
+    [built] = rowcol_edge.build(net, target="generic-x86", runtime="tflite", precision=request.param, **options)
     return Path(built.path)
 
 
@@ -67,11 +64,10 @@ def test_numpy_2_beside_tflite_runtime_is_one_line(
 
 def test_every_arm_reproduces_its_golden_outputs(board: Path, bundle: Path) -> None:
     report = on_board(board, bundle, "verify", bundle)
+    assert [arm["ok"] for arm in report["arms"]] == [True] * 3
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    arms = 3 if manifest["arms"][0]["name"] == "factored@int8" else 1
-    assert [arm["ok"] for arm in report["arms"]] == [True] * arms
     assert [arm["name"] for arm in report["arms"]] == [arm["name"] for arm in manifest["arms"]]
-    assert sum("TRANSPOSE operators" in note for note in manifest["build"]["notes"]) == arms
+    assert sum("TRANSPOSE operators" in note for note in manifest["build"]["notes"]) == 3
 
 
 def test_the_board_predicts_what_this_machine_predicts(board: Path, bundle: Path, root: Path) -> None:
