@@ -48,6 +48,11 @@ def run(
     return f"{tool} failed: {last or f'exit code {done.returncode}'}"
 
 
+def hide(module: str) -> None:
+    """Let this process find no such module: a converter may import torch for seconds only because it is installed."""
+    sys.modules[module] = None  # type: ignore[assignment]  # what import takes as "not found"
+
+
 def _command(module: str, arguments: Sequence[object]) -> list[str]:
     # -P: the folder the user stands in is no place to import from.
     return [sys.executable, "-P", "-m", module, *map(str, arguments)]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..native import hide
 from .workers import NOT_INSTALLED
 
 _SELF_ATTENTION = "ScaledDotProductAttention"
@@ -26,6 +27,7 @@ _ABOVE_ZERO = 2.0
 
 def main(job_file: str) -> int:
     os.environ["CI"] = "true"  # what openvino and nncf take as a no to sending usage statistics
+    hide("torch")
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     try:
         import openvino as ov

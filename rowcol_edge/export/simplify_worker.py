@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from ..native import hide
+
 NOT_INSTALLED = 40
 NOT_EQUAL = 41
 """Exit codes that `simplify` turns into words; any other failure is a crash."""
@@ -14,6 +16,7 @@ weights inside."""
 
 
 def main(source: str, out: str) -> int:
+    hide("torch")
     try:
         import onnx
         import onnxsim

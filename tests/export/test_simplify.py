@@ -65,6 +65,10 @@ def test_onnxsim_removes_what_is_not_needed(source: Path, tmp_path: Path, monkey
     trap.mkdir()
     (trap / "onnx.py").write_text("raise SystemExit('imported from the working folder')")
     monkeypatch.chdir(trap)
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "torch.py").write_text("raise SystemExit('imported, though only because it is there')")
+    monkeypatch.setenv("PYTHONPATH", str(slow))
     done = simplify(source, tmp_path / "out.onnx")
     assert done.applied, done.reason
     assert (done.nodes_before, done.nodes_after) == (6, 2)
