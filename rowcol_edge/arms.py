@@ -19,7 +19,7 @@ from . import evaluation, sources
 from .backends import load_backend
 from .backends.base import AccuracyControl, Artifact, LayerError, QuantSpec
 from .datasets import Feeds
-from .device import digests
+from .device import digests, system
 from .device.runtimes import RuntimeOptions
 from .errors import ParityError
 from .evaluation import Judged
@@ -309,11 +309,13 @@ def _key(variant: str, plan: FactorPlan | None, runtime: RuntimeSpec, repaired: 
 
 
 def runtime_options(target: Target, runtime: RuntimeSpec) -> RuntimeOptions:
-    """How the build opens an artifact: on this machine's CPU, as the target asks for otherwise."""
+    """How the build opens an artifact: on this machine's CPU, as the target asks for otherwise, with the sums that the
+    target's processor gives."""
     own = runtime.runs_at_build
     # a folder of compiled models is for the board's own starts, and another device's settings are for that device
     properties = {key: value for key, value in runtime.properties.items() if own and key != "CACHE_DIR"}
-    return RuntimeOptions(threads=target.threads, properties=properties)
+    exact_sums = system.saturates_only_here(target.to_dict())
+    return RuntimeOptions(threads=target.threads, properties=properties, exact_sums=exact_sums)
 
 
 def _exact(what: str, before: Outputs, after: Outputs) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from rowcol_edge import bundling
+from rowcol_edge import arms, bundling
 from rowcol_edge.targets import Alternative, RuntimeSpec, install_lines, load
 
 
@@ -41,3 +41,16 @@ def test_only_the_runtime_of_a_requirement_is_raised(jetson: RuntimeSpec, requir
     said = bundling._install(changed, "1.23.0")
     asked = shlex.split(said.splitlines()[-1].partition("install ")[2])
     assert asked == [raised]
+
+
+@pytest.mark.parametrize(
+    ("target", "exact"), [("raspberry-pi-4", True), ("jetson-orin-nano", True), ("generic-x86", False)]
+)
+def test_files_are_judged_with_the_sums_of_the_target(
+    target: str, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = load(target)
+    monkeypatch.setattr("rowcol_edge.device.system._isa", lambda _: ("sse4_1", "avx2"))
+    assert {arms.runtime_options(board, runtime).exact_sums for runtime in board.runtimes} == {exact}
+    monkeypatch.setattr("rowcol_edge.device.system._isa", lambda _: ("sse4_1", "avx2", "avx_vnni"))
+    assert not any(arms.runtime_options(board, runtime).exact_sums for runtime in board.runtimes)

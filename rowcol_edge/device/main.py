@@ -215,7 +215,7 @@ def verify_text(report: VerifyReport) -> str:
     lines = [f"{report.bundle}: {report.files} files match the manifest; {report.runtime} {report.runtime_version}"]
     width = max(len(arm.name) for arm in report.arms)
     for arm in report.arms:
-        error = arm.reason if arm.relative_error is None else f"relative error {arm.relative_error:.2e}"
+        error = arm.reason or f"relative error {arm.relative_error:.2e}"
         labels = "" if arm.labels_same is None else f", {arm.labels_same} of {arm.samples} labels the same"
         state = "ok    " if arm.ok else "FAILED"
         lines.append(f"  {state} {arm.name:{width}}  {error} (tolerance {arm.tolerance:g}){labels}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -19,6 +20,7 @@ from .npz import read_npz
 from .preprocess import Frames, Preprocess
 from .runtimes import Runtime, RuntimeOptions, Session, load_runtime
 from .runtimes.base import fits
+from .system import another_machine, saturates_only_here
 
 
 class Predictor:
@@ -151,10 +153,15 @@ class Predictor:
 
 
 def runtime_options(bundle: Bundle, threads: int | None = None) -> RuntimeOptions:
-    """The options the manifest asks for; ``threads`` None keeps its number."""
-    entry = bundle.manifest.runtime
+    """The options the manifest asks for; ``threads`` None keeps its number. A machine of another kind than the target
+    stands in for it and calculates what the target would."""
+    entry, target = bundle.manifest.runtime, bundle.manifest.target
     used = entry.threads if threads is None else threads
-    return RuntimeOptions(used, entry.providers, entry.properties, install_line=entry.install_line)
+    stands_in = bool(another_machine(target, platform.machine()))
+    exact_sums = stands_in and saturates_only_here(target)
+    return RuntimeOptions(
+        used, entry.providers, entry.properties, install_line=entry.install_line, exact_sums=exact_sums
+    )
 
 
 def open_arm(bundle: Bundle, arm: ArmEntry, *, threads: int | None = None) -> Session:

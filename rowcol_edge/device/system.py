@@ -178,6 +178,13 @@ def evidence_for(target: Mapping[str, Any], host: Environment) -> Evidence:
     return Evidence(PROXY, f"{where} ({host.machine}){lack} stands in for {wanted}, {cap}{': ' + note if note else ''}")
 
 
+def saturates_only_here(target: Mapping[str, Any], root: Path = Path("/")) -> bool:
+    """Whether sums of 8-bit products saturate on this machine and not on the target: x86 without VNNI adds them in
+    pairs to 16 bits."""
+    isa = _isa(sysfs.text(root / "proc/cpuinfo"))
+    return not target.get("int8_saturates", True) and "sse4_1" in isa and not set(_VNNI) & set(isa)
+
+
 def another_machine(target: Mapping[str, Any], machine: str) -> str:
     """The kind of machine that a target is, where ``machine`` is of another kind; else empty."""
     wanted = str((target.get("match") or {}).get("machine", ""))

@@ -232,6 +232,26 @@ def test_ranges_of_several_inputs_are_not_mixed_up(backend: Backend, tmp_path: P
     assert np.linalg.norm(got - wanted) <= ERROR["int8"] * np.linalg.norm(wanted)
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_sums_are_exact_on_every_machine_where_that_is_asked_for(
+    backend: Backend, signed: bool, tmp_path: Path, runtime: RuntimeSpec
+) -> None:
+    net = nn.Linear(64, 8, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.where(torch.arange(8) % 2 == 0, 1.0, -1.0)[:, None].expand(8, 64))
+    rng = np.random.default_rng(0)
+    feeds = [{"input": rng.uniform(0.9, 1, (1, 64)).astype(np.float32)} for _ in range(8)]
+    source = write_source(backend.consumes, net.eval(), {"input": feeds[0]["input"]}, tmp_path)
+    out = tmp_path / f"out{backend.suffix}"
+    # two products of nearly 255 x 127 are more than 16 bits hold
+    backend.compile(source, runtime, QuantSpec("int8", signed_activations=signed), lambda: iter(feeds), out)
+    options = RuntimeOptions(threads=1, exact_sums=True)
+    with load_runtime(backend.host_runtime).open(out, options) as session, torch.inference_mode():
+        for values in feeds:
+            wanted = net(torch.from_numpy(values["input"])).numpy()
+            np.testing.assert_allclose(session.run(values)["output"], wanted, rtol=0.02)
+
+
 class Words(nn.Module):
     """Token ids and their mask, as text models take them: int64."""
 

@@ -153,6 +153,25 @@ def test_options_come_from_the_manifest_unless_given(bundle: Bundle) -> None:
         open_arm(bundle, bundle.arm(), threads=-1)
 
 
+@pytest.mark.parametrize(
+    ("machine", "saturates", "exact"), [("aarch64", True, True), ("x86_64", True, False), ("aarch64", False, False)]
+)
+def test_a_machine_that_stands_in_for_another_kind_does_not_saturate(
+    bundle_parts: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    machine: str,
+    saturates: bool,
+    exact: bool,
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("rowcol_edge.device.predictor.saturates_only_here", lambda _: saturates)
+    target = {"name": "board", "title": "a board", "match": {"machine": machine}}
+    parts = {**bundle_parts, "manifest": replace(bundle_parts["manifest"], target=target)}
+    with Bundle.open(write_bundle(tmp_path / "board", **parts)) as opened:
+        assert runtime_options(opened).exact_sums is exact
+
+
 def test_an_artifact_with_other_inputs_than_the_manifest_says_is_refused(
     bundle_parts: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -158,10 +158,11 @@ def test_options_reach_the_runtime(
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
     load_runtime("onnxruntime").open(
-        onnx_file(tmp_path / "m.onnx"), RuntimeOptions(threads=2, deterministic=True)
+        onnx_file(tmp_path / "m.onnx"), RuntimeOptions(threads=2, deterministic=True, exact_sums=True)
     ).close()
     settings, providers = seen[0]
     assert (settings.intra_op_num_threads, settings.inter_op_num_threads) == (2, 1)
     assert settings.execution_mode == onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     assert settings.use_deterministic_compute
+    assert settings.get_session_config_entry("session.disable_quant_qdq") == "1"
     assert providers == ["CPUExecutionProvider"]

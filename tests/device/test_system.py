@@ -91,6 +91,25 @@ def test_a_board(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "target_saturates", "only_here"),
+    [
+        ("flags\t: sse4_1 avx2 fma\n", False, True),
+        ("flags\t: sse4_1 avx2 fma\n", True, False),
+        ("flags\t: sse4_1 avx2 avx_vnni\n", False, False),
+        ("flags\t: sse4_1 avx512f avx512_vnni\n", False, False),
+        (ARM, False, False),
+        ("", False, False),
+    ],
+)
+def test_8_bit_sums_saturate_on_x86_without_vnni(
+    tmp_path: Path, cpuinfo: str, target_saturates: bool, only_here: bool
+) -> None:
+    machine(tmp_path, proc__cpuinfo=cpuinfo)
+    assert system.saturates_only_here({"int8_saturates": target_saturates}, tmp_path) is only_here
+    assert not system.saturates_only_here({}, tmp_path)
+
+
 def cpufreq(root: Path, *cores: tuple[str, str, int, int, int]) -> system.Environment:
     """A machine whose cores have these governors, drivers, and present, allowed and highest frequencies in kHz."""
     keys = ("scaling_governor", "scaling_driver", "scaling_cur_freq", "scaling_max_freq", "cpuinfo_max_freq")

@@ -51,6 +51,26 @@ def test_an_arm_that_computes_something_else_fails_alone(bundle_parts: Parts, tm
     assert verify(Bundle.open(path), arms=["factored@fp32"]).ok
 
 
+def test_an_int8_arm_that_saturates_here_only_says_so(
+    bundle_parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rowcol_edge.device.verify.saturates_only_here", lambda _: True)
+    parts = changed(bundle_parts, 1.25)
+    name, manifest = "dense@int8", parts["manifest"]
+    arms = (manifest.arms[0], replace(manifest.arms[1], name=name, precision="int8"))
+    places = {"factored@fp32": manifest.golden_outputs["factored@fp32"], name: f"golden/{name}.npz"}
+    for part in ("artifacts", "golden_outputs"):
+        parts[part] = {name if arm == "dense@fp32" else arm: made for arm, made in parts[part].items()}
+    parts["manifest"] = replace(manifest, arms=arms, golden_outputs=places)
+    report = verify(Bundle.open(write_bundle(tmp_path / "b", **parts)))
+    assert [arm.reason for arm in report.arms] == [
+        "",
+        "relative error 2.00e-01 on a processor whose 8-bit sums saturate, which the target's do not",
+    ]
+    with pytest.raises(VerifyError, match=r"got relative error 2\.00e-01 on a processor whose 8-bit sums saturate"):
+        report.raise_if_failed()
+
+
 def test_the_arms_tolerance_is_the_limit(bundle_parts: Parts, tmp_path: Path) -> None:
     manifest = bundle_parts["manifest"]
     arms = tuple(replace(arm, tolerance=0.21) for arm in manifest.arms)

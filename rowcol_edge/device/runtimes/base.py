@@ -19,7 +19,8 @@ class RuntimeOptions:
     """``threads`` 0 and no ``providers`` leave the choice to the runtime (the CPU).
 
     ``properties`` are settings in the runtime's own words, such as openvino's ``INFERENCE_PRECISION_HINT``.
-    ``install_line`` is how the runtime is installed here, where that is known: for errors.
+    ``install_line`` is how the runtime is installed here, where that is known: for errors. ``exact_sums`` calculates
+    static int8 in float, for a machine whose 8-bit products saturate where those of the target do not.
     """
 
     threads: int = 0
@@ -27,6 +28,7 @@ class RuntimeOptions:
     properties: dict[str, str] = field(default_factory=dict)
     deterministic: bool = False
     install_line: str = ""
+    exact_sums: bool = False
 
 
 class Session(Protocol):

@@ -54,6 +54,7 @@ _DTYPES = {
     "tensor(uint64)": "uint64",
     "tensor(bool)": "bool",
 }
+_NO_INTEGER_KERNELS = "session.disable_quant_qdq"
 _FATAL = 4  # the messages reach the user through the exception; the logger would print them a second time
 
 
@@ -192,6 +193,8 @@ def _settings(options: RuntimeOptions, chosen: Providers) -> Any:
     settings.use_deterministic_compute = options.deterministic
     for key, value in chosen.entries.items():
         settings.add_session_config_entry(key, value)
+    if options.exact_sums:
+        settings.add_session_config_entry(_NO_INTEGER_KERNELS, "1")
     for name, on in chosen.switches.items():
         setattr(settings, name, on)
     return settings

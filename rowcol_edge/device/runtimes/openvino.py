@@ -41,6 +41,7 @@ _DTYPES = {
 _PRECISION = "INFERENCE_PRECISION_HINT"
 _NO_PRECISION = ("dynamic", "undefined")
 """Values of the hint that leave the choice to the device."""
+_INTEGER_KERNELS = "LP_TRANSFORMS_MODE"
 _COUNT = "PERF_COUNT"
 _CACHE = "CACHE_DIR"
 """Folder of compiled models, which make later starts faster; used only where a target's properties name one."""
@@ -197,6 +198,8 @@ def _settings(device: str, options: RuntimeOptions) -> dict[str, str]:
         settings |= {"NUM_STREAMS": "1", _PRECISION: "f32"}
         if options.threads:
             settings["INFERENCE_NUM_THREADS"] = str(options.threads)
+        if options.exact_sums:
+            settings[_INTEGER_KERNELS] = "NO"
     settings |= options.properties
     if _CACHE in settings:
         settings[_CACHE] = str(_cache_folder(settings[_CACHE]))
