@@ -42,6 +42,7 @@ _PRECISION = "INFERENCE_PRECISION_HINT"
 _NO_PRECISION = ("dynamic", "undefined")
 """Values of the hint that leave the choice to the device."""
 _INTEGER_KERNELS = "LP_TRANSFORMS_MODE"
+"""Whether int8 models get integer kernels: a key of the CPU plugin that is not documented (tried: 2024.6, 2026.4)."""
 _COUNT = "PERF_COUNT"
 _CACHE = "CACHE_DIR"
 """Folder of compiled models, which make later starts faster; used only where a target's properties name one."""
