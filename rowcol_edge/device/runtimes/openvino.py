@@ -42,7 +42,9 @@ _PRECISION = "INFERENCE_PRECISION_HINT"
 _NO_PRECISION = ("dynamic", "undefined")
 """Values of the hint that leave the choice to the device."""
 _INTEGER_KERNELS = "LP_TRANSFORMS_MODE"
-"""Whether int8 models get integer kernels: a key of the CPU plugin that is not documented (tried: 2024.6, 2026.4)."""
+"""Whether int8 models get integer kernels: a key of the CPU plugin that is not documented (tried up to 2026.4)."""
+_RIGHT_WITHOUT = "2025.4"
+"""Before it (2024.6) products of tied int8 weights are wrong without integer kernels, which are kept then."""
 _COUNT = "PERF_COUNT"
 _CACHE = "CACHE_DIR"
 """Folder of compiled models, which make later starts faster; used only where a target's properties name one."""
@@ -92,7 +94,9 @@ class OpenVinoRuntime:
         try:
             if not artifact.read_bytes().lstrip().startswith(b"<?xml"):
                 raise ValueError("a file that is no XML")  # openvino would try its other readers, which print
-            settings = _settings(device, options)
+            settings = _settings(
+                device, replace(options, exact_sums=options.exact_sums and self.fulfils(_RIGHT_WITHOUT))
+            )
             model = self._read(artifact, settings.pop(MMAP, None))
             compiled = self._core.compile_model(model, device, settings)
             _check_precision(compiled, device, settings.get(_PRECISION))
