@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,26 @@ def test_float32_is_calculated_in_float32_unless_asked_otherwise(
     np.testing.assert_allclose(run("openvino", path), exact, rtol=1e-4, atol=1e-5)
     with pytest.raises(BundleError, match="load on CPU"):
         run("openvino", path, INFERENCE_PRECISION_HINT="float99")
+
+
+def test_integer_kernels_stay_where_openvino_is_wrong_without_them(
+    make: Make, tokens_program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, path = load_runtime("openvino"), make(tokens_program, "fp32").path
+    used: list[str | None] = []
+
+    def spy(device: str, options: RuntimeOptions) -> dict[str, str]:
+        settings = real(device, options)
+        used.append(settings.get("LP_TRANSFORMS_MODE"))
+        return settings
+
+    module = sys.modules[type(runtime).__module__]
+    real = module._settings
+    monkeypatch.setattr(module, "_settings", spy)
+    for version in ("2024.6.0", "2025.4.0"):
+        monkeypatch.setattr(type(runtime), "version", lambda _, version=version: version)
+        runtime.open(path, RuntimeOptions(threads=1, exact_sums=True)).close()
+    assert used == [None, "NO"]
 
 
 RGB = {"mode": "RGB", "scale": 1 / 255, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
