@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import shlex
 import statistics
 import subprocess
@@ -22,6 +23,7 @@ import numpy as np
 from benchmark_machine import machine
 from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.predictor import Predictor
+from rowcol_edge.device.system import another_machine
 
 RESULT = Path(__file__).parent / "results" / "device.json"
 _AT_MS = 10.0
@@ -47,6 +49,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="predictors opened for each arm")
     options = parser.parse_args()
     with Bundle.open(options.bundle) as bundle:
+        if wanted := another_machine(bundle.manifest.target, platform.machine()):
+            parser.error(f"a bundle for {wanted}: a machine that stands in for it may calculate in float")
         result = {
             "command": shlex.join(["python", *sys.argv]),
             "machine": machine(),

@@ -13,7 +13,7 @@ from ..errors import BundleError, VerifyError
 from .bundle import Arrays, Bundle, split_feeds
 from .decode import decide, index_of, probabilities
 from .manifest import ArmEntry, TensorSpec
-from .predictor import load_checked, open_arm
+from .predictor import load_checked, open_arm, runtime_options
 from .runtimes import Session
 from .system import saturates_only_here
 
@@ -23,8 +23,9 @@ class ArmReport:
     """One arm against its golden outputs.
 
     ``relative_error`` is ``‖a-b‖₂/‖b‖₂`` over all outputs and samples (None if there is none: another shape, NaN or
-    Inf; ``reason`` says which). ``labels_same`` of ``samples`` answers are the golden ones (classify only): reported,
-    not judged, since within the tolerance a sample on the threshold may fall either way.
+    Inf). ``reason`` says which of these, or why an error is too large where that is known. ``labels_same`` of
+    ``samples`` answers are the golden ones (classify only): reported, not judged, since within the tolerance a sample
+    on the threshold may fall either way.
     """
 
     name: str
@@ -128,7 +129,7 @@ def _verify_arm(bundle: Bundle, arm: ArmEntry, threads: int | None) -> ArmReport
     if reason:
         return ArmReport(arm.name, False, None, None, arm.tolerance, samples, reason=reason)
     error = relative_error(outputs, golden)
-    if error > arm.tolerance and "int8" in arm.precision and saturates_only_here(bundle.manifest.target):
+    if error > arm.tolerance and _saturates(bundle, arm):
         reason = f"relative error {error:.2e} on a processor whose 8-bit sums saturate, which the target's do not"
     largest = max(float(np.abs(got - expected).max(initial=0.0)) for got, expected in _pairs(outputs, golden))
     return ArmReport(
@@ -141,6 +142,14 @@ def _verify_arm(bundle: Bundle, arm: ArmEntry, threads: int | None) -> ArmReport
         labels_same=_labels_same(bundle, arm, outputs, golden),
         reason=reason,
     )
+
+
+def _saturates(bundle: Bundle, arm: ArmEntry) -> bool:
+    """Whether sums of the arm's 8-bit products saturate here and not on the target."""
+    # TFLite's kernels widen the products; exact sums leave only those whose activations are quantized as they come
+    in_float = runtime_options(bundle).exact_sums and arm.precision != "int8-dynamic"
+    quantized = "int8" in arm.precision and bundle.manifest.runtime.name != "tflite"
+    return quantized and not in_float and saturates_only_here(bundle.manifest.target)
 
 
 def _unequal(outputs: Mapping[str, np.ndarray], golden: Mapping[str, np.ndarray]) -> str:

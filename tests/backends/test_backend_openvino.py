@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -207,6 +208,16 @@ def test_quantization_goes_on_without_smoothquant_and_says_so(
     assert notes == ["quantized without SmoothQuant, which failed (RuntimeError: no smooth way)"]
 
 
+def test_quantization_imports_no_torch_only_because_it_is_there(
+    make: Make, tokens_program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "torch.py").write_text("raise SystemExit('imported, though only because it is there')")
+    monkeypatch.setenv("PYTHONPATH", str(slow), prepend=os.pathsep)
+    assert make(tokens_program, "int8").path.is_file()
+
+
 def test_float32_is_calculated_in_float32_unless_asked_otherwise(
     make: Make, tokens: Path, tokens_program: Path, unseen: np.ndarray
 ) -> None:
@@ -338,6 +349,12 @@ def test_compiled_models_are_kept_only_where_a_target_asks_and_never_in_the_bund
         np.testing.assert_array_equal(run(CACHE_DIR="rowcol-edge"), first)
     np.testing.assert_array_equal(first, expected)
     assert sorted(path.parent.glob("fp32.*")) == beside
+    # openvino would take a model without integer kernels for the same as one with them
+    properties = {"CACHE_DIR": "exact"}
+    runtime.open(path, RuntimeOptions(properties=properties, exact_sums=True)).close()
+    assert not (tmp_path / "cache" / "exact").exists()
+    runtime.open(path, RuntimeOptions(properties=properties)).close()
+    assert (tmp_path / "cache" / "exact").exists()
 
 
 @pytest.fixture(scope="module")

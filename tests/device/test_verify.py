@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from rowcol_edge.device.bundle import Bundle
-from rowcol_edge.device.verify import relative_error, verify
+from rowcol_edge.device.verify import _saturates, relative_error, verify
 from rowcol_edge.errors import IntegrityError, VerifyError
 from rowcol_edge.package import write_bundle
 
@@ -51,24 +52,49 @@ def test_an_arm_that_computes_something_else_fails_alone(bundle_parts: Parts, tm
     assert verify(Bundle.open(path), arms=["factored@fp32"]).ok
 
 
+@pytest.mark.parametrize(
+    ("machine", "precision", "saturates"),
+    [("x86_64", "int8", True), ("aarch64", "int8", False), ("aarch64", "int8-dynamic", True)],
+)
 def test_an_int8_arm_that_saturates_here_only_says_so(
-    bundle_parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle_parts: Parts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    machine: str,
+    precision: str,
+    saturates: bool,
 ) -> None:
-    monkeypatch.setattr("rowcol_edge.device.verify.saturates_only_here", lambda _: True)
+    """A target of another kind is stood in for: its static int8 is calculated in float, its dynamic int8 is not."""
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for module in ("predictor", "verify"):
+        monkeypatch.setattr(f"rowcol_edge.device.{module}.saturates_only_here", lambda _: True)
     parts = changed(bundle_parts, 1.25)
-    name, manifest = "dense@int8", parts["manifest"]
-    arms = (manifest.arms[0], replace(manifest.arms[1], name=name, precision="int8"))
+    name, manifest = f"dense@{precision}", parts["manifest"]
+    manifest = replace(manifest, target={"name": "board", "title": "a board", "match": {"machine": machine}})
+    arms = (manifest.arms[0], replace(manifest.arms[1], name=name, precision=precision))
     places = {"factored@fp32": manifest.golden_outputs["factored@fp32"], name: f"golden/{name}.npz"}
     for part in ("artifacts", "golden_outputs"):
         parts[part] = {name if arm == "dense@fp32" else arm: made for arm, made in parts[part].items()}
     parts["manifest"] = replace(manifest, arms=arms, golden_outputs=places)
     report = verify(Bundle.open(write_bundle(tmp_path / "b", **parts)))
-    assert [arm.reason for arm in report.arms] == [
-        "",
-        "relative error 2.00e-01 on a processor whose 8-bit sums saturate, which the target's do not",
-    ]
-    with pytest.raises(VerifyError, match=r"got relative error 2\.00e-01 on a processor whose 8-bit sums saturate"):
+    why = "relative error 2.00e-01 on a processor whose 8-bit sums saturate, which the target's do not"
+    assert [arm.reason for arm in report.arms] == ["", why if saturates else ""]
+    got = why if saturates else "2.00e-01"
+    with pytest.raises(VerifyError, match=re.escape(f"got {got} – try another version")):
         report.raise_if_failed()
+
+
+def test_tflite_widens_8_bit_products_and_is_not_said_to_saturate(
+    bundle_parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rowcol_edge.device.verify.saturates_only_here", lambda _: True)
+    manifest = bundle_parts["manifest"]
+    arm = replace(manifest.arms[0], precision="int8")
+    for runtime, saturates in (("onnxruntime", True), ("tflite", False)):
+        entry = replace(manifest.runtime, name=runtime)
+        parts = {**bundle_parts, "manifest": replace(manifest, runtime=entry)}
+        with Bundle.open(write_bundle(tmp_path / runtime, **parts)) as opened:
+            assert _saturates(opened, arm) is saturates
 
 
 def test_the_arms_tolerance_is_the_limit(bundle_parts: Parts, tmp_path: Path) -> None:

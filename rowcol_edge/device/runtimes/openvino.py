@@ -206,6 +206,8 @@ def _settings(device: str, options: RuntimeOptions) -> dict[str, str]:
         if options.exact_sums:
             settings[_INTEGER_KERNELS] = "NO"
     settings |= options.properties
+    if options.exact_sums:
+        settings.pop(_CACHE, None)  # it takes a model with integer kernels and one without for the same
     if _CACHE in settings:
         settings[_CACHE] = str(_cache_folder(settings[_CACHE]))
     return settings
