@@ -96,7 +96,7 @@ def cheapest(study: Study, found: Sequence[Limit], multiple: int, model: str) ->
         cost = mixed(shares)
         total = sum(share * each.dense / each.most for share, each in zip(shares, found, strict=True))
         return ranks.plan_by_cost(
-            study.infos, study.spaces, cost, total=total, limit=limit, rank_multiple=multiple,
+            study.infos, study.spaces, cost, total=total, limit=limit, allowed=1.0, rank_multiple=multiple,
             made_by=", ".join(f"{each.kind}<={each.most:.0f}" for each in found), model=model,
             allocator=allocator, inputs=study.input_spaces,
         )  # fmt: skip

@@ -479,8 +479,7 @@ class _Line:
             raise _missed(self.job, limit, precision, target, min(tried))
         _, index, arm = min(found, key=lambda entry: entry[:2])
         index, plan = -index, choice.plans[-index]
-        if limit is None:
-            arm, plan = self._fitted(arm, plan, target, runtime)
+        arm, plan = self._fitted(arm, plan, target, runtime)
         search.check_costs(self.study, plan, self.job.budgets, _remedy(self.job))
         _check_size(self.job, arm, target)
         return arm, replace(choice, plans=(*choice.plans[:index], plan))
@@ -529,7 +528,8 @@ class _Line:
         return limit is None or lost is None or lost <= limit.limit + 1e-9
 
     def _fitted(self, arm: Arm, plan: FactorPlan, target: Target, runtime: RuntimeSpec) -> tuple[Arm, FactorPlan]:
-        """Smaller plans until the file is within its limit: what the graph weighs is known only once it is compiled."""
+        """Smaller plans that hold the drop until the file is within its limit: what the graph weighs is known only once
+        it is compiled."""
         size, options = self.job.budgets.get("size"), self.job.options
         if size is None or options.plan is not None or options.energy is not None:
             return arm, plan
@@ -538,12 +538,14 @@ class _Line:
             if excess <= 0:
                 break
             try:
-                plan = search.smaller(self.study, plan, excess, arm.precision, self.job.budgets)
-                plan = thin.noted(self.study, plan)
+                less = search.smaller(self.study, plan, excess, arm.precision, self.job.budgets)
             except BudgetError:
                 break  # _check_size says by how much the smallest file misses the limit
-            arm = self._arm("factored", plan, target, runtime, arm.precision)
-            arm = self._kept(arm, target, runtime) or arm
+            less = thin.noted(self.study, less)
+            made = self._kept(self._arm("factored", less, target, runtime, arm.precision), target, runtime)
+            if made is None:
+                break
+            arm, plan = made, less
         return arm, plan
 
     def _drop(self, arm: Arm) -> float | None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 from torch.nn.utils import parametrizations
 
 import rowcol_edge
-from rowcol_edge import evaluation, job, models, pipeline, targets
+from rowcol_edge import evaluation, job, limits, models, pipeline, search, targets
 from rowcol_edge.backends import onnx_files
+from rowcol_edge.budgets import Budgets
 from rowcol_edge.cache import Cache
 from rowcol_edge.config import BuildOptions
 from rowcol_edge.device.bundle import Bundle
@@ -30,6 +31,7 @@ from rowcol_edge.errors import (
     TargetError,
 )
 from rowcol_edge.factoring.plan import FactorPlan
+from rowcol_edge.factoring.study import Study
 from rowcol_edge.pipeline import Built
 from rowcol_edge.report import terminal
 
@@ -153,6 +155,45 @@ def test_a_size_budget_is_met_by_the_compiled_file(
     limit = int(0.6 * full / 1000)
     one = rowcol_edge.build(net, out=tmp_path / "small", budget=f"size<={limit}KB", **options)[0]
     assert one.manifest.arms[0].size_bytes <= limit * 1000
+
+
+@pytest.mark.parametrize("lost", [0.5, 3.0])
+def test_beside_a_drop_the_compiled_file_gets_smaller_while_the_drop_holds(
+    net: torch.nn.Module, splits: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: float
+) -> None:
+    limit = 4 * rowcol_edge.factor(net, calib=splits["calib"], budget="params<=0.6x").parameters_after
+    size = f"size<={limit}B"  # of the weights alone, so that the file is above
+
+    def nearest(known: Study, multiple: int, model: str, kinds: Sequence[str] = ()) -> tuple[FactorPlan, ...]:
+        found = limits.of_budgets(known, Budgets.parse(size), 4.0)
+        return FactorPlan(()), limits.cheapest(known, found, multiple, model)
+
+    fitted = 0
+
+    def drop(job: object, original: object, other: object) -> float:
+        return lost if fitted else 0.0
+
+    def smaller(*args: Any, own: Callable[..., FactorPlan] = search.smaller) -> FactorPlan:
+        nonlocal fitted
+        fitted += 1
+        return own(*args)
+
+    for module, name, new in ((search, "ladder", nearest), (search, "smaller", smaller), (evaluation, "drop", drop)):
+        monkeypatch.setattr(module, name, new)
+
+    def build() -> Built:
+        return rowcol_edge.build(
+            net, out=tmp_path / "out", budget=f"drop<=1pp,{size}", precision="fp32", dense=False,
+            positive="1", labels=["0", "1"], **splits,
+        )[0]  # fmt: skip
+
+    if lost > 1.0:
+        with pytest.raises(BudgetError, match=r"budget size<=.*: factored@fp32 on"):
+            build()
+        assert not (tmp_path / "out").exists()
+    else:
+        assert build().manifest.arms[0].size_bytes <= limit
+    assert fitted
 
 
 @pytest.mark.parametrize("word", [rowcol_edge.build, rowcol_edge.factor])

@@ -6,7 +6,7 @@ import contextlib
 import json
 import signal
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,16 +141,24 @@ def _forms(work: Path) -> Iterator[Step]:
 def _ties() -> Iterator[Step]:
     pictures = ("--calib", "odd.py:noise")
 
-    def tied(*kinds: str) -> Callable[[str], None]:
+    def tied(wanted: Mapping[str, int]) -> Callable[[str], None]:
         def check(out: str) -> None:
-            assert set(kinds) <= {each["kind"] for each in json.loads(out)["elsewhere"]}, out
+            found = dict.fromkeys(wanted, 0)
+            for each in json.loads(out)["elsewhere"]:
+                if each["kind"] in found:
+                    found[each["kind"]] += each["parameters"]
+            assert found == wanted, found
 
         return check
 
-    transformer = ("TiedAttention", "TiedFeedForward")
-    for name, kinds in (("tiny", transformer), ("small", transformer), ("resnet50", ("TiedStage",))):
+    def transformer(width: int, hidden: int) -> dict[str, int]:
+        """Of 12 blocks, each matrix once."""
+        return {"TiedAttention": 12 * 2 * width**2, "TiedFeedForward": 12 * width * hidden}
+
+    stages = {"TiedStage": 256 * 1024 + 512 * 2048}
+    for name, wanted in (("tiny", transformer(384, 1472)), ("small", transformer(768, 2960)), ("resnet50", stages)):
         inspect = ("inspect", f"sample:halvit-{name}", *pictures, "--json")
-        yield Step(f"one matrix for two uses: halvit-{name}", inspect, check=tied(*kinds))
+        yield Step(f"one matrix for two uses: halvit-{name}", inspect, check=tied(wanted))
 
 
 def _budgets(work: Path) -> Iterator[Step]:
@@ -165,6 +173,10 @@ def _budgets(work: Path) -> Iterator[Step]:
         macs = [sum(layer[f"macs_{when}"] for layer in layers) for when in ("after", "before")]
         assert macs[0] <= 0.7 * macs[1], macs
 
+    def light(out: str) -> None:
+        found = json.loads(out)
+        assert 2_000_000 < found["predicted_bytes"] <= 3_000_000, found["predicted_bytes"]
+
     def recovered(out: str) -> None:
         record = json.loads(out)["recovered"]
         assert 1 <= record["best_epoch"] <= record["epochs"] == len(record["history"]) - 1 == 3, record
@@ -173,7 +185,8 @@ def _budgets(work: Path) -> Iterator[Step]:
     budget = "params<=0.5x,macs<=0.7x,drop<=0.5pp"
     several = ("factor", *MODEL, *judged, "--budget", budget, "--out", "both", "--json")
     yield Step("parameters, MACs and drop at once", several, check=held)
-    yield Step("a budget of bytes", ("factor", *MODEL, *FEW, "--budget", "size<=3MB", "--out", "bytes"), says=("MB",))
+    size = ("factor", *MODEL, *FEW, "--budget", "size<=3MB", "--out", "bytes", "--json")
+    yield Step("a budget of bytes", size, check=light)
     for budget in ("params<=0.0005x", "macs<=0.005x", "size<=0.01MB"):
         yield Step(f"out of reach: {budget}", ("factor", *MODEL, *FEW, "--budget", budget, "--out", "new"), code=1,
                    says=("error: budget .*expected: .*got: ",), check=lambda _: absent(work / "new"))  # fmt: skip

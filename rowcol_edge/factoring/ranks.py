@@ -83,6 +83,7 @@ def plan_by_cost(
     *,
     total: float,
     limit: float,
+    allowed: float | None = None,
     rank_multiple: int = 1,
     break_even: float = 1.0,
     made_by: str = "",
@@ -98,6 +99,7 @@ def plan_by_cost(
     above the best forms and ranks at its widths.
 
     Args:
+        allowed: what may be spent, where ``limit`` is less of it: the gap is to the best within this.
         allocator: proposes widths of channels; of those the one is taken whose widths and ranks lose least in all. It
             has options of its own, which must be those of the same spaces, multiple and break-even.
         inputs: what layers take, of those for which other forms than `column` are to be thought of.
@@ -120,7 +122,7 @@ def plan_by_cost(
             cost(info, None) - cost(known[name], None) for name, info in full.items() if known[name] is not info
         )
         try:
-            chosen, gap = _allocate(ladders, total - saved, limit)
+            chosen, gap = _allocate(ladders, total - saved, limit, limit if allowed is None else allowed)
         except OverBudgetError as error:
             over.append(error)
             continue
@@ -362,11 +364,14 @@ def _slope(dearer: _Step, cheaper: _Step) -> float:
     return (cheaper.loss - dearer.loss) / (dearer.cost - cheaper.cost)
 
 
-def _allocate(ladders: Mapping[str, list[_Step]], total: float, limit: float) -> tuple[dict[str, _Step], float]:
-    """A step of each layer, and how much more than the least that any choice can lose they may lose together.
+def _allocate(
+    ladders: Mapping[str, list[_Step]], total: float, limit: float, allowed: float
+) -> tuple[dict[str, _Step], float]:
+    """A step of each layer within ``limit``, and how much more than the least that any choice within ``allowed`` can
+    lose they may lose together.
 
-    That least is bounded by Lagrange duality: ``Σ min (loss + λ cost) − λ · limit`` for any price λ ≥ 0, here that of
-    the last step taken.
+    That least is bounded by Lagrange duality: ``Σ min (loss + λ cost) − λ · allowed`` for any price λ ≥ 0, here that
+    of the last step taken.
     """
     limit *= 1.0 + _ROUNDING  # sums of shares are no whole numbers, even where what they count is
     least = total - sum(ladder[0].cost - ladder[-1].cost for ladder in ladders.values())
@@ -394,7 +399,7 @@ def _allocate(ladders: Mapping[str, list[_Step]], total: float, limit: float) ->
         price = slope
     lost = sum(step.loss for step in chosen.values())
     bound = sum(min(step.loss + price * step.cost for step in hull) for hull in hulls.values()) + price * (
-        fixed - limit
+        fixed - allowed * (1.0 + _ROUNDING)
     )
     return chosen, max(0.0, lost - bound)
 

@@ -94,6 +94,22 @@ def test_budget_is_near_the_exhaustive_optimum() -> None:
         assert loss - plan.gap <= best + 1e-12  # the bound holds
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.4, 0.95), st.floats(0.8, 1.0))
+def test_the_gap_is_to_the_best_within_all_that_is_allowed(seed: int, ratio: float, part: float) -> None:
+    infos, spaces = _case(seed, SIZES)
+    total = sum(info.parameters for info in infos.values())
+    allowed = int(total * ratio)
+    whole, less = (
+        plan_by_cost(infos, spaces, parameters, total=total, limit=max(limit, int(0.35 * total)), allowed=allowed)
+        for limit in (allowed, int(allowed * part))
+    )
+    for plan in (whole, less):
+        assert plan.loss is not None
+        assert plan.gap is not None
+    assert (less.loss or 0.0) - (less.gap or 0.0) <= (whole.loss or 0.0) + 1e-12
+
+
 def _with_losses(spectrum: Spectrum, scale: float) -> Spectrum:
     cut = np.concatenate([[spectrum.eigenvalues.sum()], spectrum.eigenvalues.sum() - np.cumsum(spectrum.eigenvalues)])
     return replace(spectrum, losses=scale * np.maximum(cut, 0.0) / spectrum.eigenvalues.sum())
