@@ -1,4 +1,4 @@
-"""Which form pays where: plans of one model at one cost, each with other forms, as int8 files in every runtime.
+"""Which form pays where: plans of one model at one cost, each with other forms, as int8 bundles in every runtime.
 
     python tools/benchmark_forms.py            # writes tools/results/forms.json and prints a table
     python tools/benchmark_forms.py --models fmnist-vit --share 0.3 --runtimes openvino
@@ -6,16 +6,17 @@
     python tools/benchmark_forms.py --plans factoring    # ours of benchmark_factoring.py: factoring-int8.json
 
 What the file holds of models that were not asked for stays in it. The models, and what they need, are those of
-`benchmark_factoring.py`. Sessions stay too where a model is built again to files of the same shapes: what values these
-hold does not matter to time.
+`benchmark_factoring.py`. Sessions stay too where a model is built again to bundles of the same shapes: what values
+their files hold does not matter to time.
 
 The cost is the mean of the shares of the parameters and MACs of the layers that can be factored. All plans get the
 second pass. With `--plans factoring` they are those that `benchmark_factoring.py` made: shares of the parameters or of
-the MACs alone, and ranks and widths that are no multiples of anything. Gauges between factors are chosen as a build
-chooses them. Files of one runtime take turns in one session beside the dense int8 file and a null arm; OpenVINO is held
-to older instruction sets too (evidence `proxy`), which is as near as this machine comes to an edge CPU. `kl` is that of
-the int8 file's answers from the dense float network's, in nats: on the selection split, of EfficientNet-Lite0 on new
-crops of the photos that it was calibrated on.
+the MACs alone, and ranks and widths that are no multiples of anything. Each plan is a whole bundle, as
+`build --plan … --precision int8` makes it: gauges chosen, the repair and layers in float where a file is too far off
+without, and verified. The dense file is the one that a build puts beside. Files of one runtime take turns in one
+session beside the dense int8 file and a null arm; OpenVINO is held to older instruction sets too (evidence `proxy`),
+which is as near as this machine comes to an edge CPU. `kl` is that of the int8 file's answers from the dense float
+network's, in nats: on the selection split, of EfficientNet-Lite0 on new crops of the photos that it was calibrated on.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,19 @@ import numpy as np
 import factoring_rivals as rivals
 from benchmark_factoring import SHARES, SUBJECTS
 from benchmark_machine import machine, settle
-from int8_files import RUNTIMES, TARGET, compiled, logits, scores
+from int8_files import RUNTIMES, TARGET, logits, scores
 from markdown_table import interval
-from rowcol_edge import arms, evaluation, job, search, targets
+from rowcol_edge import arms, bundling, evaluation, job, pipeline, search, targets
 from rowcol_edge.backends import load_backend
+from rowcol_edge.cache import Cache
+from rowcol_edge.datasets import Feeds
 from rowcol_edge.device import schedule, stats, system
+from rowcol_edge.device.bundle import Bundle
 from rowcol_edge.device.processes import Processes
 from rowcol_edge.device.profile import NULL
 from rowcol_edge.device.session import run_session
 from rowcol_edge.device.verdicts import judge
+from rowcol_edge.device.verify import verify
 from rowcol_edge.device.worker import TIME, Request
 from rowcol_edge.errors import MeasurementError
 from rowcol_edge.export.parity import torch_run
@@ -55,13 +59,13 @@ from rowcol_edge.factoring.costs import LayerInfo, Split
 from rowcol_edge.factoring.options import Options
 from rowcol_edge.factoring.plan import FactorPlan
 from rowcol_edge.factoring.study import Study, study
-from rowcol_edge.gauges import Settler
 from rowcol_edge.report.progress import reporter
 
 RESULTS = Path(__file__).parent / "results"
 CAPS = {"openvino": ("", "AVX2_VNNI", "AVX2")}
 FORMS = ("column", "column, row, both", "narrow", "all")
 PLANS = {"forms": "forms.json", "factoring": "factoring-int8.json"}
+DENSE = "dense"
 AXES = {"parameters": "parameters", "macs": "MACs"}
 _TIMEOUT_SECONDS = 300.0
 
@@ -69,17 +73,18 @@ _TIMEOUT_SECONDS = 300.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SUBJECTS), choices=SUBJECTS)
-    parser.add_argument("--only", choices=("build", "time"), help="the files, or the sessions of files that are there")
+    parser.add_argument("--only", choices=("build", "time"), help="the bundles, or sessions of those that are there")
     parser.add_argument("--plans", choices=PLANS, default="forms")
     parser.add_argument("--share", type=float, default=0.35, help="of the cost that a plan of forms may have")
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
     parser.add_argument("--rounds", type=int, default=stats.MIN_ROUNDS, help="fresh processes for each file")
     parser.add_argument("--seconds", type=float, default=30.0, help="for each session, as far as the rounds allow")
-    parser.add_argument("--work", type=Path, default=Path("dist/forms"), help="the files that are measured")
+    parser.add_argument("--work", type=Path, default=Path("dist/forms"), help="the bundles, and what stages keep")
     parser.add_argument("--out", type=Path, help="forms.json or factoring-int8.json among the results if not given")
     options = parser.parse_args()
     options.out = options.out or RESULTS / PLANS[options.plans]
-    options.work = options.work if options.plans == "forms" else options.work / options.plans
+    options.cache = options.work / "cache"
+    options.work /= options.plans
 
     def kept() -> dict[str, Any]:
         return json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"models": {}}
@@ -94,7 +99,7 @@ def main() -> None:
     if options.only != "time":
         with reporter() as progress:
             for name in options.models:
-                before, found = kept()["models"].get(name), files(name, options, progress)
+                before, found = kept()["models"].get(name), bundles(name, options, progress)
                 if before is not None and _shapes(before) == _shapes(found):
                     found = {key: before[key] for key in ("sessions", "time") if key in before} | found
                 share = {"share": options.share} if options.plans == "forms" else {}
@@ -157,47 +162,81 @@ def shared(known: Study) -> dict[str, FactorPlan | None]:
     return found
 
 
-def files(name: str, options: argparse.Namespace, progress: job.Progress) -> dict[str, Any]:
-    """What is known of each plan's files, which lie at `_file`, and of an input for them beside."""
+def bundles(name: str, options: argparse.Namespace, progress: job.Progress) -> dict[str, Any]:
+    """What is known of each plan's bundles, which lie in `_folder`, and of an input for them beside."""
     subject = SUBJECTS[name](options.work / "data", progress)
     work = subject.work
     judged = next(iter(subject.tests.values())).feeds if work.selection is None else list(work.selection.batches())
     known = study(work.model.module, work.calibration, classify=True, progress=progress)
     reference = logits(torch_run(known.dense), judged)
-    target = targets.load(TARGET)
-    rows = []
-    dense = FactorPlan((), made_by="dense")
     chosen = plans(known, options.share) if options.plans == "forms" else shared(known)
-    settler = Settler(work, known, progress)
-    for form, plan in {"dense": dense, **chosen}.items():
+    rows: list[dict[str, Any]] = []
+    for form, plan in {DENSE: FactorPlan((), made_by=DENSE), **chosen}.items():
         if plan is None:
             rows.append({"forms": form, "unreachable": True})
             continue
-        module = settler.of(plan, target, partial(factored, known, plan, progress)).module()
         spent = search.trial(known, ranks.refresh(plan, known.infos, known.spaces, known.channels, known.input_spaces),
                              None, None)  # fmt: skip
         row: dict[str, Any] = {
             "forms": form, "parameters": spent.parameters, "macs": spent.macs, "predicted": plan.loss, "gap": plan.gap,
-            "layers": _counted(plan), "fp32_kl": scores(logits(torch_run(module), judged), reference)["kl"],
+            "layers": _counted(plan),
+            "fp32_kl": scores(logits(torch_run(factored(known, plan, progress)), judged), reference)["kl"],
             "files": {},
         }  # fmt: skip
         folder = _folder(options, name, form)
         folder.mkdir(parents=True, exist_ok=True)
-        for runtime, path in compiled(module, options.runtimes, work, folder, partial(progress, f"{form} at int8")):
-            with evaluation.opened(
-                path, load_backend(runtime).host_runtime, arms.runtime_options(target, target.runtime(runtime))
-            ) as run:
-                found = scores(logits(run, judged), reference)
-            size = sum(file.stat().st_size for file in (path, path.with_suffix(".bin")) if file.is_file())
-            row["files"][runtime] = {"size_bytes": size, **found}
+        plan.write(folder / "plan.toml")
+        for runtime in options.runtimes:
+            with _built(work, form, runtime, options, folder, progress) as bundle:
+                row["files"][runtime] = _file(bundle, form, judged, reference)
         rows.append(row)
     example = {key: array[:1] for key, array in work.calibration.example().items()}
     np.savez(options.work / name / "input.npz", allow_pickle=False, **example)
     return {"dense_parameters": known.parameters, "dense_macs": known.macs, "rows": rows}
 
 
+def _built(
+    work: job.Job, form: str, runtime: str, options: argparse.Namespace, folder: Path, progress: job.Progress
+) -> Bundle:
+    """A plan's bundle; the dense files are in that of the plan that changes nothing."""
+    asked = replace(
+        work.options, target=(TARGET,), runtime=runtime, precision="int8", plan=str(folder / "plan.toml"),
+        out=str(folder), dense=form == DENSE, zip=False,
+    )  # fmt: skip
+
+    def told(label: str, done: int, total: int) -> None:
+        progress(f"{form}, {runtime}: {label}", done, total)
+
+    [built] = pipeline.build(asked, cache=Cache(options.cache), progress=told)
+    return Bundle.open(built.path)
+
+
+def _file(bundle: Bundle, form: str, judged: Sequence[Feeds], reference: np.ndarray) -> dict[str, Any]:
+    target, manifest = targets.load(TARGET), bundle.manifest
+    arm, runtime = bundle.arm(_arm(form)), manifest.runtime.name
+    settings = arms.runtime_options(target, target.runtime(runtime))
+    with evaluation.opened(bundle.artifact(arm), load_backend(runtime).host_runtime, settings) as run:
+        found = scores(logits(run, judged), reference)
+    return {
+        "size_bytes": arm.size_bytes,
+        "repaired": any(note.startswith(f"{arm.name}: layers equalised") for note in manifest.build["notes"]),
+        "kept_float": list(arm.kept_float),
+        **found,
+        "verified": verify(bundle).ok,
+    }
+
+
 def _shapes(found: dict[str, Any]) -> list[list[Any]]:
-    return [[row.get(key) for key in ("forms", "parameters", "macs", "layers")] for row in found["rows"]]
+    """What decides how long the files take."""
+    return [
+        [*(row.get(key) for key in ("forms", "parameters", "macs", "layers")),
+         {runtime: file.get("kept_float") for runtime, file in row.get("files", {}).items()}]
+        for row in found["rows"]
+    ]  # fmt: skip
+
+
+def _arm(form: str) -> str:
+    return f"{'dense' if form == DENSE else 'factored'}@int8"
 
 
 def _folder(options: argparse.Namespace, name: str, form: str) -> Path:
@@ -215,8 +254,10 @@ def timed(
 ) -> dict[str, Any]:
     """All files of a runtime, held to an instruction set or not, in one session."""
     target, example = targets.load(TARGET), Path(options.work) / name / "input.npz"
-    file = f"{runtime}{load_backend(runtime).suffix}"
-    paths = {row["forms"]: _folder(options, name, row["forms"]) / file for row in rows if "files" in row}
+    paths: dict[str, Path] = {}
+    for form in (row["forms"] for row in rows if "files" in row):
+        with Bundle.open(bundling.path(_folder(options, name, form), target, runtime)) as bundle:
+            paths[form] = bundle.artifact(_arm(form))
     spec, host = target.runtime(runtime), system.environment()
     with np.load(example) as found:
         batch = dict.fromkeys(found.files, 1)
@@ -228,7 +269,7 @@ def timed(
         )
         for form, path in paths.items()
     }  # fmt: skip
-    requests[NULL] = requests["dense"]
+    requests[NULL] = requests[DENSE]
     variables = {"ONEDNN_MAX_CPU_ISA": cap} if cap else {}
     level = system.PROXY if cap else system.evidence_for(target.to_dict(), host).level
     said = {"runtime": runtime, "cap": cap, "evidence": level}
@@ -240,12 +281,12 @@ def timed(
             )
             break
         except MeasurementError as e:  # the others are still worth knowing
-            form = max((form for form in paths if e.what.startswith(f"arm {form}, ")), key=len, default="dense")
-            if form == "dense":
+            form = max((form for form in paths if e.what.startswith(f"arm {form}, ")), key=len, default=DENSE)
+            if form == DENSE:
                 return said | {"error": str(e)}
             crashed[form] = str(e)
             del requests[form], paths[form]
-    judged = judge(session.blocks, [(form, "dense") for form in paths if form != "dense"], "dense", level)
+    judged = judge(session.blocks, [(form, DENSE) for form in paths if form != DENSE], DENSE, level)
     medians = {form: stats.median([ns for block in session.blocks[form] for ns in block.samples_ns]) for form in paths}
     return said | {
         "crashed": crashed,
