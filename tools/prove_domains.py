@@ -17,6 +17,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,9 +56,10 @@ def main() -> int:
     for sample in options.samples:
         data = few(sample, options.count, options.work / sample)
         for runtime in options.runtimes:
-            row = prove(sample, runtime, data, options.work)
+            made = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "tools": job.tool_versions()}
+            row = {**prove(sample, runtime, data, options.work), "samples_per_split": options.count, **made}
             rows = _known(options.out) | {(sample, runtime): row}  # another of these may have written meanwhile
-            _write(rows.values(), options)
+            _write(rows.values(), options.out)
             print(line(row), flush=True)
     rows = _known(options.out)
     print(f"\n{table(rows.values())}\nwritten to {options.out}")
@@ -162,21 +164,18 @@ def passed(row: Row) -> bool:
 
 
 def _known(path: Path) -> dict[tuple[str, str], Row]:
-    """Cells that were proven before; each names the source that made it."""
+    """Cells that were proven before; each names the command, the machine and the source that made it."""
     if not path.is_file():
         return {}
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     return {(row["sample"], row["runtime"]): row for row in rows}
 
 
-def _write(rows: Iterable[Row], options: argparse.Namespace) -> None:
+def _write(rows: Iterable[Row], out: Path) -> None:
     """After each cell: what a command that is stopped has proven stays."""
     ordered = sorted(rows, key=lambda row: (SAMPLES.index(row["sample"]), RUNTIMES.index(row["runtime"])))
-    result = {
-        "command": f"python tools/prove_domains.py --count {options.count}", "target": TARGET,
-        "samples_per_split": options.count, "machine": machine(), "tools": job.tool_versions(), "rows": ordered,
-    }  # fmt: skip
-    options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    result = {"target": TARGET, "rows": ordered}
+    out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def line(row: Row) -> str:

@@ -414,10 +414,11 @@ def domains() -> str:
             size = "" if arm is None else f"{arm['size_bytes'] / 1e6:.2f} MB"
             cells.append("failed" if arm is None else f"{100 * arm['test']:.1f} %, {size}, {arm['error']:.1e}")
         rows.append([f"`sample:{row['sample']}`, {row['budget']}", row["runtime"], *cells])
+    [count] = {row["samples_per_split"] for row in found["rows"]}
+    made = dict.fromkeys(f"`{row['command']}`, {row['machine']['cpu_model']}" for row in found["rows"])
     foot = (
-        f"Quality on {found['samples_per_split']} test samples (enough to see that it works, not how well), size of "
-        "the file, relative error of its outputs against the dense PyTorch model's. "
-        f"{found['machine']['cpu_model']}. Command: `{found['command']}`."
+        f"Quality on {count} test samples (enough to see that it works, not how well), size of "
+        f"the file, relative error of its outputs against the dense PyTorch model's. {'; '.join(made)}."
     )
     return "\n\n".join([table(heads, rows), foot])
 
