@@ -157,6 +157,18 @@ def test_no_other_way_to_factor_is_nearer_to_the_original(results: Path) -> None
             assert found["ours"] < min(others), (name, *cell)
 
 
+def test_beyond_chance_another_way_is_better_in_one_place_only(results: Path) -> None:
+    models = read(results / "factoring.json")["models"]
+    others = [(name, row) for name, model in models.items() for row in model["rows"] if row["way"] != "ours"]
+    judged = [(name, row) for name, row in others if "quality_beyond_ours" in row and "kl_beyond_ours" in row]
+    assert len(judged) == 5 * 12 * 5
+    better = [
+        (name, row["way"], row["axis"], row["share"]) for name, row in judged if min(row["quality_beyond_ours"]) > 0
+    ]
+    assert better == [("fmnist-vit", "ours, project only", "macs", 0.3)]
+    assert not [(name, row["way"]) for name, row in judged if max(row["kl_beyond_ours"]) < 0]
+
+
 def test_what_the_readme_says_of_other_ways_to_factor_is_in_the_result(root: Path, results: Path) -> None:
     models = read(results / "factoring.json")["models"]
     rows = {
