@@ -13,10 +13,10 @@ The cost is the mean of the shares of the parameters and MACs of the layers that
 second pass. With `--plans factoring` they are those that `benchmark_factoring.py` made: shares of the parameters or of
 the MACs alone, and ranks and widths that are no multiples of anything. Each plan is a whole bundle, as
 `build --plan … --precision int8` makes it: gauges chosen, the repair and layers in float where a file is too far off
-without, and verified. The dense file is the one that a build puts beside. Files of one runtime take turns in one
-session beside the dense int8 file and a null arm; OpenVINO is held to older instruction sets too (evidence `proxy`),
-which is as near as this machine comes to an edge CPU. `kl` is that of the int8 file's answers from the dense float
-network's, in nats: on the selection split, of EfficientNet-Lite0 on new crops of the photos that it was calibrated on.
+without, and verified; *dense* is the plan that changes nothing. Files of one runtime take turns in one session beside
+that one and a null arm; OpenVINO is held to older instruction sets too (evidence `proxy`), which is as near as this
+machine comes to an edge CPU. `kl` is that of the int8 file's answers from the dense float network's, in nats: on the
+selection split, of EfficientNet-Lite0 on new crops of the photos that it was calibrated on.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def bundles(name: str, options: argparse.Namespace, progress: job.Progress) -> d
         plan.write(folder / "plan.toml")
         for runtime in options.runtimes:
             with _built(work, form, runtime, options, folder, progress) as bundle:
-                row["files"][runtime] = _file(bundle, form, judged, reference)
+                row["files"][runtime] = _file(bundle, judged, reference)
         rows.append(row)
     example = {key: array[:1] for key, array in work.calibration.example().items()}
     np.savez(options.work / name / "input.npz", allow_pickle=False, **example)
@@ -198,10 +198,9 @@ def bundles(name: str, options: argparse.Namespace, progress: job.Progress) -> d
 def _built(
     work: job.Job, form: str, runtime: str, options: argparse.Namespace, folder: Path, progress: job.Progress
 ) -> Bundle:
-    """A plan's bundle; the dense files are in that of the plan that changes nothing."""
     asked = replace(
         work.options, target=(TARGET,), runtime=runtime, precision="int8", plan=str(folder / "plan.toml"),
-        out=str(folder), dense=form == DENSE, zip=False,
+        out=str(folder), dense=False, zip=False,
     )  # fmt: skip
 
     def told(label: str, done: int, total: int) -> None:
@@ -211,9 +210,9 @@ def _built(
     return Bundle.open(built.path)
 
 
-def _file(bundle: Bundle, form: str, judged: Sequence[Feeds], reference: np.ndarray) -> dict[str, Any]:
+def _file(bundle: Bundle, judged: Sequence[Feeds], reference: np.ndarray) -> dict[str, Any]:
     target, manifest = targets.load(TARGET), bundle.manifest
-    arm, runtime = bundle.arm(_arm(form)), manifest.runtime.name
+    arm, runtime = bundle.arm(), manifest.runtime.name
     settings = arms.runtime_options(target, target.runtime(runtime))
     with evaluation.opened(bundle.artifact(arm), load_backend(runtime).host_runtime, settings) as run:
         found = scores(logits(run, judged), reference)
@@ -235,10 +234,6 @@ def _shapes(found: dict[str, Any]) -> list[list[Any]]:
     ]  # fmt: skip
 
 
-def _arm(form: str) -> str:
-    return f"{'dense' if form == DENSE else 'factored'}@int8"
-
-
 def _folder(options: argparse.Namespace, name: str, form: str) -> Path:
     return Path(options.work) / name / form.replace(", ", "-")
 
@@ -257,7 +252,7 @@ def timed(
     paths: dict[str, Path] = {}
     for form in (row["forms"] for row in rows if "files" in row):
         with Bundle.open(bundling.path(_folder(options, name, form), target, runtime)) as bundle:
-            paths[form] = bundle.artifact(_arm(form))
+            paths[form] = bundle.artifact()
     spec, host = target.runtime(runtime), system.environment()
     with np.load(example) as found:
         batch = dict.fromkeys(found.files, 1)
