@@ -61,10 +61,10 @@ def forms(found: dict[str, Any]) -> str:
                     continue
                 ratio, file = timed[place]["ratios"].get(row["forms"]), row["files"][place[0]]
                 if row["forms"] in timed[place].get("crashed", ()):
-                    cells.append(f"crashes; {file['kl']:.2g}")
-                    continue
-                time = interval(ratio) if ratio else f"{timed[place]['median_ns'][row['forms']] / 1e6:.2f} ms"
-                cells.append(f"{time}; {file['kl']:.2g}")
+                    time = "crashes"
+                else:
+                    time = interval(ratio) if ratio else f"{timed[place]['median_ns'][row['forms']] / 1e6:.2f} ms"
+                cells.append(f"{time}; {file['kl']:.2g}{_mended(file)}")
             costs = f"{row['parameters'] / 1e6:.2f} M, {row['macs'] / 1e6:.0f} M"
             rows.append([f"`{name}`, {row['forms']}", costs, f"{row['fp32_kl']:.2g}", *cells])
     first = next(iter(found["models"].values()))
@@ -79,13 +79,27 @@ def forms(found: dict[str, Any]) -> str:
             f"Plans of at most {first['share']:.0%} of what the layers that can be factored cost "
             "(mean of parameters and MACs)"
         )
+    every = [
+        file for model in found["models"].values() for row in model["rows"] for file in row.get("files", {}).values()
+    ]
+    mended = (
+        "; *repaired*: channels equalised, biases corrected where the backend can; *in float*: so many layers"
+        * any(map(_mended, every))
+    )
     foot = (
         f"{plans}, second pass, no fine-tuning; KL in nats from the dense float network, on the selection split "
-        "(EfficientNet-Lite0: on new crops of the photos that it was calibrated on). Evidence: "
+        "(EfficientNet-Lite0: on new crops of the photos that it was calibrated on)"
+        f"{mended}. Evidence: "
         f"{', '.join(f'{name} {level}' for name, level in levels.items())}. {_warnings(sessions)} "
         f"{'; '.join(commands)}."
     )
     return "\n\n".join([table(heads, rows), foot])
+
+
+def _mended(file: dict[str, Any]) -> str:
+    """What a build did to a file that was too far off without."""
+    kept = len(file.get("kept_float", ()))
+    return f"{', repaired' if file.get('repaired') else ''}{f', {kept} in float' if kept else ''}"
 
 
 def _warnings(sessions: list[dict[str, Any]]) -> str:
