@@ -27,7 +27,7 @@ import onnx
 from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, create_calibrator, quant_pre_process
 
 from ..errors import ConfigError, StageError, did_you_mean
-from . import onnx_bias, onnx_ties
+from . import onnx_bias, onnx_gemm, onnx_ties
 from .base import Batch, QuantSpec
 from .onnx_errors import WEIGHTED
 
@@ -87,13 +87,16 @@ def prepare(source: Path, *, fuse: bool = True) -> onnx.ModelProto:
     """The float model that is quantized, its layers named after the module that holds their weight or bias.
 
     The basic graph optimizations of onnxruntime turn MatMul + Add into Gemm, the linear layer that runtimes have int8
-    kernels for. Left to the runtime, that rewrite happens after the weights are int8 and brings them back to float.
+    kernels for; `onnx_gemm` those that they leave. Left to the runtime, that rewrite happens after the weights are int8
+    and brings them back to float.
     """
     with tempfile.TemporaryDirectory(prefix="rowcol-prepare-") as work:
         prepared = Path(work) / "prepared.onnx"
         quant_pre_process(str(source), str(prepared), skip_optimization=not fuse, skip_symbolic_shape=True)
         model = onnx.load(str(prepared))
     _rename_fused(model.graph)
+    if fuse:
+        onnx_gemm.fuse(model.graph)
     taken = {node.name for node in model.graph.node}
     for node in model.graph.node:
         module = _module(node) if node.op_type in WEIGHTED else ""

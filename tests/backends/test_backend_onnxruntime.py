@@ -10,8 +10,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import quant_pre_process
+from torch import nn
 
 from rowcol_edge.backends.base import QuantSpec
 from rowcol_edge.backends.onnxruntime import BACKEND
@@ -19,7 +21,10 @@ from rowcol_edge.backends.qdq import kept_float, prepare
 from rowcol_edge.backends.weight_only import quantize
 from rowcol_edge.backends.weight_types import check_types, weight_types
 from rowcol_edge.errors import DataError, StageError
+from rowcol_edge.export.onnx import export
 from rowcol_edge.targets import RuntimeSpec
+
+from .conftest import smooth
 
 Batches = Callable[[], Iterator[dict[str, np.ndarray]]]
 Compile = Callable[..., onnx.ModelProto]
@@ -98,6 +103,44 @@ def test_the_linear_layers_of_a_transformer_run_in_int8_and_its_attention_in_flo
     assert found["MatMul"] + found["FusedMatMul"] == 2
     assert found["QLinearAdd"] + found["QLinearSoftmax"] + found["QLinearConcat"] == 0
     assert found["Softmax"] == 1
+
+
+class Attention(nn.Module):
+    """onnxruntime recognises it, and leaves its linear layers to a pass for attention that comes later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.query, self.key, self.value, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.before(x.flatten(1, 2))
+        query, key, value = (
+            layer(x).unflatten(2, (2, 8)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.after(self.out(mixed.transpose(1, 2).flatten(2)) + x)
+
+
+def test_linear_layers_that_look_like_attention_run_in_int8(
+    compiled: Compile, tmp_path: Path, runtime: RuntimeSpec
+) -> None:
+    torch.manual_seed(0)
+    model, source = Attention().eval(), tmp_path / "attention.onnx"
+    example = {"x": smooth(1, 9)}
+    export(model, example, source, opset=runtime.opset, ir_version=runtime.ir_version, dynamic_batch=False)
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        yield from ({"x": smooth(1, seed)} for seed in range(8))
+
+    proto = compiled(source, "int8", batches)
+    found = kernels(proto, tmp_path)
+    assert (found["QGemm"], found["Gemm"] + found["FusedGemm"]) == (4, 0)
+    wanted = model(torch.from_numpy(example["x"])).detach().numpy()
+    for file, error in ((prepare(source), 1e-5), (proto, 0.05)):
+        session = ort.InferenceSession(file.SerializeToString(), providers=["CPUExecutionProvider"])
+        (got,) = session.run(None, example)
+        assert np.linalg.norm(got - wanted) <= error * np.linalg.norm(wanted)
 
 
 def test_no_tensor_has_a_name_that_onnxruntime_gives_when_it_loads_the_file(tmp_path: Path) -> None:
