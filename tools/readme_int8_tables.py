@@ -82,10 +82,9 @@ def forms(found: dict[str, Any]) -> str:
     every = [
         file for model in found["models"].values() for row in model["rows"] for file in row.get("files", {}).values()
     ]
-    mended = (
-        "; *repaired*: channels equalised, biases corrected where the backend can; *in float*: so many layers"
-        * any(map(_mended, every))
-    )
+    mended = ""
+    if any(map(_mended, every)):
+        mended = "; *repaired*: channels equalised, biases corrected where the backend can; *in float*: so many layers"
     foot = (
         f"{plans}, second pass, no fine-tuning; KL in nats from the dense float network, on the selection split "
         "(EfficientNet-Lite0: on new crops of the photos that it was calibrated on)"
