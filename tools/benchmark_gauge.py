@@ -203,7 +203,7 @@ def _int8(
     """What each runtime's int8 file of the model says on the selection split."""
     assert work.selection is not None
     target = targets.load(TARGET)
-    for name, path in compiled(model, runtimes, work, folder, progress):
+    for name, path in compiled(model, runtimes, work.calibration, folder, progress):
         options = arms.runtime_options(target, target.runtime(name))
         with evaluation.opened(path, load_backend(name).host_runtime, options) as run:
             yield name, evaluation.predict(run, work.selection, work)

@@ -1,7 +1,7 @@
-"""A module's int8 file in each runtime, for benchmarks of what int8 makes of it.
+"""A module's file in each runtime, for benchmarks of what int8 makes of it.
 
-As a build compiles it at first: what that does where a file is too far off (equalised channels, corrected biases,
-layers left in float) is not done.
+As a build compiles it at first, for a batch of one: what that does where a file is too far off (equalised channels,
+corrected biases, layers left in float) is not done.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from rowcol_edge import evaluation, job, sources, targets
+from rowcol_edge import evaluation, sources, targets
 from rowcol_edge.backends import load_backend
 from rowcol_edge.backends.base import Batch, QuantSpec, Source
-from rowcol_edge.datasets import Feeds
+from rowcol_edge.datasets import Feeds, Split
 
 TARGET = "generic-x86"
 RUNTIMES = ("onnxruntime", "openvino", "tflite")
@@ -26,7 +26,12 @@ _AT_ONCE = 8
 
 
 def compiled(
-    model: nn.Module, runtimes: Sequence[str], work: job.Job, folder: Path, progress: Callable[[int, int], None]
+    model: nn.Module,
+    runtimes: Sequence[str],
+    calibration: Split,
+    folder: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    precision: str = "int8",
 ) -> Iterator[tuple[str, Path]]:
     """(runtime, file); files are overwritten by the next model's unless the folder is another one."""
     target = targets.load(TARGET)
@@ -36,27 +41,29 @@ def compiled(
         backend, runtime = load_backend(name), target.runtime(name)
         key = sources.key(backend.consumes, runtime)
         if key not in exported:
-            exported[key] = _exported(model, work, backend.consumes, runtime, folder)
+            exported[key] = _exported(model, calibration.example(), backend.consumes, runtime, folder)
         path = folder / f"{name}{backend.suffix}"
-        backend.compile(exported[key], runtime, QuantSpec.for_target("int8", target), partial(_ranges, work), path)
+        backend.compile(
+            exported[key], runtime, QuantSpec.for_target(precision, target), partial(_ranges, calibration), path
+        )
         yield name, path
 
 
-def _exported(model: nn.Module, work: job.Job, source: Source, runtime: targets.RuntimeSpec, folder: Path) -> Path:
+def _exported(model: nn.Module, example: Feeds, source: Source, runtime: targets.RuntimeSpec, folder: Path) -> Path:
     place = Path(tempfile.mkdtemp(dir=folder))
     count = iter(range(100))
     request = sources.Request(
         module=model,
-        example=work.calibration.example(),
+        example=example,
         runtime=runtime,
-        dynamic_batch=source is Source.ONNX,
+        dynamic_batch=False,
         file=lambda ending: place / f"{next(count)}{ending}",
     )
     return [step.path for step in sources.steps(source, request)][-1]
 
 
-def _ranges(work: job.Job) -> Iterator[Batch]:
-    samples = work.calibration.spread(_RANGES)
+def _ranges(calibration: Split) -> Iterator[Batch]:
+    samples = calibration.spread(_RANGES)
     for start in range(0, _RANGES, _AT_ONCE):
         yield {name: array[start : start + _AT_ONCE] for name, array in samples.items()}
 

@@ -83,6 +83,21 @@ class Widths:
         own = [self._loose[name]] if name in self._loose else []
         return [layer for layer in self.sets[name].layers if layer in self.infos] + own
 
+    def choices(self, name: str, multiple: int) -> list[int]:
+        """Widths that a set may have: all, then the multiples below, finer ones in a small set.
+
+        Where layer norms look at the channels they are multiples alone: limited to AVX2, OpenVINO 2026.4 crashes in one
+        over a number of channels that 16 does not divide. Where depthwise convolutions pass the channels on, no finer
+        ones above the multiple: onnxruntime's int8 kernel takes longer for them than for the next multiple
+        (``tools/benchmark_depthwise.py``).
+        """
+        channels = self.sets[name]
+        finer = step(channels.size, multiple)
+        carriers = (self.infos[slot.name] for slot in channels.carriers if slot.name in self.infos)
+        coarse = multiple if channels.norms or any(info.groups > 1 for info in carriers) else finer
+        found = [channels.size, *_multiples(channels.size, coarse)]
+        return found if channels.norms else [*found, *_multiples(min(channels.size, coarse), finer)]
+
     def loose(self, widths: Mapping[str, int]) -> int:
         """Parameters saved outside of layers: norms, and what is added to channels."""
         return sum(self.sets[name].loose * (self.sets[name].size - width) for name, width in widths.items())
@@ -96,20 +111,16 @@ def _lost(entries: Sequence[tuple[str, int, int]], widths: Mapping[str, int]) ->
     return sum((size - widths[name]) * times for name, size, times in entries if name in widths)
 
 
-def step(size: int, multiple: int, *, normed: bool = False) -> int:
-    """Widths are multiples of this: the rank multiple, or what gives a small set some choice.
-
-    Not so where layer norms look at the channels: limited to AVX2, OpenVINO 2026.4 crashes in one over a number of
-    channels that 16 does not divide.
-    """
-    while not normed and multiple > 1 and size < _FEWEST * multiple:
+def step(size: int, multiple: int) -> int:
+    """What gives a small set some choice: the rank multiple, or a part of it."""
+    while multiple > 1 and size < _FEWEST * multiple:
         multiple = multiple // 2
     return max(1, multiple)
 
 
-def _choices(size: int, multiple: int) -> list[int]:
-    """All channels, and the multiples below."""
-    return [size, *range((size - 1) // multiple * multiple, 0, -multiple)]
+def _multiples(size: int, multiple: int) -> range:
+    """Those below the size, from the widest down."""
+    return range((size - 1) // multiple * multiple, 0, -multiple)
 
 
 class Allocator:
@@ -126,9 +137,7 @@ class Allocator:
         meetings = sum(map(len, self._touched.values()))
         count = max(_FEWEST, min(_OPTIONS, _OPTIONS * _MEETINGS // max(1, meetings)))
         self._options = {
-            name: thinned(_choices(each.size, step(each.size, options.multiple, normed=bool(each.norms))), count)
-            for name, each in widths.sets.items()
-            if name in losses
+            name: thinned(widths.choices(name, options.multiple), count) for name in widths.sets if name in losses
         }
 
     def candidates(self, cost: Cost, total: float, limit: float) -> list[dict[str, int]]:

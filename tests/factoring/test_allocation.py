@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -88,20 +89,36 @@ def test_small_sets_have_a_choice(size: int, multiple: int, wanted: int) -> None
     assert step(size, multiple) == wanted
 
 
-@pytest.mark.parametrize(("multiple", "wanted"), [(8, {8, 16}), (16, {16}), (5, {5, 10, 15, 20})])
-def test_what_a_layer_norm_looks_at_keeps_to_the_multiple(multiple: int, wanted: set[int]) -> None:
+@pytest.mark.parametrize(("multiple", "wanted"), [(8, [16, 8]), (16, [16]), (5, [20, 15, 10, 5])])
+def test_what_a_layer_norm_looks_at_keeps_to_the_multiple(multiple: int, wanted: list[int]) -> None:
     """Of 24 channels, which not all of them divide."""
-    spaces, losses = spectra(1)
     normed = [replace(each, norms=("norm",)) if each.name == "b" else each for each in SETS]
-    widths = {}
-    for name, sets in (("free", SETS), ("normed", normed)):
-        allocator = Allocator(Widths(INFOS, sets), Options(spaces, {}, multiple=multiple), losses)
-        limits = np.linspace(0.1, 0.9, 9) * TOTAL
-        found = [allocator.candidates(ranks.parameters, TOTAL, limit) for limit in limits]
-        widths[name] = {each["b"] for several in found for each in several if "b" in each}
-    assert widths["normed"]
-    assert widths["normed"] <= wanted
-    assert widths["free"] - wanted
+    assert Widths(INFOS, normed).choices("b", multiple) == [24, *wanted]
+    finer = step(24, multiple)
+    assert Widths(INFOS, SETS).choices("b", multiple) == [24, *range(23 // finer * finer, 0, -finer)]
+    taken = widths_of("b", normed, multiple)
+    assert taken
+    assert taken <= set(wanted)
+
+
+@pytest.mark.parametrize(
+    ("multiple", "wanted"), [(8, [8, 6, 4, 2]), (16, [14, 12, 10, 8, 6, 4, 2]), (5, [15, 10, 5, 4, 2])]
+)
+def test_what_a_depthwise_convolution_passes_on_keeps_to_the_multiple(multiple: int, wanted: list[int]) -> None:
+    """Of 16 channels, above the first multiple; where what carries them is no convolution it need not."""
+    carried = [replace(each, carriers=(slot("norm", 16),)) if each.name == "a" else each for each in SETS]
+    assert Widths(INFOS, SETS).choices("a", multiple) == [16, *wanted]
+    finer = step(16, multiple)
+    assert Widths(INFOS, carried).choices("a", multiple) == [16, *range(15 // finer * finer, 0, -finer)]
+
+
+def widths_of(name: str, sets: Sequence[ChannelSet], multiple: int) -> set[int]:
+    """Those that a set gets for any limit, where it is narrowed."""
+    spaces, losses = spectra(1)
+    allocator = Allocator(Widths(INFOS, sets), Options(spaces, {}, multiple=multiple), losses)
+    limits = np.linspace(0.1, 0.9, 9) * TOTAL
+    found = [allocator.candidates(ranks.parameters, TOTAL, limit) for limit in limits]
+    return {each[name] for several in found for each in several if name in each}
 
 
 @settings(max_examples=25, deadline=None)
