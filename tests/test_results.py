@@ -415,13 +415,11 @@ def test_what_the_readme_says_of_the_comparisons_plans_at_int8_is_in_the_result(
     macs, parameters = told("MACs"), told("parameters")
     slow = [s for s in models["efficientnet-lite0"]["sessions"] if s["runtime"] == "onnxruntime"]
     free = [s for s in models["fmnist-vit"]["sessions"] if s["runtime"] == "openvino" and not s["cap"]]
-    mixed = [s for s in models["minilm"]["sessions"] if s["runtime"] == "onnxruntime"]
-    lost = [plan for session in mixed for plan, ratio in session["ratios"].items() if ratio["ci_low"] > 1.0]
-    assert lost == [f"{share}% of the {axis}" for axis in ("parameters", "MACs") for share in (60, 50)]
+    assert max(ratio["ratio"] for session in models["minilm"]["sessions"] for ratio in session["ratios"].values()) < 1.0
     stay = next(row for row in models["efficientnet-lite0"]["rows"] if row["forms"] == "dense")["files"].values()
     assert not [file for file in stay if file["repaired"] or file["kept_float"]]
     off = [100 * file["error"] for file in stay]
-    models |= {"slow": {"sessions": slow}, "free": {"sessions": free}, "mixed": {"sessions": mixed}}
+    models |= {"slow": {"sessions": slow}, "free": {"sessions": free}}
     every = [row["forms"] for row in models["elpv-resnet18"]["rows"] if row["forms"] != "dense"]
     assert len(every) == 12
     said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
@@ -439,7 +437,6 @@ def test_what_the_readme_says_of_the_comparisons_plans_at_int8_is_in_the_result(
     one, other = (f"{1.0 / bound:.2f} to {bound:.2f}" for bound in disturbed.values())
     assert f"there ratios of {one} and of {other} are no findings" in said
     assert f"gains no time by any of the twelve plans ({span('slow', False, every)})" in said
-    assert f"MiniLM loses it with 60 and with 50 % ({span('mixed', False, lost)}) and with no other share" in said
     assert f"and the ViT gains none in openvino that is not held ({span('free', False, every)})" in said
     assert (
         f"{sum(mended.values())} of the {len(files)} files have it, {mended['minilm']} of MiniLM's and "

@@ -117,6 +117,25 @@ def _warnings(sessions: list[dict[str, Any]]) -> str:
     return f"The profiler warns, in so many of {measured} sessions: {said}." if said else ""
 
 
+def depthwise(found: dict[str, Any]) -> str:
+    """How long depthwise convolutions take for each channel, by their width."""
+    widths = list(found["rows"][0]["widths"])
+    rows = [
+        [
+            f"{row['runtime']}, {row['precision']}, {row['kernel']}×{row['kernel']}",
+            *(f"{row['widths'][width]['per_channel']:.2f}" for width in widths),
+            f"{row['null']['ci_low']:.2f} to {row['null']['ci_high']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    heads = ["runtime", *(f"{width} channels" for width in widths), "128, against itself [95 %]"]
+    foot = (
+        f"Time for each channel beside that at 128 channels: {found['layers']} depthwise convolutions in a row over "
+        f"{found['size']}×{found['size']} pixels. `{found['command']}`, {_machine(found)}."
+    )
+    return "\n\n".join([table(heads, rows), foot])
+
+
 def gauges(found: dict[str, Any]) -> str:
     """What int8 makes of factored models in each gauge."""
     rows, runtimes = [], list(dict.fromkeys(

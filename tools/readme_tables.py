@@ -511,6 +511,7 @@ LONG: dict[str, tuple[str, Callable[[], str]]] = {
     "ties": ("ties.json", lambda: int8.ties(_result("ties.json"))),
     "forms": ("forms.json", lambda: int8.forms(_result("forms.json"))),
     "factoring-int8": ("factoring-int8.json", lambda: int8.forms(_result("factoring-int8.json"))),
+    "depthwise": ("depthwise.json", lambda: int8.depthwise(_result("depthwise.json"))),
     "agreement": ("agreement.json", lambda: agreement(_result("agreement.json"))),
     "gauges": ("gauge.json", lambda: int8.gauges(_result("gauge.json"))),
 }
