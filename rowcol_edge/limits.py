@@ -74,8 +74,10 @@ def of_parameters(study: Study, most: float, text: str) -> Limit:
     return Limit(text, "parameters", ranks.parameters, study.parameters, most)
 
 
-def cheapest(study: Study, found: Sequence[Limit], multiple: int, model: str) -> FactorPlan:
+def cheapest(study: Study, found: Sequence[Limit], multiple: int, model: str, factor: float = 1.0) -> FactorPlan:
     """The plan of least predicted loss within these limits, one or two.
+
+    What widths lose counts ``factor`` times (see `factoring.balance`).
 
     With two, each cost counts as a share of its limit, and the mixture of both is sought at which neither is exceeded:
     the Lagrangian of two constraints, of whose multipliers only the ratio is left to choose (H. Everett, Generalized
@@ -85,7 +87,7 @@ def cheapest(study: Study, found: Sequence[Limit], multiple: int, model: str) ->
     Raises:
         BudgetError: which limit cannot be met, and by how much.
     """
-    allocator = study.allocator(multiple, 1.0)
+    allocator = study.allocator(multiple, 1.0, factor)
 
     @cache  # the allocator knows a cost again
     def mixed(shares: tuple[float, ...]) -> Cost:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from .budgets import Budgets
 from .datasets import evenly
 from .errors import BudgetError
 from .evaluation import Judged
-from .factoring import ranks
+from .factoring import balance, ranks
 from .factoring.apply import factored
 from .factoring.costs import LayerInfo, Split
 from .factoring.plan import ChannelPlan, FactorPlan, LayerPlan
@@ -111,7 +112,7 @@ def choose(
     elif options.energy is not None:
         fixed = ranks.plan_by_energy(study.infos, study.spaces, options.energy, rank_multiple=multiple, model=name)
     elif job.budgets.get("drop") is None:
-        fixed = _by_cost(study, job.budgets, multiple, precision, name)
+        fixed = _by_cost(study, job.budgets, multiple, precision, name, progress)
     if fixed is not None:
         fixed = fixed if options.plan is not None else replace(fixed, refit=options.refit is not False)
         return Choice((fixed,), (_judged(study, job, fixed, reference, judge),))
@@ -145,7 +146,14 @@ def smaller(study: Study, plan: FactorPlan, excess_bytes: float, precision: str,
     count = study.parameters - plan.saved_parameters - int(1.05 * excess_bytes / BYTES_PER_WEIGHT[precision]) - 1
     found = limits.of_budgets(study, budgets, BYTES_PER_WEIGHT[precision])
     found = (limits.of_parameters(study, max(1, count), "size"), *(each for each in found if each.kind == "macs"))
-    return replace(limits.cheapest(study, found, plan.rank_multiple, plan.model), refit=plan.refit)
+    return replace(within(study, found, plan.rank_multiple, plan.model), refit=plan.refit)
+
+
+def within(
+    study: Study, found: Sequence[Limit], multiple: int, model: str, progress: Progress | None = None
+) -> FactorPlan:
+    """The plan within limits that is nearest to the original; errors as `limits.cheapest`."""
+    return balance.nearest(study, partial(limits.cheapest, study, found, multiple, model), progress)
 
 
 def check_costs(study: Study, plan: FactorPlan, budgets: Budgets, hint: str) -> None:
@@ -168,36 +176,53 @@ def _exceeded(study: Study, plan: FactorPlan, found: Sequence[Limit]) -> Iterato
     return ((each, left[each.kind]) for each in found if left[each.kind] > each.most)
 
 
-def ladder(study: Study, multiple: int, model: str, kinds: Collection[str] = ()) -> tuple[FactorPlan, ...]:
+class Ladder:
     """Distinct plans from careful to bold, each of the least predicted loss at its cost: its share of the model's
     parameters where bytes are limited beside the quality (``kinds``: ``params`` or ``size``), of its MACs where those
-    are, else the mean of both shares, as both bytes and time count. The first leaves every layer dense."""
-    bytes_limited, macs_limited = not {"params", "size"}.isdisjoint(kinds), "macs" in kinds
-    share_of_macs = 0.5 if bytes_limited == macs_limited else float(macs_limited)
+    are, else the mean of both shares, as both bytes and time count.
 
-    def shares(parameters: float, macs: float) -> float:
-        return (1.0 - share_of_macs) * parameters / study.parameters + share_of_macs * macs / max(1, study.macs)
+    Attributes:
+        plans: the first leaves every layer dense.
+    """
 
-    def cost(info: LayerInfo, split: Split | None) -> float:
-        return shares(ranks.parameters(info, split), ranks.macs(info, split))
+    def __init__(self, study: Study, multiple: int, model: str, kinds: Collection[str] = ()) -> None:
+        bytes_limited, macs_limited = not {"params", "size"}.isdisjoint(kinds), "macs" in kinds
+        self._share_of_macs = 0.5 if bytes_limited == macs_limited else float(macs_limited)
+        self._study, self._multiple, self._model = study, multiple, model
+        self._allocator = cache(partial(study.allocator, multiple, BREAK_EVEN))  # one knows a cost again
+        self._costs: list[float] = []
+        plans: list[FactorPlan] = []
+        for share in (1.0, *np.geomspace(_MOST_CAREFUL, _BOLDEST, _PLANS)):
+            try:
+                plan = self._plan(float(share))
+            except ranks.OverBudgetError:
+                break
+            if not plans or self._saved(plan) > self._saved(plans[-1]):
+                plans.append(plan)
+                self._costs.append(float(share))
+        self.plans = tuple(plans)
 
-    def saved(plan: FactorPlan) -> float:
-        return shares(plan.saved_parameters, plan.saved_macs)
+    def nearest(self, index: int, progress: Progress | None = None) -> FactorPlan:
+        """The plan of that cost that is nearest to the original (see `factoring.balance`)."""
+        return balance.nearest(self._study, partial(self._plan, self._costs[index]), progress)
 
-    allocator = study.allocator(multiple, BREAK_EVEN)
-    plans: list[FactorPlan] = []
-    for share in (1.0, *np.geomspace(_MOST_CAREFUL, _BOLDEST, _PLANS)):
-        try:
-            plan = ranks.plan_by_cost(
-                study.infos, study.spaces, cost, total=1.0, limit=float(share), rank_multiple=multiple,
-                break_even=BREAK_EVEN, made_by=f"cost<={share:.3f}", model=model, allocator=allocator,
-                inputs=study.input_spaces,
-            )  # fmt: skip
-        except ranks.OverBudgetError:
-            break
-        if not plans or saved(plan) > saved(plans[-1]):
-            plans.append(plan)
-    return tuple(plans)
+    def _plan(self, share: float, factor: float = 1.0) -> FactorPlan:
+        study = self._study
+        return ranks.plan_by_cost(
+            study.infos, study.spaces, self._cost, total=1.0, limit=share, rank_multiple=self._multiple,
+            break_even=BREAK_EVEN, made_by=f"cost<={share:.3f}", model=self._model,
+            allocator=self._allocator(factor), inputs=study.input_spaces,
+        )  # fmt: skip
+
+    def _cost(self, info: LayerInfo, split: Split | None) -> float:
+        return self._shares(ranks.parameters(info, split), ranks.macs(info, split))
+
+    def _saved(self, plan: FactorPlan) -> float:
+        return self._shares(plan.saved_parameters, plan.saved_macs)
+
+    def _shares(self, parameters: float, macs: float) -> float:
+        of_macs = self._share_of_macs
+        return (1.0 - of_macs) * parameters / self._study.parameters + of_macs * macs / max(1, self._study.macs)
 
 
 def _by_quality(
@@ -214,10 +239,10 @@ def _by_quality(
     kinds = [each.kind for each in job.budgets.entries]
     costs = limits.of_budgets(study, job.budgets, BYTES_PER_WEIGHT[precision])
     # limits that no plan meets are refused before anything is tried
-    least = [limits.cheapest(study, costs, multiple, job.model.name)] if costs else []
+    least = [within(study, costs, multiple, job.model.name, progress)] if costs else []
+    rungs = Ladder(study, multiple, job.model.name, kinds)
     least, plans = (
-        [replace(plan, refit=job.options.refit is not False) for plan in found]
-        for found in (least, ladder(study, multiple, job.model.name, kinds))
+        [replace(plan, refit=job.options.refit is not False) for plan in found] for found in (least, rungs.plans)
     )
     trials: list[Trial] = []
     tried: set[str] = set()
@@ -233,17 +258,19 @@ def _by_quality(
             study.keep(plan.digest, module)
         return held
 
-    chosen = boldest(
-        lambda index: holds(plans[index]), len(plans), lambda done, total: progress("search ranks", done, total)
-    )
+    def best_holds(index: int) -> bool:
+        plans[index] = replace(rungs.nearest(index, progress), refit=plans[index].refit)
+        return holds(plans[index])
+
+    chosen = boldest(best_holds, len(plans), lambda done, total: progress("search ranks", done, total))
     if not any(_exceeded(study, plans[chosen], costs)):
         return Choice(tuple(plans[: chosen + 1]), _by_size(trials))
-    within = [plan for plan in (*least, *plans[chosen:]) if not any(_exceeded(study, plan, costs))][:_WITHIN]
-    for count, plan in enumerate(within):
-        progress("search ranks within the limits", count, len(within))
+    fitting = [plan for plan in (*least, *plans[chosen:]) if not any(_exceeded(study, plan, costs))][:_WITHIN]
+    for count, plan in enumerate(fitting):
+        progress("search ranks within the limits", count, len(fitting))
         if holds(plan):
             return Choice((plan,), _by_size(trials))
-    missed = trials[-len(within) :]
+    missed = trials[-len(fitting) :]
     # a drop on some hundred samples does not rise evenly: what bisection found may not be the boldest that holds
     dear = [plan for plan in plans[chosen + 1 :] if plan.digest not in tried]
     dear = [dear[index] for index in evenly(len(dear), min(_WITHIN, len(dear)))]
@@ -293,10 +320,12 @@ def boldest(holds: Callable[[int], bool], count: int, progress: Callable[[int, i
     return low
 
 
-def _by_cost(study: Study, budgets: Budgets, multiple: int, precision: str, model: str) -> FactorPlan:
+def _by_cost(
+    study: Study, budgets: Budgets, multiple: int, precision: str, model: str, progress: Progress
+) -> FactorPlan:
     """The most careful plan within the cost limits; without limits, one whose loss hardly shows."""
     found = limits.of_budgets(study, budgets, BYTES_PER_WEIGHT[precision])
-    return limits.cheapest(study, found, multiple, model) if found else _by_loss(study, multiple, model)
+    return within(study, found, multiple, model, progress) if found else _by_loss(study, multiple, model)
 
 
 def _by_loss(study: Study, multiple: int, model: str) -> FactorPlan:
@@ -305,8 +334,8 @@ def _by_loss(study: Study, multiple: int, model: str) -> FactorPlan:
         return ranks.plan_by_energy(
             study.infos, study.spaces, DEFAULT_ENERGY, rank_multiple=multiple, break_even=BREAK_EVEN, model=model
         )
-    within = [plan for plan in ladder(study, multiple, model) if (plan.loss or 0.0) <= DEFAULT_LOSS]
-    return replace(within[-1], made_by=f"loss<={DEFAULT_LOSS:g}")
+    fitting = [plan for plan in Ladder(study, multiple, model).plans if (plan.loss or 0.0) <= DEFAULT_LOSS]
+    return replace(fitting[-1], made_by=f"loss<={DEFAULT_LOSS:g}")
 
 
 def trial(study: Study, plan: FactorPlan, value: float | None, drop: float | None) -> Trial:

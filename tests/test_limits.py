@@ -225,9 +225,9 @@ def test_a_file_that_is_too_large_is_made_smaller_within_the_other_limit(known: 
 
 def test_plans_that_are_tried_for_quality_go_along_what_is_limited_beside_it(known: Study) -> None:
     """At the same share of the limited cost, the ladder for it loses no more than that for the mean of both."""
-    both = search.ladder(known, 1, "")
+    both = search.Ladder(known, 1, "").plans
     for kind, place in (("params", 0), ("size", 0), ("macs", 1)):
-        along = search.ladder(known, 1, "", [kind])
+        along = search.Ladder(known, 1, "", [kind]).plans
         for plan in both[1::6]:
             share = shares(known, plan)[place]
             losses = [each.loss or 0.0 for each in along if shares(known, each)[place] >= share]

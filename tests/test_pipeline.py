@@ -164,9 +164,13 @@ def test_beside_a_drop_the_compiled_file_gets_smaller_while_the_drop_holds(
     limit = 4 * rowcol_edge.factor(net, calib=splits["calib"], budget="params<=0.6x").parameters_after
     size = f"size<={limit}B"  # of the weights alone, so that the file is above
 
-    def nearest(known: Study, multiple: int, model: str, kinds: Sequence[str] = ()) -> tuple[FactorPlan, ...]:
-        found = limits.of_budgets(known, Budgets.parse(size), 4.0)
-        return FactorPlan(()), limits.cheapest(known, found, multiple, model)
+    class Two(search.Ladder):
+        def __init__(self, known: Study, multiple: int, model: str, kinds: Sequence[str] = ()) -> None:
+            found = limits.of_budgets(known, Budgets.parse(size), 4.0)
+            self.plans = FactorPlan(()), limits.cheapest(known, found, multiple, model)
+
+        def nearest(self, index: int, progress: object = None) -> FactorPlan:
+            return self.plans[index]
 
     fitted = 0
 
@@ -178,7 +182,7 @@ def test_beside_a_drop_the_compiled_file_gets_smaller_while_the_drop_holds(
         fitted += 1
         return own(*args)
 
-    for module, name, new in ((search, "ladder", nearest), (search, "smaller", smaller), (evaluation, "drop", drop)):
+    for module, name, new in ((search, "Ladder", Two), (search, "smaller", smaller), (evaluation, "drop", drop)):
         monkeypatch.setattr(module, name, new)
 
     def build() -> Built:

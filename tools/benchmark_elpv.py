@@ -41,7 +41,7 @@ def main() -> None:
         built = rowcol_edge.build(
             reference, target=options.target, budget=options.budget, out=options.work, force=True, progress=progress
         )[0]
-        frontier = ladder(reference, options.target, progress)
+        plans = frontier(reference, options.target, progress)
         settle()
         measured = rowcol_edge.profile(built.path, blocks=options.blocks, progress=progress)
     result = {
@@ -51,14 +51,14 @@ def main() -> None:
         "seconds": round(time.monotonic() - started),
         "manifest": built.manifest.to_dict(),
         "profile": summary(measured.to_dict()),
-        "frontier": frontier,
+        "frontier": plans,
     }
     out = RESULTS / f"{options.sample.partition('-')[0]}-{options.target}.json"
     out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"written to {out}")
 
 
-def ladder(reference: str, target: str, progress: job.Progress) -> list[dict[str, Any]]:
+def frontier(reference: str, target: str, progress: job.Progress) -> list[dict[str, Any]]:
     """Every plan of the search's ladder on the selection split at fp32, from careful to bold."""
     work = job.prepare(config.make({"model": reference, "target": target}), progress=progress)
     known = study(work.model.module, work.calibration, classify=True, progress=progress)
@@ -71,9 +71,10 @@ def ladder(reference: str, target: str, progress: job.Progress) -> list[dict[str
 
     dense = judged(work.model.module, None)
     rows = [{"plan": "dense", "parameters": known.parameters, "macs": known.macs, "value": dense.value, "drop": 0.0}]
-    plans = search.ladder(known, work.targets[0].rank_multiple, work.model.name)
-    for i, plan in enumerate(plans):
-        progress("frontier", i, len(plans))
+    ladder = search.Ladder(known, work.targets[0].rank_multiple, work.model.name)
+    for i in range(len(ladder.plans)):
+        progress("frontier", i, len(ladder.plans))
+        plan = ladder.nearest(i)
         if plan.changes:
             found = judged(factored(known, replace(plan, refit=True)), dense)
             trial = search.trial(known, plan, found.value, evaluation.drop(work, dense, found))

@@ -28,6 +28,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ from rowcol_edge.device.verify import verify
 from rowcol_edge.device.worker import TIME, Request
 from rowcol_edge.errors import MeasurementError
 from rowcol_edge.export.parity import torch_run
-from rowcol_edge.factoring import ranks
+from rowcol_edge.factoring import balance, ranks
 from rowcol_edge.factoring.allocation import Allocator, Widths
 from rowcol_edge.factoring.apply import factored
 from rowcol_edge.factoring.costs import LayerInfo, Split
@@ -136,14 +137,18 @@ def plans(known: Study, share: float) -> dict[str, FactorPlan | None]:
         "all": (known.spaces, known.input_spaces, True),
     }
     found: dict[str, FactorPlan | None] = {}
-    for name, (outputs, inputs, narrow) in allowed.items():
-        allocator = Allocator(widths, Options(outputs, inputs, multiple, 1.0), losses) if narrow else None
+
+    def made(name: str, factor: float) -> FactorPlan:
+        outputs, inputs, narrow = allowed[name]
+        options = Options(outputs, inputs, multiple, 1.0)
+        return ranks.plan_by_cost(
+            known.infos, outputs, cost, total=1.0, limit=share, rank_multiple=multiple, made_by=name,
+            allocator=Allocator(widths, options, losses, factor) if narrow else None, inputs=inputs,
+        )  # fmt: skip
+
+    for name in allowed:
         try:
-            plan = ranks.plan_by_cost(
-                known.infos, outputs, cost, total=1.0, limit=share, rank_multiple=multiple, made_by=name,
-                allocator=allocator, inputs=inputs,
-            )  # fmt: skip
-            found[name] = replace(plan, refit=True)
+            found[name] = replace(balance.nearest(known, partial(made, name)), refit=True)
         except ranks.OverBudgetError:
             found[name] = None
     return found

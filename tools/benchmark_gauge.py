@@ -33,7 +33,7 @@ from torch import nn
 from benchmark_gauge_table import table
 from benchmark_machine import machine
 from int8_files import RUNTIMES, TARGET, compiled, logits, scores
-from rowcol_edge import arms, calling, config, evaluation, job, limits, targets
+from rowcol_edge import arms, calling, config, evaluation, job, limits, search, targets
 from rowcol_edge.backends import load_backend
 from rowcol_edge.backends.base import QuantSpec
 from rowcol_edge.datasets import Feeds
@@ -127,7 +127,7 @@ def _plan(
 ) -> dict[str, Any]:
     assert work.selection is not None
     limit = limits.of_parameters(studied, int(studied.parameters * ratio), f"params<={ratio}x")
-    plan = limits.cheapest(studied, [limit], targets.load(TARGET).rank_multiple, work.model.name)
+    plan = search.within(studied, [limit], targets.load(TARGET).rank_multiple, work.model.name)
     factored = apply.factored(studied, plan, progress)
     names = [layer.name for layer in plan.projected]
     metrics = apply.metrics(studied, plan)

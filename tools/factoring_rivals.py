@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rowcol_edge.factoring import ranks, splits
+from rowcol_edge.factoring import balance, ranks, splits
 from rowcol_edge.factoring.costs import Form, LayerInfo, Split
 from rowcol_edge.factoring.plan import FactorPlan, LayerPlan
 from rowcol_edge.factoring.spaces import LayerSpaces
@@ -89,12 +89,15 @@ def plan(way: Way, study: Study, spaces: Spaces, axis: str, share: float) -> Fac
     total = sum(cost(info, None) for info in infos.values())
     if way.uniform:
         return _uniform(infos, spaces, cost, share * total)
-    found = ranks.plan_by_cost(
-        study.infos if way.whole else infos, spaces, cost, total=total, limit=share * total,
-        made_by=f"{axis}<={share:g}", allocator=study.allocator(1, 1.0) if way.whole else None,
-        inputs=study.input_spaces if way.ours else None,
-    )  # fmt: skip
-    return replace(found, refit=True) if way.whole else found
+
+    def made(factor: float = 1.0) -> FactorPlan:
+        return ranks.plan_by_cost(
+            study.infos if way.whole else infos, spaces, cost, total=total, limit=share * total,
+            made_by=f"{axis}<={share:g}", allocator=study.allocator(1, 1.0, factor) if way.whole else None,
+            inputs=study.input_spaces if way.ours else None,
+        )  # fmt: skip
+
+    return replace(balance.nearest(study, made), refit=True) if way.whole else made()
 
 
 def _uniform(infos: Mapping[str, LayerInfo], spaces: Spaces, cost: ranks.Cost, limit: float) -> FactorPlan:

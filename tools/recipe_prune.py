@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from benchmark_machine import machine
-from rowcol_edge import config, evaluation, job, limits, targets
+from rowcol_edge import config, evaluation, job, limits, search, targets
 from rowcol_edge.calling import bind, feed
 from rowcol_edge.datasets import Split, scan
 from rowcol_edge.errors import DataError
@@ -152,7 +152,7 @@ def studied(module: nn.Module, work: job.Job, progress: job.Progress) -> Study:
 def factored(known: Study, most: int, progress: job.Progress) -> tuple[nn.Module, int, int]:
     """The module within a number of parameters, as a build makes it, and what it costs."""
     limit = limits.of_parameters(known, most, f"params<={most}")
-    plan = limits.cheapest(known, [limit], targets.load(TARGET).rank_multiple, SAMPLE)
+    plan = search.within(known, [limit], targets.load(TARGET).rank_multiple, SAMPLE)
     module = apply.factored(known, replace(plan, refit=True), progress)
     return module, known.parameters - plan.saved_parameters, known.macs - plan.saved_macs
 

@@ -126,11 +126,13 @@ def _multiples(size: int, multiple: int) -> range:
 class Allocator:
     """Widths from careful to bold, for any cost."""
 
-    def __init__(self, widths: Widths, options: Options, losses: Mapping[str, Array]) -> None:
-        """``losses``: set → (size + 1,), predicted by width; a set that is not here keeps its channels."""
+    def __init__(self, widths: Widths, options: Options, losses: Mapping[str, Array], factor: float = 1.0) -> None:
+        """``losses``: set → (size + 1,), predicted by width; a set that is not here keeps its channels. They count
+        ``factor`` times beside those of ranks (see `balance`)."""
         self.widths = widths
         self.options = options
-        self._losses = losses
+        self.factor = factor
+        self._losses = {name: factor * found for name, found in losses.items()}
         self._paths: dict[Cost, _Path] = {}
         self._known: _Known = {}
         self._touched = {name: widths.layers(name) for name in widths.sets}
@@ -160,7 +162,7 @@ class Allocator:
 
     def lost(self, widths: Mapping[str, int]) -> float:
         """Predicted for the widths alone."""
-        return sum(float(self._losses[name][width]) for name, width in widths.items())
+        return sum(float(self._losses[name][width]) for name, width in widths.items()) / self.factor
 
     def _settled(self, layers: _Layers, price: float, start: Mapping[str, int]) -> dict[str, int]:
         """Widths that none alone can better at this price."""

@@ -100,8 +100,8 @@ def plan_by_cost(
 
     Args:
         allowed: what may be spent, where ``limit`` is less of it: the gap is to the best within this.
-        allocator: proposes widths of channels; of those the one is taken whose widths and ranks lose least in all. It
-            has options of its own, which must be those of the same spaces, multiple and break-even.
+        allocator: proposes widths of channels; of those the one is taken whose widths, times its factor, and ranks lose
+            least in all. It has options of its own, which must be those of the same spaces, multiple and break-even.
         inputs: what layers take, of those for which other forms than `column` are to be thought of.
 
     Raises:
@@ -126,14 +126,17 @@ def plan_by_cost(
         except OverBudgetError as error:
             over.append(error)
             continue
-        lost = sum(step.option.loss for step in chosen.values())
+        weighed = sum(step.option.loss for step in chosen.values())
         if allocator is not None:
-            lost += allocator.lost(widths)
-        if best is None or lost < best[0]:
-            best = lost, gap, widths, chosen
+            weighed += allocator.factor * allocator.lost(widths)
+        if best is None or weighed < best[0]:
+            best = weighed, gap, widths, chosen
     if best is None:
         raise min(over, key=lambda error: error.least)
-    lost, gap, taken_widths, chosen = best
+    _, gap, taken_widths, chosen = best
+    lost = sum(step.option.loss for step in chosen.values())
+    if allocator is not None:
+        lost += allocator.lost(taken_widths)
     taken = {name: step.option.split for name, step in chosen.items()}
     plan = _planned(infos, spaces, rows, taken, taken_widths, None if allocator is None else allocator.widths)
     return replace(plan, loss=lost, gap=gap, rank_multiple=rank_multiple, made_by=made_by, model=model)

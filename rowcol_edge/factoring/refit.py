@@ -29,16 +29,15 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from rowcol_edge.calling import bind, evaluating, feed, tensors
+from rowcol_edge.calling import evaluating
 from rowcol_edge.factoring import layouts, splits
 from rowcol_edge.factoring.costs import LayerInfo
 from rowcol_edge.factoring.layouts import Layout
+from rowcol_edge.factoring.outcomes import Feeds, loss, outcome
 from rowcol_edge.factoring.places import Place, rows, spread
 from rowcol_edge.factoring.spaces import Progress
-from rowcol_edge.factoring.variation import Variation
 
 Array = NDArray[np.float64]
-Feeds = Mapping[str, NDArray[Any]]
 
 _SAMPLES = (16, 512)  # every fourth is left to judge
 _BYTES = 256 * 2**20  # of the largest activation of all samples
@@ -127,7 +126,7 @@ def refit(
     if not bool(unseen.any()) or not fits:
         return model
     with evaluating(original), _wanted(original, fits):
-        reference = _run(original, samples)
+        reference = outcome(original, samples)
     if not reference:
         return model
     done = 0
@@ -139,10 +138,10 @@ def refit(
             progress("second pass", done, len(fits))
 
     with evaluating(fitted), _fitting(fitted, fits, unseen, advance):
-        after = _run(fitted, samples)
+        after = outcome(fitted, samples)
     with evaluating(model):
-        before = _run(model, samples)
-    found = SecondPass(*(_loss(reference, got, unseen, classify=classify) for got in (before, after)))
+        before = outcome(model, samples)
+    found = SecondPass(*(loss(reference, got, unseen, classify=classify) for got in (before, after)))
     if told is not None:
         told(found)
     return fitted if found.kept else model
@@ -172,33 +171,6 @@ def _part(layer: nn.Module) -> nn.Module:
 
 def _positions(size: int, samples: int) -> int:
     return max(1, -(-min(max(2 * size, _ROWS[0]), _ROWS[1]) // samples))
-
-
-def _run(model: nn.Module, samples: Feeds) -> list[torch.Tensor]:
-    args, kwargs = bind(model, feed(model, samples))
-    with torch.no_grad():
-        return [value.double() for value in tensors(model(*args, **kwargs)) if value.is_floating_point()]
-
-
-def _loss(wanted: Sequence[torch.Tensor], got: Sequence[torch.Tensor], where: torch.Tensor, *, classify: bool) -> float:
-    """Kullback–Leibler divergence of a classifier's answers; of other outputs half the relative squared error about
-    their mean."""
-
-    def judged(output: torch.Tensor) -> torch.Tensor:
-        """Of samples that no layer was fitted to, if it has them along its first axis."""
-        return output[where] if output.dim() and len(output) == len(where) else output
-
-    pairs = [(judged(a), judged(b)) for a, b in zip(wanted, got, strict=True)]
-    samples, variation = int(where.sum()), Variation()
-    loss, (first, second) = 0.0, pairs[0]
-    if classify and first.dim() == 2 and first.shape[1] > 1:
-        logs, others = first.log_softmax(1), second.log_softmax(1)
-        apart = torch.where(logs.isneginf(), 0.0, logs - others)  # a class that is masked has no share
-        loss, pairs = float((logs.exp() * apart).sum(1).mean()), pairs[1:]
-    variation.add([output for output, _ in pairs], samples)
-    for (output, other), square in zip(pairs, variation.squares(), strict=True):
-        loss += 0.5 * float(torch.where(output == other, 0.0, output - other).square().sum()) / (square * samples)
-    return loss
 
 
 @contextlib.contextmanager

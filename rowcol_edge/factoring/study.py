@@ -76,7 +76,7 @@ class Study:
         classify: its first output is a classifier's.
         given: calibration samples.
         different: of these, those that differ from each other.
-        samples: calibration samples for a second pass.
+        spread: so many calibration samples, or all, spread evenly over them.
         second_passes: what came of those that were asked for, by the digest of their plan; None where nothing could be
             fitted or judged.
         made: a factored model that was judged and will be asked for, by the digest of its plan (see `keep`).
@@ -95,7 +95,7 @@ class Study:
     classify: bool
     given: int
     different: int
-    samples: Callable[[], Mapping[str, np.ndarray[Any, Any]]]
+    spread: Callable[[int], Mapping[str, np.ndarray[Any, Any]]]
     _coupled: Callable[[], tuple[ChannelSet, ...]]
     _failed: Callable[[], str]
     second_passes: dict[str, refit.SecondPass | None] = field(default_factory=dict)
@@ -110,6 +110,15 @@ class Study:
     def without_gradients(self) -> str:
         """Where and why the model, which runs without gradients, cannot be differentiated; ``""`` if it can."""
         return self._failed()
+
+    @cached_property
+    def judges(self) -> Mapping[str, np.ndarray[Any, Any]]:
+        """Calibration samples to try plans on."""
+        return self.spread(_gradients(self.macs))
+
+    def samples(self) -> Mapping[str, np.ndarray[Any, Any]]:
+        """Calibration samples for a second pass."""
+        return self.spread(refit.affordable(self.infos))
 
     def keep(self, digest: str, model: nn.Module) -> None:
         """For whoever asks first (`apply.factored`): a second pass may take minutes. One at a time."""
@@ -127,13 +136,14 @@ class Study:
                 return True
         return False
 
-    def allocator(self, multiple: int, break_even: float) -> Allocator | None:
-        """Proposes widths; None where no set can be narrowed or nothing was weighed."""
+    def allocator(self, multiple: int, break_even: float, factor: float = 1.0) -> Allocator | None:
+        """Proposes widths, each of which counts ``factor`` times what it loses; None where no set can be narrowed or
+        nothing was weighed."""
         widths = {name: space.losses for name, space in self.channel_spaces.items()}
         if not widths:
             return None
         options = Options(self.spaces, self.input_spaces, multiple, break_even)
-        return Allocator(Widths(self.infos, self.channels), options, widths)
+        return Allocator(Widths(self.infos, self.channels), options, widths, factor)
 
 
 def study(
@@ -212,7 +222,7 @@ def study(
         classify=bool(classify),
         given=len(calibration),
         different=len(set(calibration.sample_digests)),
-        samples=lambda: calibration.spread(refit.affordable(infos)),
+        spread=calibration.spread,
         _coupled=coupled,
         _failed=lambda: known().failed,
     )

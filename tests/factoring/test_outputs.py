@@ -16,8 +16,8 @@ import rowcol_edge
 from rowcol_edge import models
 from rowcol_edge.calling import tensors
 from rowcol_edge.errors import WeightsError
+from rowcol_edge.factoring.outcomes import loss
 from rowcol_edge.factoring.plan import FactorPlan
-from rowcol_edge.factoring.refit import _loss
 from rowcol_edge.factoring.sensitivity import Objective
 
 INF = float("inf")
@@ -94,7 +94,7 @@ def test_every_output_counts(wrap: Callable[[nn.Module, torch.Tensor], Any], tmp
     with torch.no_grad():
         wanted, got = ([y.double() for y in tensors(each(torch.from_numpy(x)))] for each in (model, small))
     assert len(wanted) == len(got) == 2
-    measured = _loss(wanted, got, torch.ones(len(x), dtype=torch.bool), classify=True)
+    measured = loss(wanted, got, torch.ones(len(x), dtype=torch.bool), classify=True)
     assert result.plan.loss / 4 < measured < 4 * result.plan.loss
 
 
@@ -160,9 +160,9 @@ def test_losses_of_masked_scores_are_finite() -> None:
     masked, moved = scores.clone(), scores + 0.1 * torch.arange(4)
     masked[:, 3] = moved[:, 3] = -INF
     every = torch.ones(20, dtype=torch.bool)
-    own = _loss([scores[:, :3]], [moved[:, :3]], every, classify=True)
-    assert _loss([masked], [moved], every, classify=True) == pytest.approx(own)
-    assert 0.0 < _loss([masked], [moved], every, classify=False) < INF
+    own = loss([scores[:, :3]], [moved[:, :3]], every, classify=True)
+    assert loss([masked], [moved], every, classify=True) == pytest.approx(own)
+    assert 0.0 < loss([masked], [moved], every, classify=False) < INF
     leaf = scores.clone().requires_grad_()
     Objective(classify=False)(leaf.masked_fill(torch.arange(4) > 2, -INF), 20).backward()
     assert leaf.grad is not None
@@ -220,7 +220,7 @@ def test_an_offset_of_the_answers_changes_no_plan(beside: bool, tmp_path: Path) 
         result, small = factored(model, x, folder, budget=None)
         with torch.no_grad():
             wanted, got = ([y.double() for y in tensors(each(torch.from_numpy(x)))] for each in (model, small))
-        measured = _loss(wanted, got, torch.ones(len(x), dtype=torch.bool), classify=False)
+        measured = loss(wanted, got, torch.ones(len(x), dtype=torch.bool), classify=False)
         assert measured < 20 * max(result.plan.loss, 1e-4)
         found[offset] = result.plan
     assert found[0.0].layers

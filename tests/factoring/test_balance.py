@@ -1,0 +1,88 @@
+"""What counts for a plan's choice is what the models do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from rowcol_edge.datasets import Split, scan
+from rowcol_edge.errors import BudgetError
+from rowcol_edge.factoring import ranks
+from rowcol_edge.factoring.allocation import Allocator, Widths
+from rowcol_edge.factoring.balance import FACTORS, nearest
+from rowcol_edge.factoring.options import Options
+from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan
+from rowcol_edge.factoring.study import Study, study
+from tests.factoring.test_allocation import INFOS, SETS, TOTAL, spectra
+from tests.nets import frames, small_net
+
+
+@pytest.fixture(scope="module")
+def known() -> Study:
+    pictures, _ = frames(64, seed=1)
+    return study(
+        small_net(), scan(Split("calibration", "frames", lambda: iter([({"x": pictures}, None)]))), classify=True
+    )
+
+
+def plan(known: Study, width: int) -> FactorPlan:
+    [body] = [each for each in known.channels if each.name == "body"]
+    asked = FactorPlan((), channels=(ChannelPlan("body", width, body.size),))
+    return ranks.refresh(asked, known.infos, known.spaces, known.channels, known.input_spaces)
+
+
+def by_factor(plans: dict[float, FactorPlan]) -> Callable[[float], FactorPlan]:
+    def make(factor: float) -> FactorPlan:
+        if factor not in plans:
+            raise BudgetError("budget params<=0.1x")
+        return plans[factor]
+
+    return make
+
+
+def test_the_plan_of_the_nearest_model_is_taken_whatever_was_predicted(known: Study) -> None:
+    narrow, wide = plan(known, 4), plan(known, 56)
+    for order in ((narrow, wide), (wide, narrow)):
+        assert nearest(known, by_factor(dict(zip(FACTORS, order, strict=True)))) == wide
+
+
+def test_the_first_stays_unless_the_other_is_clearly_nearer(known: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = dict(zip(FACTORS, (plan(known, 24), plan(known, 32)), strict=True))
+    for found, wanted in (([1.0, 0.86], 24), ([1.0, 0.84], 32), ([0.0, 0.0], 24)):
+        losses = iter(found)
+        monkeypatch.setattr("rowcol_edge.factoring.balance.loss", lambda *_, losses=losses, **__: next(losses))
+        assert [each.width for each in nearest(known, by_factor(plans)).channels] == [wanted]
+
+
+def test_what_only_the_other_factor_cannot_reach_is_left_out(known: Study) -> None:
+    assert nearest(known, by_factor({FACTORS[0]: plan(known, 4)})) == plan(known, 4)
+    with pytest.raises(BudgetError):
+        nearest(known, by_factor({FACTORS[1]: plan(known, 40)}))
+
+
+def test_without_widths_there_is_nothing_to_try(known: Study) -> None:
+    asked = []
+
+    def make(factor: float) -> FactorPlan:
+        asked.append(factor)
+        return FactorPlan(())
+
+    assert nearest(known, make) == FactorPlan(())
+    assert asked == [1.0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_dearer_widths_are_the_less_is_lost_by_them(seed: int) -> None:
+    spaces, losses = spectra(seed)
+    lost = []
+    for factor in (1.0, 4.0, 100.0):
+        allocator = Allocator(Widths(INFOS, SETS), Options(spaces, {}), losses, factor)
+        found = ranks.plan_by_cost(INFOS, spaces, ranks.parameters, total=TOTAL, limit=0.5 * TOTAL, allocator=allocator)
+        widths = {each.name: each.width for each in found.channels}
+        predicted = sum(float(losses[name][width]) for name, width in widths.items())
+        assert allocator.lost(widths) == pytest.approx(predicted)
+        ranked = sum(float(spaces[layer.name].losses[layer.rank]) for layer in found.projected)  # type: ignore[index]
+        assert found.loss == pytest.approx(predicted + ranked)
+        lost.append(predicted)
+    assert lost == sorted(lost, reverse=True)
