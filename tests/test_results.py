@@ -445,6 +445,23 @@ def test_what_the_readme_says_of_the_comparisons_plans_at_int8_is_in_the_result(
     ) in said
 
 
+def test_what_the_readme_says_of_depthwise_widths_is_in_the_result(root: Path, results: Path) -> None:
+    rows = {row["runtime"]: row["widths"] for row in read(results / "depthwise.json")["rows"]}
+    assert len(rows) == 3
+    ragged, whole = (
+        [rows["onnxruntime"][width]["ratio"] for width in widths] for widths in (("100", "104", "120"), ("96", "112"))
+    )
+    assert min(ragged) > max(whole)
+    widths = ("96", "100", "104", "112", "120")
+    others = [rows[name][width]["per_channel"] for name in ("openvino", "tflite") for width in widths]
+    said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    assert (
+        f"in onnxruntime one over 100, 104 or 120 channels takes {min(ragged):.1f} to {max(ragged):.1f} times as long "
+        f"at int8 as one over 128, over 96 or 112 {min(whole):.1f} to {max(whole):.1f} times; in the other two a "
+        f"channel takes {min(others):.2f} to {max(others):.2f} times as long as one of 128."
+    ) in said
+
+
 def test_what_the_readme_says_of_predicted_losses_is_in_the_result(root: Path, results: Path) -> None:
     found: dict[str, list[float]] = {}
     for file in ("forms.json", "factoring-int8.json"):

@@ -440,13 +440,14 @@ def cost() -> str:
             f"{name} {' and '.join(format(model['stages'][stage]['seconds'], '.1f') for stage in stages)} s"
             for name, model in found["models"].items()
         )
-        for stages in (["allocation"], beside, ["gauges"])
+        for stages in (["plans, of which one is taken"], ["allocation"], beside, ["gauges"])
     ]
     limits = " or ".join(f"`{stage.removeprefix('allocation with ').removesuffix(' beside')}`" for stage in beside)
     return (
         f"Factoring to half of the parameters with {' or '.join(map(str, images))} images of 224×224, everything from "
-        f"tracing to the rewritten module: {'; '.join(said)}. Of that the plan: {apart[0]}. Not in it: a plan with "
-        f"{limits} beside ({apart[1]}), and the choice of gauges for int8 ({apart[2]}). "
+        f"tracing to the rewritten module: {'; '.join(said)}. Of that the two plans, with trying both: {apart[0]}; "
+        f"one by itself: {apart[1]}. Not in it: one with {limits} beside ({apart[2]}), and the choice of gauges for "
+        f"int8 ({apart[3]}). "
         f"{found['machine']['cpu_model']}, {found['machine']['cores_usable']} cores. Command: `{found['command']}`."
     )
 
