@@ -103,6 +103,10 @@ def cheapest(study: Study, found: Sequence[Limit], multiple: int, model: str, fa
             allocator=allocator, inputs=study.input_spaces,
         )  # fmt: skip
 
+    def weighed(made: FactorPlan) -> float:
+        more = 0.0 if allocator is None else allocator.lost({each.name: each.width for each in made.channels})
+        return (made.loss or 0.0) + (factor - 1.0) * more
+
     def used(made: FactorPlan) -> list[float]:
         saved = {"parameters": made.saved_parameters, "macs": made.saved_macs}
         return [(each.dense - saved[each.kind]) / each.most for each in found]
@@ -120,10 +124,10 @@ def cheapest(study: Study, found: Sequence[Limit], multiple: int, model: str, fa
         raise _missed(missed, multiple, remainder.told(study))
     options = Options(study.spaces, study.input_spaces, multiple) if allocator is None else allocator.options
     both = ranks.no_dearer(alone, study.infos, study.spaces, options, allocator=allocator, inputs=study.input_spaces)
-    mixture, least = _mixed(plan, used)
+    mixture, least = _mixed(plan, used, weighed)
     fitting = [made for made in (both, mixture) if made is not None and max(used(made)) <= 1.0]
     if fitting:
-        return min(fitting, key=lambda made: made.loss or 0.0)
+        return min(fitting, key=weighed)
     raise BudgetError(
         f"budgets {' and '.join(each.text for each in found)}",
         expected=" and ".join(f"at most {each.told(int(each.most))}" for each in found),
@@ -147,7 +151,9 @@ def _missed(missed: Sequence[tuple[Limit, float]], multiple: int, why: str) -> B
 
 
 def _mixed(
-    plan: Callable[..., FactorPlan], used: Callable[[FactorPlan], list[float]]
+    plan: Callable[..., FactorPlan],
+    used: Callable[[FactorPlan], list[float]],
+    weighed: Callable[[FactorPlan], float],
 ) -> tuple[FactorPlan | None, float]:
     """The best plan found within both limits, and what the last one tried uses of the limit that it misses most."""
     low, high = 0.0, 1.0  # shares of the first cost: with the low one it is too large, with the high one the other is
@@ -167,7 +173,7 @@ def _mixed(
         elif limit == 1.0:
             return made, least
         else:
-            best, tight = min(best or made, made, key=lambda found: found.loss or 0.0), limit
+            best, tight = min(best or made, made, key=weighed), limit
             if least > _NEAR:
                 break
         if best is not None:  # the step that was taken back may have been one of widths, and more than was needed

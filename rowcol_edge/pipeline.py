@@ -538,7 +538,7 @@ class _Line:
             if excess <= 0:
                 break
             try:
-                less = search.smaller(self.study, plan, excess, arm.precision, self.job.budgets)
+                less = search.smaller(self.study, plan, excess, arm.precision, self.job.budgets, self.progress)
             except BudgetError:
                 break  # _check_size says by how much the smallest file misses the limit
             less = thin.noted(self.study, less)

@@ -62,7 +62,10 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The plans from careful to bold, up to and including the chosen one (the last), and all trials."""
+    """The plans from careful to bold, up to and including the chosen one (the last), and all trials.
+
+    Of those before it only what was tried was made twice (see `factoring.balance`).
+    """
 
     plans: tuple[FactorPlan, ...]
     trials: tuple[Trial, ...]
@@ -140,20 +143,27 @@ def _judged(study: Study, job: Job, plan: FactorPlan, reference: Judged | None, 
     return trial(study, plan, judged.value, lost)
 
 
-def smaller(study: Study, plan: FactorPlan, excess_bytes: float, precision: str, budgets: Budgets) -> FactorPlan:
+def smaller(
+    study: Study,
+    plan: FactorPlan,
+    excess_bytes: float,
+    precision: str,
+    budgets: Budgets,
+    progress: Progress | None = None,
+) -> FactorPlan:
     """A plan whose compiled file is smaller by ``excess_bytes`` and that keeps the other limits; BudgetError where
     there is none."""
     count = study.parameters - plan.saved_parameters - int(1.05 * excess_bytes / BYTES_PER_WEIGHT[precision]) - 1
     found = limits.of_budgets(study, budgets, BYTES_PER_WEIGHT[precision])
     found = (limits.of_parameters(study, max(1, count), "size"), *(each for each in found if each.kind == "macs"))
-    return replace(within(study, found, plan.rank_multiple, plan.model), refit=plan.refit)
+    return replace(within(study, found, plan.rank_multiple, plan.model, progress), refit=plan.refit)
 
 
 def within(
     study: Study, found: Sequence[Limit], multiple: int, model: str, progress: Progress | None = None
 ) -> FactorPlan:
-    """The plan within limits that is nearest to the original; errors as `limits.cheapest`."""
-    return balance.nearest(study, partial(limits.cheapest, study, found, multiple, model), progress)
+    """The plan within limits, of two the nearer one; errors as `limits.cheapest`."""
+    return balance.nearer(study, partial(limits.cheapest, study, found, multiple, model), progress)
 
 
 def check_costs(study: Study, plan: FactorPlan, budgets: Budgets, hint: str) -> None:
@@ -179,7 +189,7 @@ def _exceeded(study: Study, plan: FactorPlan, found: Sequence[Limit]) -> Iterato
 class Ladder:
     """Distinct plans from careful to bold, each of the least predicted loss at its cost: its share of the model's
     parameters where bytes are limited beside the quality (``kinds``: ``params`` or ``size``), of its MACs where those
-    are, else the mean of both shares, as both bytes and time count.
+    are, else the mean of both shares, as both bytes and time count. `nearer` makes the better of two for a cost.
 
     Attributes:
         plans: the first leaves every layer dense.
@@ -202,9 +212,9 @@ class Ladder:
                 self._costs.append(float(share))
         self.plans = tuple(plans)
 
-    def nearest(self, index: int, progress: Progress | None = None) -> FactorPlan:
-        """The plan of that cost that is nearest to the original (see `factoring.balance`)."""
-        return balance.nearest(self._study, partial(self._plan, self._costs[index]), progress)
+    def nearer(self, index: int, progress: Progress | None = None) -> FactorPlan:
+        """The plan of that cost, or another of which the model is clearly nearer (see `factoring.balance`)."""
+        return balance.nearer(self._study, partial(self._plan, self._costs[index]), progress)
 
     def _plan(self, share: float, factor: float = 1.0) -> FactorPlan:
         study = self._study
@@ -238,12 +248,10 @@ def _by_quality(
     assert budget is not None  # choose() comes here for no other reason
     kinds = [each.kind for each in job.budgets.entries]
     costs = limits.of_budgets(study, job.budgets, BYTES_PER_WEIGHT[precision])
-    # limits that no plan meets are refused before anything is tried
-    least = [within(study, costs, multiple, job.model.name, progress)] if costs else []
-    rungs = Ladder(study, multiple, job.model.name, kinds)
-    least, plans = (
-        [replace(plan, refit=job.options.refit is not False) for plan in found] for found in (least, rungs.plans)
-    )
+    if costs:  # limits that no plan meets are refused before anything is tried
+        limits.cheapest(study, costs, multiple, job.model.name)
+    rungs, refit = Ladder(study, multiple, job.model.name, kinds), job.options.refit is not False
+    plans = [replace(plan, refit=refit) for plan in rungs.plans]
     trials: list[Trial] = []
     tried: set[str] = set()
 
@@ -259,13 +267,14 @@ def _by_quality(
         return held
 
     def best_holds(index: int) -> bool:
-        plans[index] = replace(rungs.nearest(index, progress), refit=plans[index].refit)
+        plans[index] = replace(rungs.nearer(index, progress), refit=refit)
         return holds(plans[index])
 
     chosen = boldest(best_holds, len(plans), lambda done, total: progress("search ranks", done, total))
     if not any(_exceeded(study, plans[chosen], costs)):
         return Choice(tuple(plans[: chosen + 1]), _by_size(trials))
-    fitting = [plan for plan in (*least, *plans[chosen:]) if not any(_exceeded(study, plan, costs))][:_WITHIN]
+    least = replace(within(study, costs, multiple, job.model.name, progress), refit=refit)
+    fitting = [plan for plan in (least, *plans[chosen:]) if not any(_exceeded(study, plan, costs))][:_WITHIN]
     for count, plan in enumerate(fitting):
         progress("search ranks within the limits", count, len(fitting))
         if holds(plan):
@@ -287,17 +296,17 @@ def _by_size(trials: Sequence[Trial]) -> tuple[Trial, ...]:
 
 
 def _apart(
-    study: Study, kept: FactorPlan, within: Sequence[Trial], budgets: Budgets, costs: Sequence[Limit]
+    study: Study, kept: FactorPlan, missed: Sequence[Trial], budgets: Budgets, costs: Sequence[Limit]
 ) -> BudgetError:
     """Budgets each of which can be met: how far the best plans are from meeting all."""
-    nearest = min(within, key=lambda tried: tried.drop or 0.0)
+    nearest = min(missed, key=lambda tried: tried.drop or 0.0)
     over = ", ".join(
         f"{got:,} {each.kind} ({got / each.most:.2f} times {each.text})" for each, got in _exceeded(study, kept, costs)
     )
     return BudgetError(
         f"budgets {budgets}",
         expected="one plan that keeps all of them",
-        got=f"a drop of {nearest.drop:.2f} pp, the least of {len(within)} plans within the cost limits; "
+        got=f"a drop of {nearest.drop:.2f} pp, the least of {len(missed)} plans within the cost limits; "
         f"the boldest plan found that keeps the drop has {over}",
         hint="allow a larger drop or a higher cost",
     )

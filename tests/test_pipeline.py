@@ -169,7 +169,7 @@ def test_beside_a_drop_the_compiled_file_gets_smaller_while_the_drop_holds(
             found = limits.of_budgets(known, Budgets.parse(size), 4.0)
             self.plans = FactorPlan(()), limits.cheapest(known, found, multiple, model)
 
-        def nearest(self, index: int, progress: object = None) -> FactorPlan:
+        def nearer(self, index: int, progress: object = None) -> FactorPlan:
             return self.plans[index]
 
     fitted = 0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from rowcol_edge import evaluation, search
 from rowcol_edge.budgets import Budgets
 from rowcol_edge.datasets import Split, scan
 from rowcol_edge.errors import BudgetError
+from rowcol_edge.factoring.plan import FactorPlan
 from rowcol_edge.factoring.study import Study, study
 from rowcol_edge.search import boldest
 
@@ -93,6 +95,20 @@ def test_the_least_loss_within_the_limits_is_tried_first(known: Study, monkeypat
     )
     left = (known.parameters - found.plans[-1].saved_parameters) / known.parameters
     assert 0.45 < left <= 0.5
+
+
+def test_what_is_tried_for_quality_is_the_nearer_of_two(known: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, seen = search.Ladder.nearer, []
+
+    def nearer(self: search.Ladder, index: int, progress: Any = None) -> FactorPlan:
+        found = replace(own(self, index, progress), made_by=f"the nearer of {index}")
+        seen.append(index)
+        return found
+
+    monkeypatch.setattr(search.Ladder, "nearer", nearer)
+    found = chosen(known, "drop<=0.5pp", lambda share: 0.0 if share > 0.5 else 1.0, monkeypatch)
+    assert found.plans[-1].made_by == f"the nearer of {len(found.plans) - 1}"
+    assert sorted(seen) == sorted(int(trial.made_by.split()[-1]) for trial in found.trials)
 
 
 def test_budgets_that_exclude_each_other_say_how_far_apart_they_are(

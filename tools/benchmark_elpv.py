@@ -74,7 +74,7 @@ def frontier(reference: str, target: str, progress: job.Progress) -> list[dict[s
     ladder = search.Ladder(known, work.targets[0].rank_multiple, work.model.name)
     for i in range(len(ladder.plans)):
         progress("frontier", i, len(ladder.plans))
-        plan = ladder.nearest(i)
+        plan = ladder.nearer(i)
         if plan.changes:
             found = judged(factored(known, replace(plan, refit=True)), dense)
             trial = search.trial(known, plan, found.value, evaluation.drop(work, dense, found))

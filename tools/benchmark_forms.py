@@ -148,7 +148,7 @@ def plans(known: Study, share: float) -> dict[str, FactorPlan | None]:
 
     for name in allowed:
         try:
-            found[name] = replace(balance.nearest(known, partial(made, name)), refit=True)
+            found[name] = replace(balance.nearer(known, partial(made, name)), refit=True)
         except ranks.OverBudgetError:
             found[name] = None
     return found

@@ -97,7 +97,7 @@ def plan(way: Way, study: Study, spaces: Spaces, axis: str, share: float) -> Fac
             inputs=study.input_spaces if way.ours else None,
         )  # fmt: skip
 
-    return replace(balance.nearest(study, made), refit=True) if way.whole else made()
+    return replace(balance.nearer(study, made), refit=True) if way.whole else made()
 
 
 def _uniform(infos: Mapping[str, LayerInfo], spaces: Spaces, cost: ranks.Cost, limit: float) -> FactorPlan:

@@ -89,7 +89,7 @@ class Widths:
         Where layer norms look at the channels they are multiples alone: limited to AVX2, OpenVINO 2026.4 crashes in one
         over a number of channels that 16 does not divide. Where depthwise convolutions pass the channels on, no finer
         ones above the multiple: onnxruntime's int8 kernel takes longer for them than for the next multiple
-        (``tools/benchmark_depthwise.py``).
+        (``tools/benchmark_depthwise.py``). Below it they save no time either, but parameters that a budget may need.
         """
         channels = self.sets[name]
         finer = step(channels.size, multiple)
@@ -132,7 +132,8 @@ class Allocator:
         self.widths = widths
         self.options = options
         self.factor = factor
-        self._losses = {name: factor * found for name, found in losses.items()}
+        self._losses = losses
+        self._counted = {name: factor * found for name, found in losses.items()}
         self._paths: dict[Cost, _Path] = {}
         self._known: _Known = {}
         self._touched = {name: widths.layers(name) for name in widths.sets}
@@ -149,20 +150,20 @@ class Allocator:
         if path is None:
             path = self._paths[cost] = _Path(self._bought(cost), self._settled)
         found: list[dict[str, int]] = [{}]
-        for widths in (*path.around(total - limit), *path.filled(total - limit, self._losses)):
+        for widths in (*path.around(total - limit), *path.filled(total - limit, self._counted)):
             narrowed = {name: width for name, width in widths.items() if width < self.widths.sets[name].size}
             if narrowed not in found:
                 found.append(narrowed)
         return found
 
     def _bought(self, cost: Cost) -> _Layers:
-        found = {name: self._losses[name] for name in self._options}
+        found = {name: self._counted[name] for name in self._options}
         sets = {name: (self._options[name], found[name]) for name in found}
         return _Layers(self.widths, self.options, cost, sets, self._known)
 
     def lost(self, widths: Mapping[str, int]) -> float:
         """Predicted for the widths alone."""
-        return sum(float(self._losses[name][width]) for name, width in widths.items()) / self.factor
+        return sum(float(self._losses[name][width]) for name, width in widths.items())
 
     def _settled(self, layers: _Layers, price: float, start: Mapping[str, int]) -> dict[str, int]:
         """Widths that none alone can better at this price."""
@@ -179,7 +180,7 @@ class Allocator:
         values = np.zeros(len(options))
         for layer in self._touched[name]:
             values += layers.values(layer, name, options, widths, price)
-        return options[int((self._losses[name][list(options)] + values).argmin())]
+        return options[int((self._counted[name][list(options)] + values).argmin())]
 
 
 class _Path:

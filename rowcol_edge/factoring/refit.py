@@ -33,7 +33,7 @@ from rowcol_edge.calling import evaluating
 from rowcol_edge.factoring import layouts, splits
 from rowcol_edge.factoring.costs import LayerInfo
 from rowcol_edge.factoring.layouts import Layout
-from rowcol_edge.factoring.outcomes import Feeds, loss, outcome
+from rowcol_edge.factoring.outcomes import Departure, Feeds, outcome
 from rowcol_edge.factoring.places import Place, rows, spread
 from rowcol_edge.factoring.spaces import Progress
 
@@ -141,7 +141,12 @@ def refit(
         after = outcome(fitted, samples)
     with evaluating(model):
         before = outcome(model, samples)
-    found = SecondPass(*(loss(reference, got, unseen, classify=classify) for got in (before, after)))
+    losses = []
+    for got in (before, after):
+        departure = Departure(classify=classify)
+        departure.add(reference, got, unseen)
+        losses.append(departure.value)
+    found = SecondPass(*losses)
     if told is not None:
         told(found)
     return fitted if found.kept else model

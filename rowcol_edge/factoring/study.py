@@ -112,8 +112,8 @@ class Study:
         return self._failed()
 
     @cached_property
-    def judges(self) -> Mapping[str, np.ndarray[Any, Any]]:
-        """Calibration samples to try plans on."""
+    def trial_samples(self) -> Mapping[str, np.ndarray[Any, Any]]:
+        """Calibration samples to try plans on, 24 to 64 by the model's cost, spread evenly over all."""
         return self.spread(_gradients(self.macs))
 
     def samples(self) -> Mapping[str, np.ndarray[Any, Any]]:

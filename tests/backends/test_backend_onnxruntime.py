@@ -122,13 +122,14 @@ class Attention(nn.Module):
         return self.after(self.out(mixed.transpose(1, 2).flatten(2)) + x)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 def test_linear_layers_that_look_like_attention_run_in_int8(
-    compiled: Compile, tmp_path: Path, runtime: RuntimeSpec
+    compiled: Compile, tmp_path: Path, runtime: RuntimeSpec, dynamic: bool
 ) -> None:
     torch.manual_seed(0)
     model, source = Attention().eval(), tmp_path / "attention.onnx"
     example = {"x": smooth(1, 9)}
-    export(model, example, source, opset=runtime.opset, ir_version=runtime.ir_version, dynamic_batch=False)
+    export(model, example, source, opset=runtime.opset, ir_version=runtime.ir_version, dynamic_batch=dynamic)
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         yield from ({"x": smooth(1, seed)} for seed in range(8))
@@ -136,6 +137,8 @@ def test_linear_layers_that_look_like_attention_run_in_int8(
     proto = compiled(source, "int8", batches)
     found = kernels(proto, tmp_path)
     assert (found["QGemm"], found["Gemm"] + found["FusedGemm"]) == (4, 0)
+    if dynamic:
+        example = {"x": np.concatenate([example["x"], smooth(1, 10)])}
     wanted = model(torch.from_numpy(example["x"])).detach().numpy()
     for file, error in ((prepare(source), 1e-5), (proto, 0.05)):
         session = ort.InferenceSession(file.SerializeToString(), providers=["CPUExecutionProvider"])

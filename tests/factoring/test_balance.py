@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
+from rowcol_edge import limits, search
+from rowcol_edge.budgets import Budgets
 from rowcol_edge.datasets import Split, scan
 from rowcol_edge.errors import BudgetError
-from rowcol_edge.factoring import ranks
+from rowcol_edge.factoring import balance, ranks
 from rowcol_edge.factoring.allocation import Allocator, Widths
-from rowcol_edge.factoring.balance import FACTORS, nearest
+from rowcol_edge.factoring.balance import FACTORS, nearer
 from rowcol_edge.factoring.options import Options
 from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan
 from rowcol_edge.factoring.study import Study, study
@@ -41,24 +44,47 @@ def by_factor(plans: dict[float, FactorPlan]) -> Callable[[float], FactorPlan]:
     return make
 
 
-def test_the_plan_of_the_nearest_model_is_taken_whatever_was_predicted(known: Study) -> None:
+def test_the_plan_of_the_nearer_model_is_taken_whatever_was_predicted(known: Study) -> None:
     narrow, wide = plan(known, 4), plan(known, 56)
-    for order in ((narrow, wide), (wide, narrow)):
-        assert nearest(known, by_factor(dict(zip(FACTORS, order, strict=True)))) == wide
+    for order, said in (((narrow, wide), ", widths counted 1.5 times"), ((wide, narrow), "")):
+        found = nearer(known, by_factor(dict(zip(FACTORS, order, strict=True))))
+        assert (found.digest, found.made_by) == (wide.digest, wide.made_by + said)
+
+
+def test_plans_are_tried_on_a_few_samples_at_a_time(known: Study) -> None:
+    sizes: list[int] = []
+    hook = known.folded.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    nearer(known, by_factor(dict(zip(FACTORS, (plan(known, 4), plan(known, 56)), strict=True))))
+    hook.remove()
+    assert sum(sizes) >= 24
+    assert max(sizes) == 4
+
+
+def test_how_much_widths_count_reaches_every_way_to_make_a_plan(known: Study) -> None:
+    both = limits.of_budgets(known, Budgets.parse("params<=0.4x,macs<=0.5x"), 4.0)
+    ladder = search.Ladder(known, 1, "")
+    for make in (
+        partial(limits.cheapest, known, both[:1], 1, ""), partial(limits.cheapest, known, both, 1, ""),
+        partial(ladder._plan, 0.3),
+    ):  # fmt: skip
+        allocator = known.allocator(1, 1.0)
+        assert allocator is not None
+        lost = [allocator.lost({e.name: e.width for e in make(factor).channels}) for factor in (0.01, 100.0)]
+        assert lost[1] < lost[0]
 
 
 def test_the_first_stays_unless_the_other_is_clearly_nearer(known: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = dict(zip(FACTORS, (plan(known, 24), plan(known, 32)), strict=True))
     for found, wanted in (([1.0, 0.86], 24), ([1.0, 0.84], 32), ([0.0, 0.0], 24)):
         losses = iter(found)
-        monkeypatch.setattr("rowcol_edge.factoring.balance.loss", lambda *_, losses=losses, **__: next(losses))
-        assert [each.width for each in nearest(known, by_factor(plans)).channels] == [wanted]
+        monkeypatch.setattr(balance, "_lost", lambda *_, losses=losses: next(losses))
+        assert [each.width for each in nearer(known, by_factor(plans)).channels] == [wanted]
 
 
 def test_what_only_the_other_factor_cannot_reach_is_left_out(known: Study) -> None:
-    assert nearest(known, by_factor({FACTORS[0]: plan(known, 4)})) == plan(known, 4)
+    assert nearer(known, by_factor({FACTORS[0]: plan(known, 4)})) == plan(known, 4)
     with pytest.raises(BudgetError):
-        nearest(known, by_factor({FACTORS[1]: plan(known, 40)}))
+        nearer(known, by_factor({FACTORS[1]: plan(known, 40)}))
 
 
 def test_without_widths_there_is_nothing_to_try(known: Study) -> None:
@@ -68,7 +94,7 @@ def test_without_widths_there_is_nothing_to_try(known: Study) -> None:
         asked.append(factor)
         return FactorPlan(())
 
-    assert nearest(known, make) == FactorPlan(())
+    assert nearer(known, make) == FactorPlan(())
     assert asked == [1.0]
 
 

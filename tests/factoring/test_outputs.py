@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import rowcol_edge
 from rowcol_edge import models
 from rowcol_edge.calling import tensors
 from rowcol_edge.errors import WeightsError
-from rowcol_edge.factoring.outcomes import loss
+from rowcol_edge.factoring.outcomes import Departure
 from rowcol_edge.factoring.plan import FactorPlan
 from rowcol_edge.factoring.sensitivity import Objective
 
@@ -74,6 +75,13 @@ def normal(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
+def departure(batches: Sequence[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]], *, classify: bool) -> float:
+    found = Departure(classify=classify)
+    for wanted, got in batches:
+        found.add(wanted, got, torch.ones(len(wanted[0]), dtype=torch.bool))
+    return found.value
+
+
 def forms(result: Any) -> dict[str, str]:
     return {layer.name: layer.form for layer in result.plan.layers}
 
@@ -94,7 +102,7 @@ def test_every_output_counts(wrap: Callable[[nn.Module, torch.Tensor], Any], tmp
     with torch.no_grad():
         wanted, got = ([y.double() for y in tensors(each(torch.from_numpy(x)))] for each in (model, small))
     assert len(wanted) == len(got) == 2
-    measured = loss(wanted, got, torch.ones(len(x), dtype=torch.bool), classify=True)
+    measured = departure([(wanted, got)], classify=True)
     assert result.plan.loss / 4 < measured < 4 * result.plan.loss
 
 
@@ -155,14 +163,25 @@ def test_classes_that_are_masked_are_as_if_they_were_not_there(tmp_path: Path) -
     assert float((wanted - got)[:, :3].norm() / wanted[:, :3].norm()) < 0.3
 
 
+@pytest.mark.parametrize("classify", [False, True])
+@pytest.mark.parametrize("parts", [[4, 4, 2], [3, 7], [1, 9]])
+def test_batches_lose_what_all_of_them_at_once_lose(parts: list[int], classify: bool) -> None:
+    wanted, moves = ([torch.from_numpy(normal(10, *s)).double() for s in ((4,), (3, 2))] for _ in range(2))
+    got = [a + 0.1 * b.flip(0) for a, b in zip(wanted, moves, strict=True)]
+    starts = np.cumsum([0, *parts])
+    batches = [([y[i:j] for y in wanted], [y[i:j] for y in got]) for i, j in itertools.pairwise(starts)]
+    once = departure([(wanted, got)], classify=classify)
+    assert once > 0.0
+    assert departure(batches, classify=classify) == pytest.approx(once)
+
+
 def test_losses_of_masked_scores_are_finite() -> None:
     scores = torch.from_numpy(normal(20, 4)).double()
     masked, moved = scores.clone(), scores + 0.1 * torch.arange(4)
     masked[:, 3] = moved[:, 3] = -INF
-    every = torch.ones(20, dtype=torch.bool)
-    own = loss([scores[:, :3]], [moved[:, :3]], every, classify=True)
-    assert loss([masked], [moved], every, classify=True) == pytest.approx(own)
-    assert 0.0 < loss([masked], [moved], every, classify=False) < INF
+    own = departure([([scores[:, :3]], [moved[:, :3]])], classify=True)
+    assert departure([([masked], [moved])], classify=True) == pytest.approx(own)
+    assert 0.0 < departure([([masked], [moved])], classify=False) < INF
     leaf = scores.clone().requires_grad_()
     Objective(classify=False)(leaf.masked_fill(torch.arange(4) > 2, -INF), 20).backward()
     assert leaf.grad is not None
@@ -220,7 +239,7 @@ def test_an_offset_of_the_answers_changes_no_plan(beside: bool, tmp_path: Path) 
         result, small = factored(model, x, folder, budget=None)
         with torch.no_grad():
             wanted, got = ([y.double() for y in tensors(each(torch.from_numpy(x)))] for each in (model, small))
-        measured = loss(wanted, got, torch.ones(len(x), dtype=torch.bool), classify=False)
+        measured = departure([(wanted, got)], classify=False)
         assert measured < 20 * max(result.plan.loss, 1e-4)
         found[offset] = result.plan
     assert found[0.0].layers
