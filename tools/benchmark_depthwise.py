@@ -1,7 +1,7 @@
 """Whether widths want to be multiples of something where depthwise convolutions read them.
 
     python tools/benchmark_depthwise.py       # writes tools/results/depthwise.json, eight minutes
-    python tools/benchmark_depthwise.py --precisions int8 fp32 --kernels 3 5
+    python tools/benchmark_depthwise.py --precisions int8 fp32 --kernels 3 5 --out widths.json
 
 Eight depthwise convolutions in a row over a picture of 28×28, of random weights: files of one runtime, precision and
 kernel take short turns (see `benchmark_turns`), a null arm among them. `ratio` is the time beside that of 128 channels,
@@ -28,7 +28,7 @@ from benchmark_turns import take_turns
 from int8_files import RUNTIMES, TARGET, compiled
 from markdown_table import interval
 from rowcol_edge import datasets, job, targets
-from rowcol_edge.device import system
+from rowcol_edge.device import stats, system
 from rowcol_edge.device.profile import NULL
 from rowcol_edge.device.worker import TIME, Request
 
@@ -45,9 +45,11 @@ def main() -> None:
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["int8"])
     parser.add_argument("--kernels", nargs="+", type=int, default=[3])
-    parser.add_argument("--rounds", type=int, default=6, help="fresh processes for each file")
+    parser.add_argument("--rounds", type=int, default=stats.MIN_ROUNDS, help="fresh processes for each file")
     parser.add_argument("--out", type=Path, default=_RESULTS)
     options = parser.parse_args()
+    if options.rounds < stats.MIN_ROUNDS:
+        parser.error(f"--rounds {options.rounds}: an interval needs {stats.MIN_ROUNDS}")
     said = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "source": job.own_source()}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="rowcol-depthwise-") as folder:
@@ -74,16 +76,20 @@ def measured(runtime: str, precision: str, kernel: int, rounds: int, folder: Pat
         )  # fmt: skip
     requests[NULL] = requests[str(_BASELINE)]
     settle()
-    judged = take_turns(requests, str(_BASELINE), rounds).judged(
-        system.evidence_for(target.to_dict(), system.environment()).level
-    )
-    ratios = {
-        each.arm: {"ratio": each.ratio, "ci_low": each.ci_low, "ci_high": each.ci_high,
-                   "per_channel": None if each.ratio is None else each.ratio * _BASELINE / int(each.arm)}
-        for each in judged.comparisons
-    }  # fmt: skip
+    evidence = system.evidence_for(target.to_dict(), system.environment()).level
+    judged = take_turns(requests, str(_BASELINE), rounds).judged(evidence)
+    ratios: dict[str, dict[str, Any]] = {}
+    for each in judged.comparisons:
+        assert each.ratio is not None  # rounds are enough for an interval
+        ratios[each.arm] = {
+            "ratio": each.ratio, "ci_low": each.ci_low, "ci_high": each.ci_high,
+            "per_channel": each.ratio * _BASELINE / int(each.arm),
+        }  # fmt: skip
     null = {"ratio": judged.null.ratio, "ci_low": judged.null.ci_low, "ci_high": judged.null.ci_high}
-    return {"runtime": runtime, "precision": precision, "kernel": kernel, "widths": ratios, "null": null}
+    return {
+        "runtime": runtime, "precision": precision, "kernel": kernel, "evidence": evidence, "widths": ratios,
+        "null": null, "warnings": list(judged.warnings),
+    }  # fmt: skip
 
 
 def _file(width: int, runtime: str, precision: str, kernel: int, folder: Path) -> tuple[Path, Path]:

@@ -90,7 +90,7 @@ def forms(found: dict[str, Any]) -> str:
         "(EfficientNet-Lite0: on new crops of the photos that it was calibrated on)"
         f"{mended}. Evidence: "
         f"{', '.join(f'{name} {level}' for name, level in levels.items())}. {_warnings(sessions)} "
-        f"{'; '.join(commands)}."
+        f"{_disturbed(found['models'])}{'; '.join(commands)}."
     )
     return "\n\n".join([table(heads, rows), foot])
 
@@ -106,15 +106,27 @@ def _warnings(sessions: list[dict[str, Any]]) -> str:
     told = {
         "processes of the same arm differ": "processes of one arm differ by a tenth and more, which the intervals hold",
         "the warm-up met its bound": "a warm-up met its bound before the median was stable",
-        "the null arm": "the dense file differs from itself",
     }
     counts = {
         what: sum(any(warning.startswith(begin) for warning in each.get("warnings", ())) for each in sessions)
         for begin, what in told.items()
     }
-    measured = sum("ratios" in each for each in sessions)
+    measured = sum("null" in each for each in sessions)
     said = ", ".join(f"{what} ({count})" for what, count in counts.items() if count)
     return f"The profiler warns, in so many of {measured} sessions: {said}." if said else ""
+
+
+def _disturbed(models: dict[str, Any]) -> str:
+    """Where the dense file differs from itself, and what is no finding there."""
+    said = []
+    for name, model in models.items():
+        for session in model["sessions"]:
+            null = session.get("null")
+            if null is not None and not null["ci_low"] <= 1.0 <= null["ci_high"]:
+                bound = max(null["ci_high"], 1.0 / null["ci_low"])
+                where = f"`{name}`, {session['runtime']}{', ' + session['cap'] if session['cap'] else ''}"
+                said.append(f"{where}: ratios of {1.0 / bound:.2f} to {bound:.2f}")
+    return f"No findings, as the dense file differs from itself: {'; '.join(said)}. " if said else ""
 
 
 def depthwise(found: dict[str, Any]) -> str:
@@ -129,9 +141,11 @@ def depthwise(found: dict[str, Any]) -> str:
         for row in found["rows"]
     ]
     heads = ["runtime", *(f"{width} channels" for width in widths), "128, against itself [95 %]"]
+    evidence = ", ".join(sorted({row["evidence"] for row in found["rows"]}))
     foot = (
         f"Time for each channel beside that at 128 channels: {found['layers']} depthwise convolutions in a row over "
-        f"{found['size']}×{found['size']} pixels. `{found['command']}`, {_machine(found)}."
+        f"{found['size']}×{found['size']} pixels. Evidence: {evidence}. {_warnings(found['rows'])} "
+        f"`{found['command']}`, {_machine(found)}."
     )
     return "\n\n".join([table(heads, rows), foot])
 
