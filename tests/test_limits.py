@@ -18,6 +18,7 @@ from rowcol_edge import limits, search
 from rowcol_edge.budgets import Budgets
 from rowcol_edge.datasets import Split, scan
 from rowcol_edge.errors import BudgetError, ModelError
+from rowcol_edge.factoring import ranks
 from rowcol_edge.factoring.apply import factored
 from rowcol_edge.factoring.options import Cost
 from rowcol_edge.factoring.plan import FactorPlan
@@ -108,6 +109,23 @@ def within(known: Study, found: Sequence[limits.Limit], multiple: int) -> Factor
 def test_neither_limit_alone_would_keep_the_other(known: Study) -> None:
     assert shares(known, planned(known, "params<=0.2x"))[1] > 0.2
     assert shares(known, planned(known, "macs<=0.2x"))[0] > 0.2
+
+
+def test_within_two_limits_widths_count_as_much_as_in_the_search(known: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the two ways to a plan within both."""
+    found = limits.of_budgets(known, Budgets.parse("params<=0.2x,macs<=0.2x"), 4.0)
+    allocator = known.allocator(1, 1.0)
+    assert allocator is not None
+    one, other = (limits.cheapest(known, found, 1, "", factor=factor) for factor in (1.0, 100.0))
+    (first, widths), (second, less) = (
+        (made.loss or 0.0, allocator.lost({each.name: each.width for each in made.channels})) for made in (one, other)
+    )
+    assert (first < second, widths > less) == (True, True)
+    monkeypatch.setattr(ranks, "no_dearer", lambda *_, **__: one)
+    monkeypatch.setattr(limits, "_mixed", lambda *_: (other, 1.0))
+    turns = 1.0 + (second - first) / (widths - less)
+    for factor, wanted in ((0.9 * turns, one), (1.1 * turns, other)):
+        assert limits.cheapest(known, found, 1, "", factor=factor) is wanted
 
 
 def test_the_tighter_of_parameters_and_bytes_counts(known: Study) -> None:

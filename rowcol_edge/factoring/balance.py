@@ -7,6 +7,7 @@ plan is made once more with widths that count more, and both models are tried on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -66,4 +67,4 @@ def _lost(
         for batch, reference in zip(batches, references, strict=True):
             everywhere = torch.ones(min(len(array) for array in batch.values()), dtype=torch.bool)
             departure.add(reference, outcome(model, batch), everywhere)
-    return departure.value
+    return math.inf if math.isnan(departure.value) else departure.value  # what gives no numbers is no nearer

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import quant_pre_process
 from torch import nn
 
+from rowcol_edge.backends import onnx_gemm
 from rowcol_edge.backends.base import QuantSpec
 from rowcol_edge.backends.onnxruntime import BACKEND
 from rowcol_edge.backends.qdq import kept_float, prepare
@@ -144,6 +145,28 @@ def test_linear_layers_that_look_like_attention_run_in_int8(
         session = ort.InferenceSession(file.SerializeToString(), providers=["CPUExecutionProvider"])
         (got,) = session.run(None, example)
         assert np.linalg.norm(got - wanted) <= error * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fused"),
+    [((2, 7), True), (("batch", 7), True), ((2, "length"), True), (("batch", "length"), False)],
+)
+def test_a_linear_layer_with_one_free_size_becomes_a_gemm(sizes: tuple[int | str, int | str], fused: bool) -> None:
+    """With two free sizes the rows could not be laid out again."""
+    weight, bias = np.arange(12, dtype=np.float32).reshape(4, 3), np.ones(3, np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "weight"], ["product"]), helper.make_node("Add", ["product", "bias"], ["y"])],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [*sizes, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [*sizes, 3])],
+        [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(bias, "bias")],
+    )
+    onnx_gemm.fuse(graph)
+    assert [node.op_type for node in graph.node] == (["Reshape", "Gemm", "Reshape"] if fused else ["MatMul", "Add"])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(0).normal(size=(2, 7, 4)).astype(np.float32)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ weight + bias, rtol=1e-5)
 
 
 def test_no_tensor_has_a_name_that_onnxruntime_gives_when_it_loads_the_file(tmp_path: Path) -> None:
