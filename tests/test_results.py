@@ -98,12 +98,19 @@ def test_what_the_readme_says_of_what_tying_costs_is_in_the_result(root: Path, r
         for name, sample in samples.items()
     }
     assert min(drop["ci_low"] for drop in lost["fmnist-vit"]) > 0.0
-    assert all(drop["ci_low"] <= 0.0 <= drop["ci_high"] for drop in lost["elpv-resnet18"])
+    [beyond] = [drop for drop in lost["elpv-resnet18"] if not drop["ci_low"] <= 0.0 <= drop["ci_high"]]
+    assert beyond == samples["elpv-resnet18"]["starts"]["scratch"]["drop_pp"]["auroc"]
+    widest = [
+        max(start["drop_pp"][metric]["ci_high"] for start in samples["elpv-resnet18"]["starts"].values())
+        for metric in ("auroc", "balanced_accuracy")
+    ]
     least, most = sorted(drop["value"] for drop in lost["fmnist-vit"])
     said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
     assert (
         f"With equal budgets of training the tied ViT loses {least:.1f} to {most:.1f} points, the tied ResNet-18 "
-        "nothing beyond chance."
+        f"more than chance in one of four comparisons ({beyond['value']:.1f} points of AUROC from scratch). The "
+        f"latter's intervals, on 420 pictures of 96×96, reach to {widest[0]:.1f} points of AUROC and {widest[1]:.1f} "
+        "of balanced accuracy."
     ) in said
     starts = [samples[name]["starts"]["trained"] for name in ("fmnist-vit", "elpv-resnet18")]
     falls = [[f"{100 * start[arm]['selection_before']:.1f}" for arm in ("dense", "tied")] for start in starts]
@@ -393,6 +400,17 @@ def test_what_the_readme_says_of_the_comparisons_plans_at_int8_is_in_the_result(
     ) in said
 
 
+def test_the_int8_files_are_of_the_comparisons_own_plans(results: Path) -> None:
+    compared = read(results / "factoring.json")["models"]
+    for name, model in read(results / "factoring-int8.json")["models"].items():
+        sizes = {
+            f"{row['share']:.0%} of the {'MACs' if row['axis'] == 'macs' else row['axis']}": row["parameters"]
+            for row in compared[name]["rows"]
+            if row["way"] == "ours"
+        }
+        assert {row["forms"]: row["parameters"] for row in model["rows"] if row["forms"] != "dense"} == sizes
+
+
 def test_what_the_readme_says_of_depthwise_widths_is_in_the_result(root: Path, results: Path) -> None:
     found = read(results / "depthwise.json")["rows"]
     assert all((row["precision"], row["kernel"]) == ("int8", 3) for row in found)
@@ -407,8 +425,8 @@ def test_what_the_readme_says_of_depthwise_widths_is_in_the_result(root: Path, r
     said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
     assert (
         f"in onnxruntime one over 100, 104 or 120 channels takes {min(ragged):.1f} to {max(ragged):.1f} times as long "
-        f"at int8 as one over 128, over 96 or 112 {min(whole):.1f} to {max(whole):.1f} times; in the other two one "
-        f"of 96 to 120 channels takes {min(others):.2f} to {max(others):.2f} times as long as one of 128."
+        f"at int8 as one over 128, over 96 or 112 {min(whole):.1f} to {max(whole):.1f} times; in the other two each "
+        f"channel of 96 to 120 takes {min(others):.2f} to {max(others):.2f} times as long as each of 128."
     ) in said
 
 
