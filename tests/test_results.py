@@ -45,26 +45,21 @@ def test_tied_files_hold_their_matrices_once_and_are_at_most_5_percent_slower(ro
         f"the {len(rows)} intervals reaches 1.05 (they end at {most:.3f} at most); those of an untied file against "
         f"itself lie between {min(nulls):.3f} and {max(nulls):.3f}."
     ) in said
-    found = {
-        verdict: {
-            (row["model"], row["runtime"], row["precision"]): f"{row['latency_ratio']['ratio']:.2f}"
-            for row in rows
-            if row["latency_ratio"]["verdict"] == verdict
-        }
-        for verdict in ("slower", "faster")
-    }
-    tiny = found["faster"].pop(("halvit-tiny", "onnxruntime", "fp32"))
-    residual = found["faster"].pop(("halvit-resnet50", "openvino", "int8"))
-    assert found == {"slower": {}, "faster": {}}
-    [itself] = [
-        row["null"]["ci_low"]
-        for row in rows
-        if (row["model"], row["runtime"], row["precision"]) == ("halvit-resnet50", "openvino", "int8")
-    ]
+    slower, faster = (
+        [row for row in rows if row["latency_ratio"]["verdict"] == verdict] for verdict in ("slower", "faster")
+    )
+    assert {row["runtime"] for row in slower} == {"tflite"}
+    assert "tflite" not in {row["runtime"] for row in faster}
+    assert (len(slower), len(faster)) == (5, 5)
+    least = min(faster, key=lambda row: row["latency_ratio"]["ratio"])
+    assert (least["model"], least["runtime"], least["precision"]) == ("halvit-tiny", "onnxruntime", "fp32")
+    longer, quicker = (
+        sorted(100 * abs(row["latency_ratio"]["ratio"] - 1.0) for row in each) for each in (slower, faster)
+    )
     assert (
-        f"None is slower beyond chance; faster are HaLViT-tiny in ONNX Runtime at fp32 ({tiny}) and HaLViT's ResNet-50 "
-        f"in OpenVINO at int8 ({residual}; in that one the untied file against itself reaches down to {itself:.3f}, so "
-        "that it is hardly a finding)."
+        f"Five of TFLite's six are slower beyond chance, by {longer[0]:.1f} to {longer[-1]:.1f} %; five of the others' "
+        f"twelve are faster, by {quicker[0]:.1f} to {quicker[-1]:.1f} %, the most HaLViT-tiny in ONNX Runtime at "
+        "fp32."
     ) in said
     copied = [row for row in rows if row["runtime"] != "tflite"]
     less = {
