@@ -1,6 +1,6 @@
 """What a search among spatial splits too would gain: plans with and without them, of networks with k×k kernels.
 
-    python tools/benchmark_spatial.py                          # writes tools/results/spatial.json, half an hour
+    python tools/benchmark_spatial.py                          # writes tools/results/spatial.json, a quarter of an hour
 
 `rowcol-edge` applies spatial splits where a plan names them and does not search them. Here both orders (k×1 first, 1×k
 first) are options of the allocation at every rank, at the loss that `rowcol_edge.factoring.latents` predicts for them;
