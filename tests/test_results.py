@@ -50,16 +50,13 @@ def test_tied_files_hold_their_matrices_once_and_are_at_most_5_percent_slower(ro
     )
     assert {row["runtime"] for row in slower} == {"tflite"}
     assert "tflite" not in {row["runtime"] for row in faster}
-    assert (len(slower), len(faster)) == (5, 5)
-    least = min(faster, key=lambda row: row["latency_ratio"]["ratio"])
-    assert (least["model"], least["runtime"], least["precision"]) == ("halvit-tiny", "onnxruntime", "fp32")
+    assert (len(slower), len(faster)) == (4, 6)
     longer, quicker = (
         sorted(100 * abs(row["latency_ratio"]["ratio"] - 1.0) for row in each) for each in (slower, faster)
     )
     assert (
-        f"Five of TFLite's six are slower beyond chance, by {longer[0]:.1f} to {longer[-1]:.1f} %; five of the others' "
-        f"twelve are faster, by {quicker[0]:.1f} to {quicker[-1]:.1f} %, the most HaLViT-tiny in ONNX Runtime at "
-        "fp32."
+        f"Four of TFLite's six are slower beyond chance, by {longer[0]:.1f} to {longer[-1]:.1f} %; six of the others' "
+        f"twelve are faster, by {quicker[0]:.1f} to {quicker[-1]:.1f} %."
     ) in said
     copied = [row for row in rows if row["runtime"] != "tflite"]
     less = {
@@ -68,7 +65,7 @@ def test_tied_files_hold_their_matrices_once_and_are_at_most_5_percent_slower(ro
         for row in copied
     }
     assert all(saved <= 0 for (*_, precision), saved in less.items() if precision == "fp32")
-    assert sum(saved > 0 for saved in less.values()) == 4  # of six at int8
+    assert sum(saved > 0 for saved in less.values()) == 5  # of six at int8
     more_than_bytes = {
         (row["model"], row["precision"])
         for row in copied
@@ -144,6 +141,7 @@ def test_factoring_large_models_keeps_its_bounds(root: Path, results: Path) -> N
     settled = [models[name]["once"]["seconds"] + models[name]["stages"]["gauges"]["seconds"] for name in models]
     said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
     assert f"without the second pass, ResNet-50 takes {settled[0]:.1f} s and DeiT-S {settled[1]:.1f} s" in said
+    assert f"DeiT-S's memory only just ({models['deit_small']['once']['peak_bytes'] / 1e9:.3f} GB)" in said
 
 
 def test_no_other_way_to_factor_is_nearer_to_the_original(results: Path) -> None:
