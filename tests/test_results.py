@@ -65,7 +65,10 @@ def test_tied_files_hold_their_matrices_once_and_are_at_most_5_percent_slower(ro
         for row in copied
     }
     assert all(saved <= 0 for (*_, precision), saved in less.items() if precision == "fp32")
-    assert sum(saved > 0 for saved in less.values()) == 5  # of six at int8
+    gained = sorted(saved for saved in less.values() if saved > 0)
+    assert len(gained) == 5  # of six at int8
+    little = {f"{saved / 1e6:.1f}" for saved in gained[:2]}
+    assert f"at int8 five of six do (two of them by {', '.join(little)} MB" in said
     more_than_bytes = {
         (row["model"], row["precision"])
         for row in copied
@@ -384,7 +387,7 @@ def test_what_the_readme_says_of_the_comparisons_plans_at_int8_is_in_the_result(
         f"instruction sets {len(narrow)} of the ViT's twelve plans end in the crash that is told below, the others "
         f"take {span('fmnist-vit', True, [plan for plan in every if plan not in narrow])}."
     ) in said
-    assert f"gains no time by any of the twelve plans ({span('slow', False, every)})" in said
+    assert f"gains no time in the median by any of the twelve plans ({span('slow', False, every)})" in said
     assert f"and the ViT gains none in openvino that is not held ({span('free', False, every)})" in said
     assert (
         f"{mended['minilm']} of MiniLM's and {mended['efficientnet-lite0']} of EfficientNet-Lite0's files of the "
