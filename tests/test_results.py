@@ -208,6 +208,54 @@ def test_what_the_readme_says_of_other_ways_to_factor_is_in_the_result(root: Pat
     ) in said
 
 
+def test_what_the_readme_says_of_other_quantizers_is_in_the_result(
+    root: Path, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(root / "tools"))
+    import benchmark_backends_table
+
+    rows = []
+    for session in read(results / "backends.json")["sessions"]:
+        cells = {cell["name"]: cell for cell in session["cells"] if not cell["error"]}
+        made = [cell for cell in cells.values() if not cell["peer"]]
+        ours = min(benchmark_backends_table._held(made), key=lambda cell: cell["median_ns"])
+        rows.append(((session["model"], session["setting"]), ours, cells))
+    said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    verdicts = Counter(ours["to_peer"]["verdict"] for _, ours, _ in rows)
+    assert set(verdicts) == {"faster", "no significant difference"}
+    assert f"ours is faster in {verdicts['faster']} of the {len(rows)} rows, and today's way in none" in said
+    even = [which for which, ours, _ in rows if ours["to_peer"]["verdict"] != "faster"]
+    assert Counter(model for model, _ in even) == {"minilm": 4, "fmnist-vit": 1}
+    assert ("fmnist-vit", "tflite") in even
+    of = {which: cells for which, _, cells in rows}
+    blocks = sorted(of["fmnist-vit", "tflite"]["factored@int8"]["block_medians_ns"])
+    assert f"at two speeds ({blocks[0] / 1e6:.2f} and {blocks[-1] / 1e6:.2f} ms)" in said
+    minilm = of["minilm", "onnxruntime"]
+    left = minilm["factored@fp32"]["size_bytes"] / minilm["dense@fp32"]["size_bytes"]
+    assert f"takes only {1 - left:.0%} of its bytes at fp32".replace("%", " %") in said
+    vits = {ours["quality"]["drop_pp"]: ours["quality"] for (model, _), ours, _ in rows if model == "fmnist-vit"}
+    little, most = (vits[drop] for drop in sorted(vits))  # two files, whatever the runtime
+    ends = [quality[end] for quality in (little, most) for end in ("ci_low_pp", "ci_high_pp")]
+    assert (
+        f"the ViT's files lose {little['drop_pp']:.2f} and {most['drop_pp']:.2f} pp on the test split (the intervals, "
+        f"{ends[0]:.1f} to {ends[1]:.1f} and {ends[2]:.1f} to {ends[3]:.1f} pp, hold 0), those of today's way at most "
+    ) in said
+    peers = [
+        cell for (model, _), cells in of.items() if model == "fmnist-vit" for cell in cells.values() if cell["peer"]
+    ]
+    assert f"at most {max(cell['quality']['drop_pp'] for cell in peers):.2f};" in said
+    tflite = next(ours for which, ours, _ in rows if which == ("elpv-resnet18", "tflite"))
+    assert f"ELPV's in TFLite loses {tflite['quality']['drop_pp']:.2f} pp." in said
+    farthest = max(ours["fidelity"]["relative_error"] for (model, _), ours, _ in rows if model == "fmnist-vit")
+    assert f"the ViT's by up to {farthest:.0%}.".replace("%", " %") in said
+    int8 = of["minilm", "tflite"]
+    assert int8["factored@int8"]["parameters"] == int8["dense@int8"]["parameters"]
+    assert f"four layers of it in float: {int8['factored@int8']['size_bytes'] / 1e6:.1f} MB" in said
+    dynamic, theirs = (minilm[name]["size_bytes"] / 1e6 for name in ("factored@int8-dynamic", "quantize_dynamic"))
+    assert f"stay in float: {dynamic:.1f} MB, where *quantize_dynamic* makes {theirs:.1f} MB of it." in said
+    assert not [cell for cells in of.values() for cell in cells.values() if cell.get("remark") == "unexplained"]
+
+
 def test_what_the_readme_says_of_the_recipe_is_in_the_result(root: Path, results: Path) -> None:
     found = {row["step"]: row for row in read(results / "recipe_prune.json")["rows"]}
     said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
