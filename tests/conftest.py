@@ -6,6 +6,7 @@ import fcntl
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -97,6 +98,8 @@ def _missing() -> list[str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["ROWCOL_CACHE"] = "off"  # a stage that a test means to run must run
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so it is in what a script starts with `&`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("ROWCOL_REQUIRE_SYSTEM") == "1" and (missing := _missing()):
         raise pytest.UsageError(f"ROWCOL_REQUIRE_SYSTEM=1, but this system lacks {', '.join(missing)}")
 
