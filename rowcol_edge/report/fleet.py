@@ -12,7 +12,8 @@ from ..device.files import write_whole
 from ..device.table import NONE, size
 from ..errors import MissingDependencyError
 from ..fleet.sweep import LEFT_OUT
-from .terminal import _console, _table
+from .sheet import Sheet
+from .terminal import _console
 
 if TYPE_CHECKING:
     from ..fleet.gather import Gathered
@@ -89,7 +90,7 @@ def _rows(console: Console, title: str, columns: Mapping[str, Sequence[str]], sa
     once = {name: columns[name][0] for name in same if len(set(columns[name])) == 1}
     left = {name: cells for name, cells in columns.items() if name not in once}
     console.print(" · ".join([title, *once.values()]), style="bold", soft_wrap=True)
-    table = _table("", [(name, "l") for name in left])
+    table = Sheet("", [(name, "l") for name in left])
     for cells in zip(*left.values(), strict=True):
         table.add_row(*cells)
     console.print(table)

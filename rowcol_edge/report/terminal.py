@@ -7,14 +7,13 @@ from pathlib import Path
 from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from ..device.doctor import GOOD, MARKS, NOTE, STOP, TOLD, verdict
 from ..device.manifest import RUN
 from ..targets import install_lines
+from .sheet import Sheet
 
 if TYPE_CHECKING:
     from ..api import Demo
@@ -37,24 +36,16 @@ def _console() -> Console:
     return Console(highlight=False, markup=False, emoji=False)
 
 
-def _table(title: str, columns: Sequence[tuple[str, str]]) -> Table:
-    """A table; each column is its heading and ``l`` or ``r`` for the side its text is set on."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-    for i, (heading, side) in enumerate(columns):
-        table.add_column(heading, justify="right" if side == "r" else "left", overflow="fold", no_wrap=i == 0)
-    return table
-
-
 def targets(boards: Iterable[Target], samples: Iterable[Sample]) -> None:
     """The boards and the embedded samples."""
     console = _console()
-    table = _table("Targets", [("name", "l"), ("board", "l"), ("runtimes", "l"), ("threads", "r"), ("MiB", "r")])
+    table = Sheet("Targets", [("name", "l"), ("board", "l"), ("runtimes", "l"), ("threads", "r"), ("MiB", "r")])
     for target in boards:
         runtimes = ", ".join(runtime.name for runtime in target.runtimes)
         table.add_row(target.name, target.title, runtimes, str(target.threads), f"{target.memory_mb:,}")
     console.print(table)
     console.print("One of them, with its precisions and how to install its runtimes: rowcol-edge targets NAME\n")
-    table = _table("Samples", [("name", "l"), ("what", "l"), ("metric", "l"), ("needs", "l")])
+    table = Sheet("Samples", [("name", "l"), ("what", "l"), ("metric", "l"), ("needs", "l")])
     for sample in samples:
         table.add_row(f"sample:{sample.name}", sample.title, sample.metric, ", ".join(sample.packages) or "–")
     console.print(table)
@@ -86,7 +77,7 @@ def target(board: Target) -> None:
 
 def inspection(found: Inspection) -> None:
     """One row a layer: how many directions of its row and column space hold 99 and 99.9 % of the variance."""
-    table = _table(
+    table = Sheet(
         f"{found.model}: {found.parameters:,} parameters, {found.macs / 1e6:,.1f} M MACs, {found.samples} samples",
         [
             ("layer", "l"),
@@ -137,7 +128,7 @@ def _channels(console: Console, channels: Sequence[ChannelUse]) -> None:
     """The sets of channels that can be narrowed, and the others with the reason."""
     free = [each for each in channels if not each.fixed]
     if free:
-        table = _table("Channels that can be narrowed, without a new operator", [("set", "l"), ("", "r"), ("in", "l")])
+        table = Sheet("Channels that can be narrowed, without a new operator", [("set", "l"), ("", "r"), ("in", "l")])
         for each in free:
             size = str(each.size) if each.groups == 1 else f"{each.groups}×{each.size}"
             more = f" and {len(each.layers) - _LISTED} more" if len(each.layers) > _LISTED else ""
@@ -151,7 +142,7 @@ def _channels(console: Console, channels: Sequence[ChannelUse]) -> None:
 def diagnosis(found: Diagnosis) -> None:
     """A row a finding, with what to do about it, and the verdict."""
     colours = {GOOD: "green", NOTE: "yellow", STOP: "red", TOLD: "none"}
-    table = _table(found.subject, [("", "l"), ("what", "l"), ("found", "l")])
+    table = Sheet(found.subject, [("", "l"), ("what", "l"), ("found", "l")])
     for one in found.findings:
         table.add_row(Text(MARKS[one.level], colours[one.level]), one.what, one.found)
     console = _console()
@@ -179,7 +170,7 @@ def _spectrum(spectrum: Sequence[float]) -> str:
 
 def data(found: DataReport) -> None:
     """Classes of each split, what the calibration subset covers, and the near-duplicates that matter most."""
-    table = _table("Samples", [("split", "l"), ("samples", "r"), ("classes", "l")])
+    table = Sheet("Samples", [("split", "l"), ("samples", "r"), ("classes", "l")])
     names = [*((split.name, split) for split in found.splits), ("quantizer gets", found.subset)]
     for name, split in names:
         kinds = ", ".join(f"{kind} {count}" for kind, count in split.classes.items()) or "–"
@@ -198,7 +189,7 @@ def data(found: DataReport) -> None:
     if not leaks:
         console.print("Near-duplicates between splits: none.")
         return
-    table = _table(
+    table = Sheet(
         "Near-duplicates between splits",
         [("splits", "l"), ("pairs", "r"), ("most alike (place, place: likeness)", "l")],
     )
@@ -212,7 +203,7 @@ def data(found: DataReport) -> None:
 
 def factored(result: Factored) -> None:
     """The chosen plan, layer by layer, and what was tried."""
-    table = _table(
+    table = Sheet(
         f"{result.model}: plan {result.plan.made_by}",
         [
             ("layer", "l"),
@@ -260,7 +251,7 @@ def factored(result: Factored) -> None:
 def _trials(console: Console, trials: Sequence[dict[str, Any]]) -> None:
     if not any(t["drop"] is not None for t in trials):
         return
-    table = _table(
+    table = Sheet(
         "Tried on the selection split (fp32)", [("plan", "l"), ("params", "r"), ("value", "r"), ("drop", "r")]
     )
     for trial in trials:
@@ -274,13 +265,11 @@ def built(bundles: Sequence[Built]) -> None:
     for one in bundles:
         manifest = one.manifest
         state = "unchanged, kept" if one.reused else "built"
-        table = _table(
+        table = Sheet(
             f"{one.path} ({state}); quality is {manifest.metric or 'not judged'}",
             [("arm", "l"), ("params", "r"), ("MB", "r"), ("select", "r"), ("test", "r"),
              ("drop, pp\n[95 %]", "r"), ("flips", "r")],
         )  # fmt: skip
-        for i, column in enumerate(table.columns):
-            column.no_wrap = i > 0  # where it is too wide, a name can still be read in two lines, a number cannot
         for arm in manifest.arms:
             selection, test = arm.quality.get("selection"), arm.quality.get("test")
             table.add_row(
@@ -307,7 +296,7 @@ def built(bundles: Sequence[Built]) -> None:
 
 def _candidates(console: Console, chosen: Mapping[str, Any]) -> None:
     """What ``--precision auto`` tried, and on which evidence it chose."""
-    table = _table(
+    table = Sheet(
         f"precision {chosen['chosen']}: the smallest file, unless a larger one is measurably faster",
         [("precision", "l"), ("file", "r"), ("drop", "r"), ("latency", "r"),
          (f"ratio to {chosen['smallest']} [95 %]", "r"), ("", "l")],
@@ -353,7 +342,7 @@ def comparison(table: ComparisonTable, *, notes: bool = True) -> None:
     for cells in table.rows():
         sheets.setdefault((cells[0], cells[1]), []).append(cells)
     for (target, bundle), arms in sheets.items():
-        sheet = _table(f"{bundle} for {target}", [("", "l"), *((cells[2], "r") for cells in arms)])
+        sheet = Sheet(f"{bundle} for {target}", [("", "l"), *((cells[2], "r") for cells in arms)])
         for i in range(3, len(headings)):
             sheet.add_row(headings[i], *(cells[i] for cells in arms))
         console.print(sheet)
@@ -364,9 +353,7 @@ def comparison(table: ComparisonTable, *, notes: bool = True) -> None:
 def change(found: Change) -> None:
     """Before and after, the arms side by side."""
     first, *arms = found.columns()
-    sheet = _table(
-        f"{found.new.bundle}: {found.old.file} → {found.new.file}", [(first, "l"), *((a, "r") for a in arms)]
-    )
+    sheet = Sheet(f"{found.new.bundle}: {found.old.file} → {found.new.file}", [(first, "l"), *((a, "r") for a in arms)])
     for row in found.rows():
         sheet.add_row(*row)
     console = _console()
