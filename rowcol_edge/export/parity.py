@@ -14,6 +14,7 @@ from torch import nn
 
 from ..calling import bind, evaluating, feed
 from ..errors import DataError
+from ..linears import convolved
 from .capture import name_outputs
 
 Batch = Mapping[str, npt.NDArray[Any]]
@@ -61,7 +62,7 @@ def torch_run(model: nn.Module) -> Callable[[Batch], dict[str, npt.NDArray[Any]]
 
     def run(batch: Batch) -> dict[str, npt.NDArray[Any]]:
         args, kwargs = bind(model, feed(model, batch))
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad(), convolved():
             return {name: value.detach().cpu().numpy() for name, value in name_outputs(model(*args, **kwargs)).items()}
 
     return run

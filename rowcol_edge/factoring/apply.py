@@ -34,14 +34,17 @@ _RIDGE = 1e-6  # share of the mean variance: what is kept may not vary in every 
 
 def factored(study: Study, plan: FactorPlan, progress: Progress | None = None) -> nn.Module:
     """The studied model by a plan, with the second pass if it asks for one; the dense model itself where the plan
-    changes nothing. Errors as `apply`. One that `Study.keep` was given is handed out, once."""
+    changes nothing. Errors as `apply`. One that there is in `Study.made` or `Study.tried` is handed out, once."""
     if not plan.changes:
         return study.dense
     if (made := study.made.pop(plan.digest, None)) is not None:
         return made
     channels = study.channels if plan.channels else ()
     found = study.channel_spaces if plan.channels else {}
-    model = apply(study.folded, plan, study.spaces, inputs=study.input_spaces, channels=channels, channel_spaces=found)
+    model = study.tried.pop(replace(plan, refit=False).digest, None)
+    if model is None:
+        spaces, inputs = study.spaces, study.input_spaces
+        model = apply(study.folded, plan, spaces, inputs=inputs, channels=channels, channel_spaces=found)
     if not plan.refit:
         return model
     gives, _ = _kept(_narrowings(plan, channels, found))
@@ -67,7 +70,7 @@ def metrics(study: Study, plan: FactorPlan) -> dict[str, Array]:
         if kept:
             found[layer.name] = blended(_left(space, kept)[2])
         elif space.dual is not None:
-            found[layer.name] = product(space.dual, space.dual.T)
+            found[layer.name] = space.worth
     return found
 
 
@@ -104,12 +107,12 @@ def apply(
     for layer in plan.projected:
         module = result.get_submodule(layer.name)
         assert isinstance(module, nn.Linear | _ConvNd)  # skip_reasons lists no other kind without a reason
-        taken = (inputs or {}).get(layer.name)
+        taken, most = (inputs or {}).get(layer.name), max(layer.rank or 0, layer.taken or 0)
         parts = project(
             module,
             layer.how,
-            inputs=taken if taken is None else _through(taken, takes.get(layer.name)),
-            outputs=_through(spaces[layer.name], gives.get(layer.name)),
+            inputs=taken if taken is None else _through(taken, takes.get(layer.name), most),
+            outputs=_through(spaces[layer.name], gives.get(layer.name), most),
             name=layer.name,
         )
         put(result, module, parts)
@@ -167,13 +170,14 @@ def _whole(kept: Sequence[_Kept], size: int) -> Array:
     return np.delete(whole, np.concatenate(dropped), axis=0)
 
 
-def _through(spaces: LayerSpaces, kept: Sequence[_Kept] | None) -> LayerSpaces:
-    """The spaces of what is kept."""
+def _through(spaces: LayerSpaces, kept: Sequence[_Kept] | None, most: int) -> LayerSpaces:
+    """The spaces of what is kept, ``most`` directions at least."""
     if not kept:
         return spaces
     mean, covariance, metric = _left(spaces, kept)
-    values, basis, dual = directions(covariance, metric, rank=min(spaces.rank, len(mean)))
-    return replace(spaces, eigenvalues=values, basis=basis, dual=dual, mean=mean, losses=None)
+    values, basis, dual = directions(covariance, metric, rank=min(max(spaces.rank, most), len(mean)))
+    worth = None if basis.shape[1] == len(mean) else blended(metric).astype(np.float32)
+    return replace(spaces, eigenvalues=values, basis=basis, dual=dual, mean=mean, losses=None, metric=worth)
 
 
 def _left(spaces: LayerSpaces, kept: Sequence[_Kept]) -> tuple[Array, Array, Array]:
@@ -187,6 +191,8 @@ def _left(spaces: LayerSpaces, kept: Sequence[_Kept]) -> tuple[Array, Array, Arr
     left = across[:, places] if selected else product(across, take.T)
     inner = torch.from_numpy(left + _RIDGE * max(float(np.trace(left)) / len(left), 1e-300) * np.eye(len(left)))
     back = torch.cholesky_solve(torch.from_numpy(across), torch.linalg.cholesky(inner))
+    if spaces.metric is not None:
+        return take @ spaces.mean, left, (back @ torch.from_numpy(spaces.worth) @ back.T).numpy()
     dual = spaces.basis if spaces.dual is None else spaces.dual
     seen = back @ torch.from_numpy(dual)
     return take @ spaces.mean, left, (seen @ seen.T).numpy()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from rowcol_edge.calling import evaluating
 from rowcol_edge.errors import BudgetError
@@ -47,22 +48,26 @@ def nearer(study: Study, make: Callable[[float], FactorPlan], progress: Progress
         references = [outcome(study.folded, batch) for batch in batches]
     if not references[0]:
         return first
-    losses = []
+    models, losses = [], []
     for done, plan in enumerate((first, second)):
         if progress is not None:
             progress("try plans", done, 2)
-        losses.append(_lost(study, plan, batches, references))
+        models.append(factored(study, replace(plan, refit=False)))
+        losses.append(_lost(study, models[-1], batches, references))
     if progress is not None:
         progress("try plans", 2, 2)
-    if losses[1] >= _NEARER * losses[0]:
+    closer = int(losses[1] < _NEARER * losses[0])
+    study.tried.clear()
+    study.tried[replace((first, second)[closer], refit=False).digest] = models[closer]
+    if not closer:
         return first
     return replace(second, made_by=f"{second.made_by}, widths counted {FACTORS[1]:g} times")
 
 
 def _lost(
-    study: Study, plan: FactorPlan, batches: Sequence[Feeds], references: Sequence[Sequence[torch.Tensor]]
+    study: Study, model: nn.Module, batches: Sequence[Feeds], references: Sequence[Sequence[torch.Tensor]]
 ) -> float:
-    model, departure = factored(study, replace(plan, refit=False)), Departure(classify=study.classify)
+    departure = Departure(classify=study.classify)
     with evaluating(model):
         for batch, reference in zip(batches, references, strict=True):
             everywhere = torch.ones(min(len(array) for array in batch.values()), dtype=torch.bool)

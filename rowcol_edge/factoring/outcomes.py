@@ -12,6 +12,7 @@ from torch import nn
 
 from rowcol_edge.calling import bind, feed, tensors
 from rowcol_edge.factoring.variation import Variation
+from rowcol_edge.linears import convolved
 
 Feeds = Mapping[str, NDArray[Any]]
 
@@ -19,7 +20,7 @@ Feeds = Mapping[str, NDArray[Any]]
 def outcome(model: nn.Module, samples: Feeds) -> list[torch.Tensor]:
     """Its floating-point outputs, float64, in whatever mode the model is."""
     args, kwargs = bind(model, feed(model, samples))
-    with torch.no_grad():
+    with torch.no_grad(), convolved():
         return [value.double() for value in tensors(model(*args, **kwargs)) if value.is_floating_point()]
 
 

@@ -36,7 +36,7 @@ from rowcol_edge.factoring import splits
 from rowcol_edge.factoring.costs import Form, LayerInfo, Split
 from rowcol_edge.factoring.gauge import levels
 from rowcol_edge.factoring.layers import describe
-from rowcol_edge.factoring.spaces import LayerSpaces
+from rowcol_edge.factoring.spaces import LayerSpaces, root_of
 from rowcol_edge.factoring.splits import Layer
 
 Array = NDArray[np.float64]
@@ -156,10 +156,15 @@ def _spatial_svd(
 
 
 def _root(outputs: LayerSpaces | None, features: int) -> tuple[Array, Array]:
-    """A root of the output's metric ``F``, and its inverse: the dual directions and the transposed basis."""
+    """A root of the output's metric ``F``, and its inverse: the dual directions and the transposed basis, where those
+    are all there are."""
+    even: Array = np.eye(features)
     if outputs is None or outputs.dual is None:
-        return np.eye(features), np.eye(features)
-    return outputs.dual, outputs.basis.T
+        return even, even
+    if outputs.metric is None:
+        return outputs.dual, outputs.basis.T
+    root = root_of(torch.from_numpy(outputs.worth))
+    return root.numpy(), torch.linalg.solve_triangular(root, torch.from_numpy(even), upper=False).numpy()
 
 
 # ---------------------------------------------------------------- parts

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from rowcol_edge import calling
+from rowcol_edge import calling, linears
 from rowcol_edge.calling import bind, evaluating, feed, tensors
 from rowcol_edge.errors import ModelError, RowcolError
 from rowcol_edge.factoring import borders, channel_spaces, layouts, splits
@@ -39,7 +39,7 @@ from rowcol_edge.factoring.layouts import Layout
 from rowcol_edge.factoring.metrics import Gradients, Metrics
 from rowcol_edge.factoring.places import Moments, Place, pointwise
 from rowcol_edge.factoring.products import product
-from rowcol_edge.factoring.spaces import LayerSpaces, Progress, directions
+from rowcol_edge.factoring.spaces import LayerSpaces, Progress, blended, directions
 from rowcol_edge.factoring.variation import Variation
 
 Array = NDArray[np.float64]
@@ -282,16 +282,16 @@ class Frame:
     def see(self, values: torch.Tensor) -> torch.Tensor:
         """(groups, samples, positions, size), or how much of each direction that is, where it is less work."""
         parts = (values - self._mean).permute(2, 0, 1, 3)
-        return parts if self._many(values.shape[1]) else parts @ self._dual.unsqueeze(1)
+        return parts if self._many(values.shape[1]) else linears.product(parts, self._dual)
 
     def add(self, seen: torch.Tensor | None, gradients: torch.Tensor) -> None:
         assert seen is not None  # it was asked for
-        arrived, basis = gradients.permute(2, 0, 1, 3), self._basis.unsqueeze(1)
+        arrived = gradients.permute(2, 0, 1, 3)
         if self._many(gradients.shape[1]):
-            products = basis.transpose(2, 3) @ (arrived.transpose(2, 3) @ seen)
+            products = self._basis.unsqueeze(1).transpose(2, 3) @ (arrived.transpose(2, 3) @ seen)
             added = (products * self._dual.unsqueeze(1).transpose(2, 3)).sum((0, 3))
         else:
-            added = (arrived @ basis).mul_(seen).sum((0, 2))
+            added = linears.product(arrived, self._basis).mul_(seen).sum((0, 2))
         self._losses.add(added.double())
 
     def _many(self, positions: int) -> bool:
@@ -330,7 +330,7 @@ def stream(
         for chunk in chunks:
             args, kwargs = bind(model, feed(model, chunk))
             count = min(len(array) for array in chunk.values())
-            with _telling(calls), torch.enable_grad():
+            with _telling(calls), torch.enable_grad(), linears.convolved():
                 objective(model(*args, **kwargs), count).backward()  # type: ignore[no-untyped-call]
             for entry in watched.values():
                 entry.flush(count)
@@ -444,4 +444,5 @@ def _directions(name: str, moments: Moments, gradients: Array, rank: int | None)
     if gradients.shape[1] != len(mean) or not _usable(gradients):
         return None
     values, basis, dual = directions(covariance, gradients[0], rank=rank)
-    return LayerSpaces(name, values, basis, mean, moments.samples, dual=dual)
+    metric = None if basis.shape[1] == len(mean) else blended(gradients[0]).astype(np.float32)
+    return LayerSpaces(name, values, basis, mean, moments.samples, dual=dual, metric=metric)

@@ -19,6 +19,7 @@ from rowcol_edge.factoring.layers import SUPPORTED, base
 from rowcol_edge.factoring.places import Moments, Place, channel_axis, derived, rows, sources
 from rowcol_edge.factoring.products import product
 from rowcol_edge.factoring.sums import Part, Sums
+from rowcol_edge.linears import convolved
 
 Progress = Callable[[str, int, int], None]
 Array = NDArray[np.float64]
@@ -41,17 +42,18 @@ class LayerSpaces:
 
     name: str
     eigenvalues: Array  # (out,) descending, ≥ 0
-    basis: Array  # (out, out), directions in columns; without a dual orthonormal, the largest entry of each positive
+    basis: Array  # (out, directions) in columns; without a dual orthonormal, the largest entry of each positive
     mean: Array  # (out,) E[y]
     samples: int  # rows counted (images × pixels or tokens); fewer than `out` of them cannot fill the space
     row_eigenvalues: Array | None = None  # (in,) of cov(x) over features or input channels; zeros if x is constant
-    dual: Array | None = None  # (out, out), dualᵀ · basis = I; None: the basis itself
+    dual: Array | None = None  # (out, directions), dualᵀ · basis = I; None: the basis itself
     losses: Array | None = None  # (out + 1,) predicted at the model's output, by rank, falling to 0; None: not known
+    metric: NDArray[np.float32] | None = None  # (out, out), where directions are fewer than outputs; see `worth`
 
     @property
     def variance(self) -> float:
         """Total output variance, the trace of its covariance."""
-        return float(np.einsum("ij,ij->j", self.basis, self.basis) @ self.eigenvalues)
+        return float(np.einsum("ij,ij->j", self.basis, self.basis) @ self.eigenvalues[: self.basis.shape[1]])
 
     @property
     def rank(self) -> int:
@@ -63,6 +65,14 @@ class LayerSpaces:
         """(out, out) cov(y)."""
         basis = self.basis[:, : self.rank]
         return product(basis * self.eigenvalues[: self.rank], basis.T)
+
+    @property
+    def worth(self) -> Array:
+        """(out, out) ``F``, what squared errors of the output are worth."""
+        if self.metric is not None:
+            return self.metric.astype(np.float64)
+        dual = self.basis if self.dual is None else self.dual
+        return product(dual, dual.T)
 
     @property
     def constant(self) -> bool:
@@ -84,9 +94,10 @@ def directions(
 
     Args:
         prior: what a metric of few samples is blended with; None: all directions alike.
-        rank: that of the covariance at most, which saves most of the time where it is low.
+        rank: that of the covariance at most; up to half of its size only so many directions are looked for, which saves
+            most of the time and memory.
     """
-    seen, root = torch.from_numpy(covariance), _root(torch.from_numpy(blended(metric, prior)))
+    seen, root = torch.from_numpy(covariance), root_of(torch.from_numpy(blended(metric, prior)))
     values, vectors = _leading(seen, root, len(seen) if rank is None else rank)
     peaks = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     vectors *= torch.where(peaks < 0, -1.0, 1.0)  # a sign per column makes the factors reproducible
@@ -94,7 +105,7 @@ def directions(
     return values.clamp_(min=0.0).numpy(), basis.numpy(), (root @ vectors).numpy()
 
 
-def _root(metric: torch.Tensor) -> torch.Tensor:
+def root_of(metric: torch.Tensor) -> torch.Tensor:
     """``metric = root · rootᵀ``, lower triangular."""
     factor: torch.Tensor
     factor, failed = torch.linalg.cholesky_ex(metric)
@@ -105,7 +116,8 @@ def _root(metric: torch.Tensor) -> torch.Tensor:
 
 
 def _leading(covariance: torch.Tensor, root: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues, falling, and eigenvectors of ``rootᵀ · covariance · root``, within its range where that is small.
+    """Eigenvalues, falling, and eigenvectors of ``rootᵀ · covariance · root``, those of its range only where that is
+    small.
 
     As many random combinations of its columns span the range (N. Halko, P. Martinsson and J. Tropp, Finding structure
     with randomness, 2011): nothing is left over, but values below 1e-10 of the largest are not told from zero.
@@ -115,11 +127,10 @@ def _leading(covariance: torch.Tensor, root: torch.Tensor, rank: int) -> tuple[t
         values, vectors = torch.linalg.eigh(root.T @ (covariance @ root))
         return values.flip(0), vectors.flip(1)
     random = torch.randn(size, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    every = torch.linalg.qr(root.T @ (covariance @ random), mode="complete").Q
-    inside, outside = every[:, :rank], every[:, rank:]
+    inside = torch.linalg.qr(root.T @ (covariance @ random)).Q
     part = root @ inside
     values, vectors = torch.linalg.eigh(part.T @ (covariance @ part))
-    return torch.cat([values.flip(0), values.new_zeros(size - rank)]), torch.cat([inside @ vectors.flip(1), outside], 1)
+    return torch.cat([values.flip(0), values.new_zeros(size - rank)]), inside @ vectors.flip(1)
 
 
 def blended(metric: Array, prior: Array | None = None) -> Array:
@@ -207,7 +218,8 @@ def measure(
         for done, batch in enumerate(batches, start=1):
             args, kwargs = bind(model, tensors := feed(model, batch))
             try:
-                with torch.no_grad():  # not inference mode, in which tensors do not count their changes
+                # not inference mode, in which tensors do not count their changes
+                with torch.no_grad(), convolved():
                     result = model(*args, **kwargs)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())

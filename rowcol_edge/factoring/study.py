@@ -80,6 +80,7 @@ class Study:
         second_passes: what came of those that were asked for, by the digest of their plan; None where nothing could be
             fitted or judged.
         made: a factored model that was judged and will be asked for, by the digest of its plan (see `keep`).
+        tried: that of the last plan that `balance` chose, before any second pass, by that plan's digest.
     """
 
     dense: nn.Module
@@ -100,6 +101,7 @@ class Study:
     _failed: Callable[[], str]
     second_passes: dict[str, refit.SecondPass | None] = field(default_factory=dict)
     made: dict[str, nn.Module] = field(default_factory=dict)
+    tried: dict[str, nn.Module] = field(default_factory=dict)
 
     @cached_property
     def channels(self) -> tuple[ChannelSet, ...]:

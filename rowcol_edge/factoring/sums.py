@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _CHUNK_VALUES = 1 << 21  # values at a time: 16 MB
-_BLOCK = 256  # features that are multiplied with all before them at once: nearly half of the products are the others'
+_BLOCK = 96  # features that are multiplied with all before them at once: nearly half of the products are the others'
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from torch import nn
 
 from rowcol_edge import limits, search
 from rowcol_edge.budgets import Budgets
 from rowcol_edge.datasets import Split, scan
 from rowcol_edge.errors import BudgetError
-from rowcol_edge.factoring import balance, ranks
+from rowcol_edge.factoring import apply, balance, ranks
 from rowcol_edge.factoring.allocation import Allocator, Widths
+from rowcol_edge.factoring.apply import factored
 from rowcol_edge.factoring.balance import FACTORS, nearer
 from rowcol_edge.factoring.options import Options
+from rowcol_edge.factoring.outcomes import outcome
 from rowcol_edge.factoring.plan import ChannelPlan, FactorPlan
 from rowcol_edge.factoring.study import Study, study
 from tests.factoring.test_allocation import INFOS, SETS, TOTAL, spectra
@@ -50,6 +54,28 @@ def test_the_plan_of_the_nearer_model_is_taken_whatever_was_predicted(known: Stu
     for order, said in (((narrow, wide), ", widths counted 1.5 times"), ((wide, narrow), "")):
         found = nearer(known, by_factor(dict(zip(FACTORS, order, strict=True))))
         assert (found.digest, found.made_by) == (wide.digest, wide.made_by + said)
+
+
+def test_the_model_that_was_tried_is_not_made_again(known: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow, wide = (replace(plan(known, width), refit=False) for width in (4, 56))
+    fresh, sample = factored(known, wide), known.trial_samples
+    known.keep("another", fresh)
+    for order in ((narrow, wide), (wide, narrow)):
+        found = nearer(known, by_factor(dict(zip(FACTORS, order, strict=True))))
+        with monkeypatch.context() as patched:
+            patched.setattr(apply, "apply", None)  # nothing is made any more
+            model = factored(known, found)
+        for wanted, got in zip(outcome(fresh, sample), outcome(model, sample), strict=True):
+            torch.testing.assert_close(got, wanted)
+        assert not known.tried  # handed out once
+        assert list(known.made) == ["another"]  # a search may still ask for it
+    refitted = factored(known, replace(wide, refit=True))
+    assert nearer(known, by_factor(dict(zip(FACTORS, (narrow, replace(wide, refit=True)), strict=True)))).refit
+    monkeypatch.setattr(apply, "apply", None)
+    for wanted, got in zip(
+        outcome(refitted, sample), outcome(factored(known, replace(wide, refit=True)), sample), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
 
 
 def test_plans_are_tried_on_a_few_samples_at_a_time(known: Study) -> None:

@@ -16,11 +16,13 @@ from torch import nn
 
 from rowcol_edge.errors import PlanError
 from rowcol_edge.factoring import splits
+from rowcol_edge.factoring.apply import _left, _through
+from rowcol_edge.factoring.channels import Slot
 from rowcol_edge.factoring.costs import Form, LayerInfo, Split
 from rowcol_edge.factoring.graph import trace
 from rowcol_edge.factoring.layers import SUPPORTED, describe, survey
 from rowcol_edge.factoring.projections import _spatial_svd, project
-from rowcol_edge.factoring.spaces import LayerSpaces, collect
+from rowcol_edge.factoring.spaces import LayerSpaces, blended, collect, directions
 from tests import weighing
 
 _MODES = ("zeros", "reflect", "replicate", "circular")
@@ -469,3 +471,53 @@ def test_parts_are_of_one_size_whatever_their_spaces_are_worth(case: tuple[Any, 
             rtol=1e-5,
             atol=1e-5 * float(outputs(plain, x).abs().max()),
         )
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        Split(Form.COLUMN, 5), Split(Form.COLUMN, 18), Split(Form.BOTH, 5, 2), Split(Form.SPATIAL, 4),
+        Split(Form.SPATIAL, 4, across_first=True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_layer_of_fewer_directions_than_outputs_is_split_as_with_all_of_them(split: Split) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 40, 3)  # 18 inputs of each output
+    x = np.random.default_rng(0).normal(1, 1, (30, 2, 9, 8)).astype(np.float32)
+    taken, given_ = measured(layer, x)
+    gradients = np.random.default_rng(1).normal(size=(90, 40))
+    metric = gradients.T @ gradients
+    spaces = []
+    for rank in (40, 18):
+        values, basis, dual = directions(given_.covariance, metric, rank=rank)
+        assert basis.shape == dual.shape == (40, rank)
+        kept = blended(metric).astype(np.float32) if rank < 40 else None
+        spaces.append(LayerSpaces("0", values, basis, given_.mean, given_.samples, dual=dual, metric=kept))
+    every, few = spaces
+    np.testing.assert_allclose(few.worth, every.worth, rtol=1e-5, atol=1e-5 * float(np.trace(every.worth)) / 40)
+    assert few.variance == pytest.approx(every.variance)
+    wanted, got = (outputs(project(layer, split, inputs=taken, outputs=each), x).numpy() for each in spaces)
+    np.testing.assert_allclose(got, wanted, atol=1e-4 * float(np.abs(wanted).max()))
+    # and where the layer gives every other channel only
+    slot = Slot("0", np.arange(40).reshape(1, 40, 1))
+    left = [_left(each, [(np.eye(40)[None, ::2], slot)]) for each in spaces]
+    for one, other in zip(*left, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * float(np.abs(one).max()))
+
+
+def test_what_is_kept_has_as_many_directions_as_are_asked_for() -> None:
+    """More than vary: a plan may ask for them."""
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(40, 40)))[0]
+    values = np.zeros(40)
+    values[:3] = 3.0, 2.0, 1.0
+    spaces = LayerSpaces("0", values, basis, np.zeros(40), 99)
+    slot = Slot("0", np.arange(40).reshape(1, 40, 1))
+    for most in (1, 5, 30):
+        left = _through(spaces, [(np.eye(40)[None, :32], slot)], most)
+        assert left.basis.shape[1] == (32 if most > 16 else max(most, 3))
+        assert int((left.eigenvalues > 1e-9).sum()) == 3
+        assert (left.metric is None) is (most > 16)
+        assert left.dual is not None
+        np.testing.assert_allclose(left.dual.T @ left.basis, np.eye(left.basis.shape[1]), atol=1e-9)
+        np.testing.assert_allclose(left.covariance, spaces.covariance[:32, :32], atol=1e-9)

@@ -1,0 +1,111 @@
+"""Linear layers as convolutions: the same numbers and gradients, and only where that is faster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rowcol_edge import linears
+
+LARGE = (4, 197, 96), 256  # shape of the input, outputs: 19 million multiply-accumulates
+
+
+@pytest.fixture
+def convolutions(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes that convolutions were given, on a processor with AVX-512 or as if on one."""
+    seen: list[torch.Size] = []
+    plain = F.conv2d
+
+    def spy(input: torch.Tensor, *rest: Any) -> torch.Tensor:  # noqa: A002 (torch's name)
+        seen.append(input.shape)
+        return plain(input, *rest)
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(linears.F, "conv2d", spy)
+    return seen
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("turned", [False, True], ids=["as it lies", "axes exchanged"])
+def test_a_large_layer_gives_the_same_and_passes_the_same_back(
+    convolutions: list[torch.Size], bias: bool, turned: bool
+) -> None:
+    torch.manual_seed(0)
+    shape, size = LARGE
+    layer = nn.Linear(shape[-1], size, bias=bias)
+    values = torch.randn(shape).transpose(0, 1) if turned else torch.randn(shape)
+
+    def calculated() -> tuple[torch.Tensor, ...]:
+        leaf = values.clone().requires_grad_()
+        given = layer(leaf.transpose(0, 1).contiguous().transpose(0, 1))
+        given.square().sum().backward()
+        gradients = [leaf.grad, *(parameter.grad for parameter in layer.parameters())]
+        layer.zero_grad()
+        return given.detach(), *(each for each in gradients if each is not None)
+
+    expected = calculated()
+    with linears.convolved():
+        found = calculated()
+    assert convolutions == [torch.Size((1, shape[-1], 1, shape[0] * shape[1]))]
+    assert found[0].is_contiguous()  # code may `view` it
+    for given, wanted in zip(found, expected, strict=True):
+        assert given.shape == wanted.shape
+        assert torch.allclose(given, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_layers_of_a_saved_program_are_calculated_so_too(convolutions: list[torch.Size]) -> None:
+    shape, size = LARGE
+    layer = nn.Linear(shape[-1], size).eval()
+    program = torch.export.export(layer, (torch.randn(shape),)).module()
+    values = torch.randn(shape)
+    with torch.no_grad(), linears.convolved():
+        given = program(values)
+    assert len(convolutions) == 1
+    assert torch.allclose(given, layer(values), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "weight"),
+    [
+        (torch.randn(4, 197, 96, dtype=torch.float64), torch.randn(256, 96, dtype=torch.float64)),
+        (torch.randn(4, 197, 96, dtype=torch.bfloat16), torch.randn(256, 96, dtype=torch.bfloat16)),
+        (torch.randn(2, 8, 96), torch.randn(256, 96)),
+        (torch.randn(0, 96), torch.randn(256, 96)),
+        (torch.randn(4096), torch.randn(4096, 4096)),
+        (torch.randn(16, 1024), torch.randn(1024, 1024)),
+    ],
+    ids=["double", "half", "small", "empty", "one row", "few rows"],
+)
+def test_what_would_gain_nothing_stays(
+    convolutions: list[torch.Size], values: torch.Tensor, weight: torch.Tensor
+) -> None:
+    with linears.convolved():
+        given = F.linear(values, weight)
+    assert not convolutions
+    assert torch.equal(given, F.linear(values, weight))
+
+
+def test_other_processors_are_left_alone(convolutions: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    shape, size = LARGE
+    with linears.convolved():
+        F.linear(torch.randn(shape), torch.randn(size, shape[-1]))
+    assert not convolutions
+
+
+def test_an_error_is_that_of_the_layer(convolutions: list[torch.Size]) -> None:
+    with linears.convolved(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        F.linear(torch.randn(4, 197, 95), torch.randn(256, 96))
+
+
+def test_directions_of_one_group_and_of_several(convolutions: list[torch.Size]) -> None:
+    for groups in (1, 3):
+        rows, matrices = torch.randn(groups, 4, 197, 96), torch.randn(groups, 96, 256)
+        with linears.convolved():
+            found = linears.product(rows, matrices)
+        assert torch.allclose(found, torch.einsum("gspi,gij->gspj", rows, matrices), rtol=1e-4, atol=1e-4)
+    assert len(convolutions) == 1
