@@ -52,4 +52,7 @@ def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     if not plain or input.shape[:-1].numel() < _ROWS or input.numel() * len(weight) < _LEAST:
         return F.linear(input, weight, bias)
     rows = input.reshape(1, 1, -1, input.shape[-1]).permute(0, 3, 1, 2)  # as they lie, channels last
-    return F.conv2d(rows, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*input.shape[:-1], len(weight))
+    given = F.conv2d(rows, weight[:, :, None, None], bias).permute(0, 2, 3, 1).contiguous()
+    # no view, as a linear layer gives none: a hook on a view's gradient is lost where code goes on in place
+    result: Tensor = torch.ops.aten._unsafe_view(given, [*input.shape[:-1], len(weight)])
+    return result

@@ -57,6 +57,22 @@ def test_a_large_layer_gives_the_same_and_passes_the_same_back(
         assert torch.allclose(given, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
+@pytest.mark.parametrize("shape", [(1024, 96), (4, 256, 96)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_arrive_at_what_is_given_also_where_code_goes_on_in_place(
+    convolutions: list[torch.Size], shape: tuple[int, ...], bias: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 256, bias=bias).requires_grad_(False)
+    values, arrived = torch.randn(shape, requires_grad=True), []
+    with linears.convolved():
+        given = layer(values * 1.0)
+        given.register_hook(arrived.append)
+        given.relu_().square().sum().backward()
+    assert len(convolutions) == len(arrived) == 1
+    torch.testing.assert_close(arrived[0], 2.0 * layer(values.detach()).relu(), rtol=1e-4, atol=1e-4)
+
+
 def test_layers_of_a_saved_program_are_calculated_so_too(convolutions: list[torch.Size]) -> None:
     shape, size = LARGE
     layer = nn.Linear(shape[-1], size).eval()
