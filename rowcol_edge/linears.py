@@ -47,12 +47,15 @@ class _Convolved(TorchFunctionMode):
 
 
 def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002 (torch's name)
-    plain = input.dtype == weight.dtype == torch.float32 and input.device.type == "cpu" and weight.dim() == 2
+    given = [each for each in (input, weight, bias) if each is not None]
+    plain = all(each.dtype == torch.float32 and each.layout == torch.strided and not each.is_nested for each in given)
+    plain = plain and all(each.device.type == "cpu" for each in given)
+    plain = plain and weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])
     plain = plain and input.shape[-1:] == weight.shape[1:]  # else the error is to be that of a linear layer
     if not plain or input.shape[:-1].numel() < _ROWS or input.numel() * len(weight) < _LEAST:
         return F.linear(input, weight, bias)
     rows = input.reshape(1, 1, -1, input.shape[-1]).permute(0, 3, 1, 2)  # as they lie, channels last
-    given = F.conv2d(rows, weight[:, :, None, None], bias).permute(0, 2, 3, 1).contiguous()
+    maps = F.conv2d(rows, weight[:, :, None, None], bias).permute(0, 2, 3, 1).contiguous()
     # no view, as a linear layer gives none: a hook on a view's gradient is lost where code goes on in place
-    result: Tensor = torch.ops.aten._unsafe_view(given, [*input.shape[:-1], len(weight)])
+    result: Tensor = torch.ops.aten._unsafe_view(maps, [*input.shape[:-1], len(weight)])
     return result

@@ -105,6 +105,15 @@ def test_what_would_gain_nothing_stays(
     assert torch.equal(given, F.linear(values, weight))
 
 
+def test_a_bias_of_another_shape_is_broadcast_as_ever(convolutions: list[torch.Size]) -> None:
+    shape, size = LARGE
+    values, weight = torch.randn(shape), torch.randn(size, shape[-1])
+    for bias in (torch.randn(1), torch.randn(1, size)):
+        with linears.convolved():
+            assert torch.equal(F.linear(values, weight, bias), F.linear(values, weight, bias))
+    assert not convolutions
+
+
 def test_other_processors_are_left_alone(convolutions: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     shape, size = LARGE

@@ -20,7 +20,6 @@ from rowcol_edge.calling import bind, feed, tensors
 from rowcol_edge.datasets import evenly
 from rowcol_edge.errors import DataError, ModelError
 from rowcol_edge.factoring.variation import Variation
-from rowcol_edge.linears import convolved
 
 Feeds = Mapping[str, NDArray[Any]]
 
@@ -139,8 +138,7 @@ def run(
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     try:
         args, kwargs = bind(model, feed(model, feeds))
-        with convolved():
-            return _floats(model(*args, **kwargs)), found
+        return _floats(model(*args, **kwargs)), found
     finally:
         for handle in handles:
             handle.remove()
