@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from rowcol_edge import linears
 
@@ -18,14 +19,14 @@ LARGE = (4, 197, 96), 256  # shape of the input, outputs: 19 million multiply-ac
 def convolutions(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes that convolutions were given, on a processor with AVX-512 or as if on one."""
     seen: list[torch.Size] = []
-    plain = F.conv2d
+    plain = torch.mkldnn_convolution
 
-    def spy(input: torch.Tensor, *rest: Any) -> torch.Tensor:  # noqa: A002 (torch's name)
-        seen.append(input.shape)
-        return plain(input, *rest)
+    def spy(rows: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(rows.shape)
+        return plain(rows, *rest)
 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(linears.F, "conv2d", spy)
+    monkeypatch.setattr(torch, "mkldnn_convolution", spy)
     return seen
 
 
@@ -112,6 +113,52 @@ def test_a_bias_of_another_shape_is_broadcast_as_ever(convolutions: list[torch.S
         with linears.convolved():
             assert torch.equal(F.linear(values, weight, bias), F.linear(values, weight, bias))
     assert not convolutions
+
+
+def test_a_type_of_its_own_autocast_and_a_switch_are_respected(
+    convolutions: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Own(torch.Tensor):
+        """Has a way of its own to be multiplied, as quantized weights do."""
+
+    shape, size = LARGE
+    values, weight = torch.randn(shape), torch.randn(size, shape[-1])
+    with linears.convolved():
+        F.linear(values, weight.as_subclass(Own))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert F.linear(values, weight).dtype == torch.bfloat16
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    with linears.convolved():
+        F.linear(values, weight)
+    assert not convolutions
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activations_may_be_calculated_again_on_the_way_back(convolutions: list[torch.Size], reentrant: bool) -> None:
+    shape, size = LARGE
+    layer = nn.Sequential(nn.Linear(shape[-1], size), nn.ReLU())
+    values = torch.randn(shape, requires_grad=True)
+    layer(values).square().sum().backward()
+    wanted, values.grad = values.grad, None
+    with linears.convolved():
+        checkpoint(layer, values, use_reentrant=reentrant).square().sum().backward()
+    assert wanted is not None
+    torch.testing.assert_close(values.grad, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_the_number_of_threads_changes_no_digit(convolutions: list[torch.Size]) -> None:
+    values, weight = torch.randn(788, 384), torch.randn(384, 384)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with linears.convolved():
+                found.append(F.linear(values, weight))
+    finally:
+        torch.set_num_threads(before)
+    assert len(convolutions) == 3
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_other_processors_are_left_alone(convolutions: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,8 @@ class _Layer:
             value = value.detach().requires_grad_().clone()  # what follows may work in place, and on no leaf
         elif not given:
             value = value.view_as(value)
+        elif value._is_view():  # a hook on its gradient is lost where what follows works in place
+            value = value.clone()
 
         def arrived(gradients: Tensor) -> None:
             for place, watcher, kept in seen:

@@ -34,6 +34,7 @@ def nearer(study: Study, make: Callable[[float], FactorPlan], progress: Progress
 
     Without the second pass, which would take most of the time. Whatever ``make`` raises for factor 1.
     """
+    study.tried.clear()
     first = make(FACTORS[0])
     if not first.channels:
         return first
@@ -57,7 +58,6 @@ def nearer(study: Study, make: Callable[[float], FactorPlan], progress: Progress
     if progress is not None:
         progress("try plans", 2, 2)
     closer = int(losses[1] < _NEARER * losses[0])
-    study.tried.clear()
     study.tried[replace((first, second)[closer], refit=False).digest] = models[closer]
     if not closer:
         return first

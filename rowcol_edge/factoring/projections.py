@@ -204,9 +204,11 @@ def _row_bias(layer: Layer, inputs: LayerSpaces, basis: Array, dual: Array) -> A
 
 
 def _leading(spaces: LayerSpaces, rank: int) -> tuple[Array, Array, Array]:
-    """Basis, dual and latent scales of the directions that are kept."""
+    """Basis, dual and latent scales of the directions that are kept; zeros beyond those that there are."""
     basis = spaces.basis[:, :rank]
     dual = basis if spaces.dual is None else spaces.dual[:, :rank]
+    if (more := rank - basis.shape[1]) > 0:
+        basis, dual = (np.pad(each, ((0, 0), (0, more))) for each in (basis, dual))
     return basis, dual, _scale(spaces.eigenvalues[:rank])
 
 

@@ -33,7 +33,7 @@ _NOISE = 1e-12  # variance over squared size that float32 activations may have f
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerSpaces:
-    """Second moments of one layer's output over the calibration inputs; all arrays float64.
+    """Second moments of one layer's output over the calibration inputs; arrays float64 but the metric.
 
     ``cov(y) = basis · diag(eigenvalues) · basisᵀ`` with ``y`` the layer's output (bias included) at one position, and
     ``eigenvalues`` the variances of ``dualᵀ (y − mean)``. `sensitivity` turns both to what the model's output makes of

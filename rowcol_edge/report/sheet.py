@@ -1,9 +1,10 @@
-"""A table in a terminal that can be read where it does not fit: names and texts are folded, numbers stay whole."""
+"""A table in a terminal that can be read where it does not fit: names and texts are folded, and numbers stay whole as
+long as there is room."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.cells import cell_len
@@ -13,6 +14,7 @@ from rich.text import Text
 
 _SHORT = 10  # characters: a column that needs no more is not folded
 _LEAST = 5  # of each column, before others get more
+_NARROW = 2  # characters a column, as wide ones take two: with less there is no table
 # Where a cell is folded, the best place first: between words, though not inside an interval; behind a part of a name or
 # path, though not inside a number; behind a part of a word; anywhere. Nothing is cut off, because two layers may differ
 # in any part of their names.
@@ -34,14 +36,28 @@ class Sheet:
         self._rows.append(cells)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(title=self._title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
         gaps = 3 * len(self._columns) - 1  # three between two columns in this box, one at each edge
-        widths = self._widths(options.max_width - gaps)
+        room = options.max_width - gaps
+        if room < _NARROW * len(self._columns):
+            yield from self._records()
+            return
+        table = Table(title=self._title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+        widths = self._widths(room)
         for (heading, side), width in zip(self._columns, widths, strict=True):
-            table.add_column(_folded(heading, width), justify="right" if side == "r" else "left", width=width)
+            table.add_column(
+                _folded(heading, width), justify="right" if side == "r" else "left", width=width, overflow="fold"
+            )
         for cells in self._rows:
             table.add_row(*(_folded(cell, width) for cell, width in zip(cells, widths, strict=True)))
         yield table
+
+    def _records(self) -> Iterator[Text]:
+        """A line a cell, where not even a few letters of each column fit beside each other."""
+        yield Text(self._title, "bold")
+        for cells in self._rows:
+            yield Text()
+            for (heading, _), cell in zip(self._columns, cells, strict=True):
+                yield Text(f"{' '.join(heading.split())}: " if heading else "", overflow="fold").append(cell)
 
     def _widths(self, room: int) -> list[int]:
         """How wide each column is, all together ``room`` at most."""

@@ -521,3 +521,17 @@ def test_what_is_kept_has_as_many_directions_as_are_asked_for() -> None:
         assert left.dual is not None
         np.testing.assert_allclose(left.dual.T @ left.basis, np.eye(left.basis.shape[1]), atol=1e-9)
         np.testing.assert_allclose(left.covariance, spaces.covariance[:32, :32], atol=1e-9)
+
+
+@pytest.mark.parametrize("split", [Split(Form.COLUMN, 30), Split(Form.BOTH, 30, 2)], ids=str)
+def test_a_plan_may_ask_for_more_directions_than_there_are(split: Split) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 40, 3)  # 18 inputs of each output
+    x = np.random.default_rng(0).normal(1, 1, (30, 2, 9, 8)).astype(np.float32)
+    taken, given_ = measured(layer, x)
+    values, basis, dual = directions(given_.covariance, np.eye(40), rank=18)
+    worth = blended(np.eye(40)).astype(np.float32)
+    spaces = LayerSpaces("0", values, basis, given_.mean, given_.samples, dual=dual, metric=worth)
+    made = project(layer, split, inputs=taken, outputs=spaces)
+    assert made[-1].in_channels == 30
+    np.testing.assert_allclose(outputs(made, x).numpy(), outputs(layer, x).numpy(), atol=1e-4)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from rowcol_edge.datasets import Split, scan
 from rowcol_edge.factoring.apply import apply, factored
@@ -232,3 +233,38 @@ def test_a_reader_with_zero_weights_does_not_hold_the_channels_of_others() -> No
     with torch.inference_mode():
         lost = (narrowed(x) - known.folded(x)).norm() / known.folded(x).norm()
     assert float(lost) < 0.25
+
+
+@pytest.mark.parametrize("positions", [12, 256])  # of the latter linear layers are calculated in another way
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_layers_are_weighed_whatever_their_model_does_in_place_or_again(
+    positions: int, bias: bool, checkpointed: bool
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.wide, self.relu, self.back = (
+                nn.Linear(96, 256, bias=bias),
+                nn.ReLU(True),
+                nn.Linear(256, 96, bias=bias),
+            )
+            self.head = nn.Linear(96, 10)
+
+        def block(self, x: torch.Tensor) -> torch.Tensor:
+            given: torch.Tensor = self.back(self.relu(self.wide(x)))
+            given += 1.0
+            return given
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            again = checkpointed and torch.is_grad_enabled()
+            given = checkpoint(self.block, x, use_reentrant=False) if again else self.block(x)
+            result: torch.Tensor = self.head(given.mean(1))
+            return result
+
+    _, weighed = both(Net(), {"x": normal(16, positions, 96)}, ["wide", "back", "head"])
+    for space in weighed.values():
+        assert space.dual is not None
+        assert space.losses is not None
+        assert space.losses[0] > 0.0

@@ -144,3 +144,22 @@ def test_nothing_is_lost_at_any_width(width: int) -> None:
     rule = next(i for i, line in enumerate(lines) if "─" in line)
     shown, given = (Counter("".join(texts).replace(" ", "")) for texts in (lines[rule + 1 :], cells))
     assert shown == given
+
+
+@pytest.mark.parametrize(("columns", "width"), [(26, 80), (13, 30), (3, 9)])
+def test_more_columns_than_fit_are_lines(columns: int, width: int) -> None:
+    sheet = Sheet("many", [("", "l"), *((f"arm\n{i}", "r") for i in range(1, columns))])
+    sheet.add_row("drop", *(f"0.{i:02d} pp" for i in range(1, columns)))
+    sheet.add_row(Text("層", "red"), *("–" for _ in range(1, columns)))
+    lines = printed(sheet, width)
+    assert max(map(len, lines)) <= width
+    said = "".join(line.strip() for line in lines)
+    for i in range(1, columns):
+        assert f"arm {i}: 0.{i:02d} pp".replace(" ", "") in said.replace(" ", "")
+    assert "層" in said
+
+
+def test_a_marked_cell_is_not_cut() -> None:
+    sheet = Sheet("", [("", "l"), ("what", "l")])
+    sheet.add_row(Text("encoder_layer_0", "red"), "a text that takes the room that there is")
+    assert "".join(printed(sheet, 24)).replace(" ", "").count("…") == 0
