@@ -47,14 +47,16 @@ def request(bundle: Path, /, **changes: Any) -> dict[str, Any]:
 
 
 def children() -> list[int]:
-    """Of this process of the tests; another one may have its own at the same time."""
+    """Of this process of the tests; another one may have its own at the same time. Not what they start, which has their
+    command line, and no handlers of signals any more, from fork to exec."""
     mine = f"{TESTS}={os.getpid()}\0".encode()
 
     def wanted(entry: Path) -> bool:
         job = b"rowcol_edge.fleet.child" in (entry / "cmdline").read_bytes()
         return job and mine in (entry / "environ").read_bytes()
 
-    return processes(wanted)
+    found = processes(wanted)
+    return [pid for pid in found if parent(pid) not in found]
 
 
 def test_a_job_is_done_in_a_process_of_its_own(bundle_path: Path) -> None:
