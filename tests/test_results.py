@@ -65,19 +65,15 @@ def test_tied_files_hold_their_matrices_once_and_are_at_most_5_percent_slower(ro
         - row["arms"]["tied"]["peak_bytes"]
         for row in copied
     }
-    nothing = 2e6
-    by_precision = {
-        name: sorted(saved for (*_, precision), saved in less.items() if precision == name) for name in ("fp32", "int8")
-    }
-    assert max(by_precision["fp32"]) < 1e6
-    gained = [saved for saved in by_precision["int8"] if saved > nothing]
-    assert len(by_precision["int8"]) == 6
-    assert all(abs(saved) < nothing for saved in by_precision["int8"] if saved not in gained)
-    assert len(gained) == 3
-    assert (
-        f"at int8 three of six do, by {gained[0] / 1e6:.0f} to {gained[-1] / 1e6:.0f} MB, the others by less than"
-        in said
+    floats, ints = (
+        sorted(saved for (*_, precision), saved in less.items() if precision == name and saved > 0)
+        for name in ("fp32", "int8")
     )
+    assert (len(floats), len(ints)) == (1, 4)  # of six each
+    assert (
+        f"at fp32 one of their six tied files takes less memory than the untied one, at int8 four do (two of these "
+        f"five by {floats[0] / 1e6:.1f} and {ints[0] / 1e6:.1f} MB, which is as good as nothing)"
+    ) in said
     more_than_bytes = {
         (row["model"], row["precision"])
         for row in copied
