@@ -249,10 +249,8 @@ def test_what_the_readme_says_of_other_quantizers_is_in_the_result(
     assert f"in {len(unsteady)} rows processes of the same file differ by more than 10 %" in said
     nulls = [session["null"] for session in read(results / "backends.json")["sessions"]]
     assert {null["verdict"] for null in nulls} == {"no significant difference"}
-    assert (
-        f"from {min(null['ci_low'] for null in nulls):.2f} to {max(null['ci_high'] for null in nulls):.2f} within its "
-        "intervals"
-    ) in said
+    low, high = min(null["ci_low"] for null in nulls), max(null["ci_high"] for null in nulls)
+    assert f"the intervals of the null arm, a file beside itself, reach from {low:.2f} to {high:.2f};" in said
     level = Counter(model for model, _ in rows.keys() - faster)
     assert level == {"minilm": 4, "fmnist-vit": 3, "elpv-resnet18": 2}
     shorter = [1 - every[which]["factored@fp32"]["to_dense"]["ratio"] for which in rows if which[0] == "minilm"]
@@ -262,27 +260,23 @@ def test_what_the_readme_says_of_other_quantizers_is_in_the_result(
         cells = [cell for which in rows.keys() - faster if which[0] == model for cell in rows[which]]
         return f"{max(max(cell['block_medians_ns']) / min(cell['block_medians_ns']) for cell in cells):.1f}"
 
-    def ratios(model: str) -> list[str]:
-        return sorted(
-            f"{rows[which][0]['to_peer']['ratio']:.2f}" for which in rows.keys() - faster if which[0] == model
-        )
-
     assert f"the slowest process of one file takes up to {uneven('minilm')} times as long as the quickest" in said
     assert (
-        f"it takes up to {uneven('fmnist-vit')} times as long and ours has {ratios('fmnist-vit')[0]} to "
-        f"{ratios('fmnist-vit')[-1]} of their time"
+        f"Three are the ViT's, where it takes up to {uneven('fmnist-vit')} times as long, and two ResNet-18's, up to "
+        f"{uneven('elpv-resnet18')} times."
     ) in said
-    assert f"two are ResNet-18's, {' and '.join(ratios('elpv-resnet18'))}." in said
 
     def of(model: str) -> tuple[list[Any], list[Any]]:
         pairs = [pair for which, pair in rows.items() if which[0] == model]
         return [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
 
     [vit] = {tuple(cell["quality"][k] for k in ("drop_pp", "ci_low_pp", "ci_high_pp")) for cell in of("fmnist-vit")[0]}
+    int8 = every["fmnist-vit", "tflite"]["factored@int8"]["quality"]["drop_pp"]
     least = max(cell["quality"]["drop_pp"] for cell in of("fmnist-vit")[1])
     assert (
         f"the ViT's files lose {vit[0]:.2f} pp on the test split (the interval, {vit[1]:.1f} to {vit[2]:.1f} pp, holds "
-        f"0), those of today's way at most {least:.2f}."
+        f"0) and its int8 file in TFLite, which is not the fastest here, {int8:.2f}; those of today's way lose at most "
+        f"{least:.2f}."
     ) in said
     assert vit[1] < 0 < vit[2]
     for model, name in (("fmnist-vit", "the ViT's"), ("minilm", "MiniLM's"), ("deit_small", "DeiT-S's")):
@@ -293,9 +287,9 @@ def test_what_the_readme_says_of_other_quantizers_is_in_the_result(
             ours["fidelity"]["relative_error"] > theirs["fidelity"]["relative_error"]
             for ours, theirs in zip(*of(model), strict=True)
         )
-    int8 = every["minilm", "tflite"]
-    assert int8["factored@int8"]["parameters"] == int8["dense@int8"]["parameters"]
-    assert f"four layers of it in float: {int8['factored@int8']['size_bytes'] / 1e6:.1f} MB" in said
+    few = every["minilm", "tflite"]
+    assert few["factored@int8"]["parameters"] == few["dense@int8"]["parameters"]
+    assert f"four layers of it in float: {few['factored@int8']['size_bytes'] / 1e6:.1f} MB" in said
     minilm = every["minilm", "onnxruntime"]
     dynamic, theirs = (minilm[name]["size_bytes"] / 1e6 for name in ("factored@int8-dynamic", "quantize_dynamic"))
     assert f"stay in float: {dynamic:.1f} MB, where *quantize_dynamic* makes {theirs:.1f} MB of it." in said
