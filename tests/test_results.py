@@ -252,7 +252,7 @@ def test_what_the_readme_says_of_other_quantizers_is_in_the_result(
     low, high = min(null["ci_low"] for null in nulls), max(null["ci_high"] for null in nulls)
     assert f"the intervals of the null arm, a file beside itself, reach from {low:.2f} to {high:.2f};" in said
     level = Counter(model for model, _ in rows.keys() - faster)
-    assert level == {"minilm": 4, "fmnist-vit": 3, "elpv-resnet18": 2}
+    assert level == {"minilm": 4, "fmnist-vit": 3, "elpv-resnet18": 3}
     shorter = [1 - every[which]["factored@fp32"]["to_dense"]["ratio"] for which in rows if which[0] == "minilm"]
     assert f"factoring takes {100 * min(shorter):.0f} to {100 * max(shorter):.0f} % of its time at fp32" in said
 
@@ -262,7 +262,7 @@ def test_what_the_readme_says_of_other_quantizers_is_in_the_result(
 
     assert f"the slowest process of one file takes up to {uneven('minilm')} times as long as the quickest" in said
     assert (
-        f"Three are the ViT's, where it takes up to {uneven('fmnist-vit')} times as long, and two ResNet-18's, up to "
+        f"Three are the ViT's, where it takes up to {uneven('fmnist-vit')} times as long, and three ResNet-18's, up to "
         f"{uneven('elpv-resnet18')} times."
     ) in said
 
@@ -457,7 +457,12 @@ def test_what_the_readme_says_of_the_comparisons_plans_at_int8_is_in_the_result(
     macs, parameters = told("MACs"), told("parameters")
     slow = [s for s in models["efficientnet-lite0"]["sessions"] if s["runtime"] == "onnxruntime"]
     free = [s for s in models["fmnist-vit"]["sessions"] if s["runtime"] == "openvino" and not s["cap"]]
-    assert max(ratio["ratio"] for session in models["minilm"]["sessions"] for ratio in session["ratios"].values()) < 1.0
+    minilm = models["minilm"]["sessions"]
+    low, high = (choose(s["null"][end] for s in minilm) for choose, end in ((min, "ci_low"), (max, "ci_high")))
+    beside = [(plan, ratio) for s in minilm for plan, ratio in s["ratios"].items() if plan != "dense"]
+    small = [ratio for plan, ratio in beside if int(plan.partition("%")[0]) <= 40]
+    gained = [sum(ratio["ci_high"] < 1.0 for ratio in each) for each in ([r for _, r in beside], small)]
+    assert not [plan for plan, ratio in beside if ratio["ci_low"] > 1.0]
     stay = next(row for row in models["efficientnet-lite0"]["rows"] if row["forms"] == "dense")["files"].values()
     assert not [file for file in stay if file["repaired"] or file["kept_float"]]
     off = [100 * file["error"] for file in stay]
@@ -475,6 +480,11 @@ def test_what_the_readme_says_of_the_comparisons_plans_at_int8_is_in_the_result(
         f"take {span('fmnist-vit', True, [plan for plan in every if plan not in narrow])}."
     ) in said
     assert f"gains no time in the median by any of the twelve plans ({span('slow', False, every)})" in said
+    assert (
+        f"MiniLM's times were taken in an unsteady hour, its null arms reach from {low:.2f} to {high:.2f}: "
+        f"{gained[0]} of its {len(beside)} files are faster than dense beyond chance and none is slower, of those with "
+        f"40 % or less {gained[1]} of {len(small)}."
+    ) in said
     assert f"and the ViT gains none in openvino that is not held ({span('free', False, every)})" in said
     assert (
         f"{mended['minilm']} of MiniLM's and {mended['efficientnet-lite0']} of EfficientNet-Lite0's files of the "
