@@ -54,7 +54,8 @@ def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         return F.linear(input, weight, bias)
     rows = input.reshape(1, 1, -1, input.shape[-1]).permute(0, 3, 1, 2)  # as they lie, channels last
     # by its own name, as torch takes another library for few threads
-    maps = torch.mkldnn_convolution(rows, weight[:, :, None, None], bias, (0, 0), (1, 1), (1, 1), 1)
+    each = None if bias is None else bias.contiguous()  # it reads on where the first of them lies
+    maps = torch.mkldnn_convolution(rows, weight[:, :, None, None], each, (0, 0), (1, 1), (1, 1), 1)
     # no view: a hook on a view's gradient is lost where code goes on in place
     result: Tensor = torch.ops.aten._unsafe_view(
         maps.permute(0, 2, 3, 1).contiguous(), [*input.shape[:-1], len(weight)]
@@ -74,6 +75,8 @@ def _fits(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         or rows.shape[-1:] != weight.shape[1:]
         or (bias is not None and bias.shape != weight.shape[:1])
     ):
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:  # derivatives on the way forward, which it has none of
         return False
     # what saves activations otherwise may calculate them again on the way back, and find others
     if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:

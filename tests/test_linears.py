@@ -115,6 +115,29 @@ def test_a_bias_of_another_shape_is_broadcast_as_ever(convolutions: list[torch.S
     assert not convolutions
 
 
+@pytest.mark.parametrize("kind", ["a column", "one for all"])
+def test_a_bias_that_lies_apart_is_read_where_it_lies(convolutions: list[torch.Size], kind: str) -> None:
+    shape, size = LARGE
+    torch.manual_seed(0)
+    values, weight, table = torch.randn(shape), torch.randn(size, shape[-1]), torch.randn(size, 3)
+    bias = {"a column": table[:, 1], "one for all": table[0, :1].expand(size)}[kind]
+    wanted = F.linear(values, weight) + bias.contiguous()
+    with linears.convolved():
+        found = F.linear(values, weight, bias)
+    assert len(convolutions) == 1
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # of torch's own
+def test_derivatives_on_the_way_forward_are_those_of_the_layer(convolutions: list[torch.Size]) -> None:
+    shape, size = LARGE
+    layer, values = nn.Linear(shape[-1], size), torch.randn(shape)
+    with linears.convolved():
+        _, along = torch.func.jvp(layer, (values,), (torch.ones_like(values),))
+    assert not convolutions
+    torch.testing.assert_close(along[0, 0], layer.weight.sum(dim=1))
+
+
 def test_a_type_of_its_own_autocast_and_a_switch_are_respected(
     convolutions: list[torch.Size], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ from rowcol_edge.factoring.splits import Layer
 Array = NDArray[np.float64]
 
 _FLOOR = 1e-6  # latent scales are floored at this fraction of the largest variance
+_UNSEEN = 1e-10  # of the largest variance: what is below is not told from nothing, see `spaces`
 _RIDGE = 1e-8
 """Share of the mean of ``C``'s diagonal in it: channels that calibration did not show come last, and are not lost."""
 
@@ -95,22 +96,22 @@ _Found = tuple[Sequence[Layer], Sequence[Array], Array]
 
 
 def _column(layer: Layer, rank: int, outputs: LayerSpaces) -> _Found:
-    basis, dual, scale = _leading(outputs, rank)
+    basis, dual, scale = _leading(outputs, rank, splits.matrix(layer))
     bias = outputs.mean + basis @ (dual.T @ (_bias(layer) - outputs.mean))
     values = (dual.T @ splits.matrix(layer)) / scale[:, None], basis * scale
     return splits.column(layer, rank), values, bias
 
 
 def _row(layer: Layer, rank: int, inputs: LayerSpaces) -> _Found:
-    basis, dual, scale = _leading(inputs, rank)
+    basis, dual, scale = _leading(inputs, rank, _read(layer), taken=True)
     values = dual.T / scale[:, None], _flat(splits.taps(layer), basis * scale)
     return splits.row(layer, rank), values, _row_bias(layer, inputs, basis, dual)
 
 
 def _both(layer: Layer, split: Split, inputs: LayerSpaces, outputs: LayerSpaces) -> _Found:
     taken = split.taken or 0
-    before, before_dual, before_scale = _leading(inputs, taken)
-    behind, behind_dual, behind_scale = _leading(outputs, split.rank)
+    before, before_dual, before_scale = _leading(inputs, taken, _read(layer), taken=True)
+    behind, behind_dual, behind_scale = _leading(outputs, split.rank, splits.matrix(layer))
     core = (behind_dual.T @ _flat(splits.taps(layer), before * before_scale)) / behind_scale[:, None]
     bias = _row_bias(layer, inputs, before, before_dual)
     bias = outputs.mean + behind @ (behind_dual.T @ (bias - outputs.mean))
@@ -203,13 +204,46 @@ def _row_bias(layer: Layer, inputs: LayerSpaces, basis: Array, dual: Array) -> A
     return np.asarray(_bias(layer) + splits.taps(layer).sum(axis=2) @ lost)
 
 
-def _leading(spaces: LayerSpaces, rank: int) -> tuple[Array, Array, Array]:
-    """Basis, dual and latent scales of the directions that are kept; zeros beyond those that there are."""
+def _read(layer: Layer) -> Array:
+    """(in, out · taps): what a layer reads of its input."""
+    taps = splits.taps(layer)
+    return taps.swapaxes(0, 1).reshape(taps.shape[1], -1)
+
+
+def _leading(spaces: LayerSpaces, rank: int, weight: Array, *, taken: bool = False) -> tuple[Array, Array, Array]:
+    """Basis, dual and latent scales of the directions that are kept; see `_unseen` for those beyond what varied.
+
+    ``weight``: (out, …) what it gives, or where the spaces are of what is taken (in, …) what it reads.
+    """
     basis = spaces.basis[:, :rank]
     dual = basis if spaces.dual is None else spaces.dual[:, :rank]
-    if (more := rank - basis.shape[1]) > 0:
-        basis, dual = (np.pad(each, ((0, 0), (0, more))) for each in (basis, dual))
-    return basis, dual, _scale(spaces.eigenvalues[:rank])
+    values = spaces.eigenvalues[:rank]
+    seen = min(int(np.count_nonzero(values > _UNSEEN * values[0])), basis.shape[1])
+    if seen < rank and not rank == basis.shape[1] == len(basis):  # all that there are hold everything
+        basis, dual = basis[:, :seen], dual[:, :seen]
+        root, inverse = _root(spaces, len(basis))
+        metric = inverse if taken else np.asarray(root.T)
+        left = _without(weight, dual, basis) if taken else _without(weight, basis, dual)
+        more = _unseen(metric @ left, rank - seen, _UNSEEN * float(np.linalg.norm(metric @ weight)))
+        behind, ahead = _without(inverse.T @ more, basis, dual), _without(root @ more, dual, basis)
+        # the metric is kept in single precision, so that the two do not fit to the last digit
+        ahead = np.asarray(np.linalg.solve(ahead.T @ behind, ahead.T).T, np.float64)
+        rest = np.zeros((len(basis), rank - seen - more.shape[1]))
+        basis, dual = np.hstack([basis, behind, rest]), np.hstack([dual, ahead, rest])
+    return basis, dual, _scale(values)
+
+
+def _without(columns: Array, basis: Array, dual: Array) -> Array:
+    return np.asarray(columns - basis @ (dual.T @ columns))
+
+
+def _unseen(left: Array, most: int, least: float) -> Array:
+    """(size, ≤ most) directions of what a weight does beyond those that calibration saw, by how much it does of each.
+    With as many as its rank a layer is whole for inputs of another kind too. ``least`` is rounding."""
+    vectors, sizes, _ = np.linalg.svd(left, full_matrices=False)
+    vectors = vectors[:, : min(most, int(np.count_nonzero(sizes > least)))]
+    peaks = vectors[np.abs(vectors).argmax(axis=0), np.arange(vectors.shape[1])]
+    return np.asarray(vectors * np.where(peaks < 0, -1.0, 1.0))
 
 
 def _scale(variances: Array) -> Array:

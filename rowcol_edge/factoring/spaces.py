@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rowcol_edge.calling import bind, evaluating, feed
-from rowcol_edge.errors import DataError, ModelError
+from rowcol_edge.errors import DataError, ModelError, RowcolError
 from rowcol_edge.factoring.layers import SUPPORTED, base
 from rowcol_edge.factoring.places import Moments, Place, channel_axis, derived, rows, sources
 from rowcol_edge.factoring.products import product
@@ -221,7 +221,9 @@ def measure(
                 # not inference mode, in which tensors do not count their changes
                 with torch.no_grad(), convolved():
                     result = model(*args, **kwargs)
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            except (RowcolError, MemoryError):
+                raise
+            except Exception as error:  # boundary: the user's own code runs here and may raise anything
                 shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
                 raise ModelError("the model fails on a calibration batch", got=f"{shapes}: {error}") from error
             _finite(sums)

@@ -535,3 +535,51 @@ def test_a_plan_may_ask_for_more_directions_than_there_are(split: Split) -> None
     made = project(layer, split, inputs=taken, outputs=spaces)
     assert made[-1].in_channels == 30
     np.testing.assert_allclose(outputs(made, x).numpy(), outputs(layer, x).numpy(), atol=1e-4)
+
+
+def _known(spaces: LayerSpaces, rank: int, weighed: bool) -> LayerSpaces:
+    """As they are measured, or in a metric with no more than ``rank`` directions, as a model's output weighs them."""
+    if not weighed:
+        return spaces
+    half = np.random.default_rng(2).normal(size=(len(spaces.mean), 3))
+    metric = half @ half.T
+    values, basis, dual = directions(spaces.covariance, metric, rank=rank)
+    worth = None if basis.shape[1] == len(basis) else blended(metric).astype(np.float32)
+    return replace(spaces, eigenvalues=values, basis=basis, dual=dual, metric=worth)
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("shown", ["grey", "constant", "zeros", "colour"])
+@pytest.mark.parametrize("outs", [64, 6], ids=["wide", "narrow"])
+def test_the_ranks_of_the_weight_reproduce_the_layer_whatever_calibration_showed(
+    outs: int, shown: str, weighed: bool
+) -> None:
+    """Also on inputs of another kind: pictures in grey leave two of three channels' directions without variance."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, outs, 3).double()
+    random = np.random.default_rng(0)
+    colour = random.normal(1, 1, (20, 3, 9, 8))
+    x = {"grey": colour[:, :1].repeat(3, 1), "constant": np.ones_like(colour), "zeros": 0 * colour, "colour": colour}
+    taken, given_ = measured(layer, x[shown])
+    most, info = min(outs, 27), describe("0", layer)
+    taken, given_ = _known(taken, 3, weighed), _known(given_, most, weighed)
+    fresh = random.normal(-1, 2, (5, 3, 9, 8))
+    before = outputs(layer, fresh)
+    columns, rows = info.largest(Form.BOTH)
+    assert (columns, rows) == (most, 3)
+    for rank in {most, (most + outs) // 2, outs}:
+        for split in (Split(Form.COLUMN, rank), Split(Form.ROW, rows), Split(Form.BOTH, rank, rows)):
+            made = project(layer, split, inputs=taken, outputs=given_)
+            off = float((outputs(made, fresh) - before).norm() / before.norm())
+            assert off <= 1e-9, split
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_a_matrix_with_more_inputs_than_outputs_is_whole_with_as_many_rows_as_it_reads(weighed: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 5).double()
+    random = np.random.default_rng(0)
+    taken, _ = measured(layer, random.normal(1, 1, (30, 2)) @ random.normal(size=(2, 40)))
+    taken, fresh = _known(taken, 5, weighed), random.normal(size=(7, 40))
+    made = project(layer, Split(Form.ROW, 7), inputs=taken)  # two that varied, and the five of the weight
+    np.testing.assert_allclose(outputs(made, fresh).numpy(), outputs(layer, fresh).numpy(), atol=1e-9)

@@ -78,6 +78,25 @@ def test_model_is_left_as_it_was_also_after_an_error() -> None:
     assert not model[0]._forward_hooks
 
 
+@pytest.mark.parametrize("raised", [AssertionError, KeyError, AttributeError, ZeroDivisionError])
+def test_whatever_the_models_code_raises_is_told_with_the_batch(raised: type[Exception]) -> None:
+    class Loud(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.only = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.only(x)
+            if x.shape[0] == 5:
+                raise raised("too loud")
+            return result
+
+    model = Loud()
+    with pytest.raises(ModelError, match=r"calibration batch.*\(5, 3\).*too loud"):
+        collect(model, [*_batches((2, 3)), *_batches((5, 3))], ["only"])
+    assert not model.only._forward_hooks
+
+
 def test_several_inputs_and_progress() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
