@@ -112,7 +112,8 @@ class Job:
             return []
         data, selection = self.recovery or self.calibration, self.selection.key if self.selection else None
         judged = self._judgement[1:-1]  # neither the plan, which has a digest of its own, nor the budgets
-        return [self.options.recover, data.key, self.calibration.key, selection, judged]
+        frozen = sorted(name for name, each in self.model.module.named_parameters() if not each.requires_grad)
+        return [self.options.recover, data.key, self.calibration.key, selection, judged, frozen]
 
     @property
     def _judgement(self) -> list[object]:

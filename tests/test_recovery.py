@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tomllib
 from pathlib import Path
@@ -56,6 +57,19 @@ def test_the_chosen_plan_is_recovered(net: torch.nn.Module, splits: dict[str, st
     plan = tomllib.loads((tmp_path / "plan.toml").read_text())
     assert (plan["made_by"], plan["recovered"]) == (plain.plan.made_by, 3)
     assert (tmp_path / "model.pt2").is_file()
+
+
+def test_a_model_with_other_frozen_layers_is_recovered_anew(
+    net: torch.nn.Module, splits: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROWCOL_CACHE", str(tmp_path))
+    frozen = copy.deepcopy(net)
+    frozen.get_submodule("body").requires_grad_(False)
+    options = {"budget": "params<=0.15x", "calib": splits["calib"], "recover": 2}
+    whole = _factor(frozen, **options).module.state_dict()
+    free, found = (_factor(model, **{**options, "cache": True}).module.state_dict() for model in (net, frozen))
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    assert not all(torch.equal(free[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("budget", ["params<=0.5x", "drop<=30pp"])

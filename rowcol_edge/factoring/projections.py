@@ -96,22 +96,22 @@ _Found = tuple[Sequence[Layer], Sequence[Array], Array]
 
 
 def _column(layer: Layer, rank: int, outputs: LayerSpaces) -> _Found:
-    basis, dual, scale = _leading(outputs, rank, splits.matrix(layer))
+    basis, dual, scale = _leading(layer, outputs, rank)
     bias = outputs.mean + basis @ (dual.T @ (_bias(layer) - outputs.mean))
     values = (dual.T @ splits.matrix(layer)) / scale[:, None], basis * scale
     return splits.column(layer, rank), values, bias
 
 
 def _row(layer: Layer, rank: int, inputs: LayerSpaces) -> _Found:
-    basis, dual, scale = _leading(inputs, rank, _read(layer), taken=True)
+    basis, dual, scale = _leading(layer, inputs, rank, taken=True)
     values = dual.T / scale[:, None], _flat(splits.taps(layer), basis * scale)
     return splits.row(layer, rank), values, _row_bias(layer, inputs, basis, dual)
 
 
 def _both(layer: Layer, split: Split, inputs: LayerSpaces, outputs: LayerSpaces) -> _Found:
     taken = split.taken or 0
-    before, before_dual, before_scale = _leading(inputs, taken, _read(layer), taken=True)
-    behind, behind_dual, behind_scale = _leading(outputs, split.rank, splits.matrix(layer))
+    before, before_dual, before_scale = _leading(layer, inputs, taken, taken=True)
+    behind, behind_dual, behind_scale = _leading(layer, outputs, split.rank)
     core = (behind_dual.T @ _flat(splits.taps(layer), before * before_scale)) / behind_scale[:, None]
     bias = _row_bias(layer, inputs, before, before_dual)
     bias = outputs.mean + behind @ (behind_dual.T @ (bias - outputs.mean))
@@ -164,6 +164,8 @@ def _root(outputs: LayerSpaces | None, features: int) -> tuple[Array, Array]:
         return even, even
     if outputs.metric is None:
         return outputs.dual, outputs.basis.T
+    if not outputs.metric.any():  # nothing that it gives is worth anything, as what follows takes none of it
+        return even, even
     root = root_of(torch.from_numpy(outputs.worth))
     return root.numpy(), torch.linalg.solve_triangular(root, torch.from_numpy(even), upper=False).numpy()
 
@@ -210,16 +212,16 @@ def _read(layer: Layer) -> Array:
     return taps.swapaxes(0, 1).reshape(taps.shape[1], -1)
 
 
-def _leading(spaces: LayerSpaces, rank: int, weight: Array, *, taken: bool = False) -> tuple[Array, Array, Array]:
-    """Basis, dual and latent scales of the directions that are kept; see `_unseen` for those beyond what varied.
-
-    ``weight``: (out, …) what it gives, or where the spaces are of what is taken (in, …) what it reads.
-    """
+def _leading(layer: Layer, spaces: LayerSpaces, rank: int, *, taken: bool = False) -> tuple[Array, Array, Array]:
+    """Basis, dual and latent scales of the directions that are kept of what a layer gives, or of what is taken; see
+    `_unseen` for those beyond what varied."""
     basis = spaces.basis[:, :rank]
     dual = basis if spaces.dual is None else spaces.dual[:, :rank]
     values = spaces.eigenvalues[:rank]
-    seen = min(int(np.count_nonzero(values > _UNSEEN * values[0])), basis.shape[1])
+    least = max(_UNSEEN, torch.finfo(layer.weight.dtype).eps ** 2)  # half precision makes more of nothing
+    seen = min(int(np.count_nonzero(values > least * values[0])), basis.shape[1])
     if seen < rank and not rank == basis.shape[1] == len(basis):  # all that there are hold everything
+        weight = _read(layer) if taken else splits.matrix(layer)
         basis, dual = basis[:, :seen], dual[:, :seen]
         root, inverse = _root(spaces, len(basis))
         metric = inverse if taken else np.asarray(root.T)

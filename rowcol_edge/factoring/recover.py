@@ -124,11 +124,11 @@ def recover(
     for name, value, least in (("epochs", epochs, 0), ("batch", batch, 1), ("patience", patience, 1)):
         if type(value) is not int or value < least:  # True is no number of epochs
             raise ConfigError(f"recover: {name}", expected=f"a whole number from {least}", got=repr(value))
-    decides = ["recover", key, models.digest(student), models.digest(teacher), samples.key]
-    kept = Snapshots(cache or Cache(None), caching.key([*decides, epochs, classify, seed, batch, patience]))
     taught = single(teacher) if has_halves(teacher) else teacher
     work = single(student)
     trained = trainable(work)
+    decides = ["recover", key, models.digest(student), sorted(trained), models.digest(teacher), samples.key]
+    kept = Snapshots(cache or Cache(None), caching.key([*decides, epochs, classify, seed, batch, patience]))
     with torch.random.fork_rng(devices=[]), evaluating(taught), evaluating(work), torch.enable_grad():
         torch.manual_seed(seed)
         data = Batches(samples, batch)
@@ -254,13 +254,14 @@ class _Training:
             label = f"judge epoch {number}" if number else "judge before recovery"
             score = -distance if judge is None else judge(module, label)
         self.history.append(Epoch(number, loss, distance, score))
-        if not number or (score, -distance) > (self.history[self.best_epoch].score, -self._best_distance):
+        if not number or self._rank(number) > self._rank(self.best_epoch):
             self.best, self.best_epoch = now, number
 
-    @property
-    def _best_distance(self) -> float:
-        found = self.history[self.best_epoch].distance
-        return found if math.isfinite(found) else math.inf
+    def _rank(self, number: int) -> tuple[float, float]:
+        """What no number is given for is worse than any."""
+        found = self.history[number]
+        score, distance = found.score, found.distance
+        return (-math.inf if math.isnan(score) else score, -distance if math.isfinite(distance) else -math.inf)
 
     def _result(self, tensors: Tensors) -> nn.Module:
         """A copy of the student with this state, in its own types."""

@@ -574,6 +574,35 @@ def test_the_ranks_of_the_weight_reproduce_the_layer_whatever_calibration_showed
             assert off <= 1e-9, split
 
 
+@pytest.mark.parametrize("form", [Form.COLUMN, Form.ROW, Form.BOTH, Form.SPATIAL])
+def test_a_metric_of_nothing_weighs_all_directions_alike(form: Form) -> None:
+    """What does not vary has none behind narrowed channels."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(12, 12, 3).double()
+    none = np.zeros((12, 12), np.float32)
+    frame = np.eye(12)[:, :4]
+    spaces = LayerSpaces("0", np.zeros(12), frame, np.zeros(12), 1, dual=frame, metric=none)
+    rank = {Form.SPATIAL: 36}.get(form, 12)
+    made = project(layer, Split(form, rank, 12 if form is Form.BOTH else None), inputs=spaces, outputs=spaces)
+    x = np.random.default_rng(0).normal(size=(2, 12, 7, 8))
+    np.testing.assert_allclose(outputs(made, x).numpy(), outputs(layer, x).numpy(), atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_rounding_of_half_precision_takes_no_direction_of_the_weight(kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 32, 3).to(kind)
+    random = np.random.default_rng(0)
+    grey = random.normal(size=(40, 1, 9, 9)).repeat(3, 1)
+    with torch.no_grad():
+        given_ = layer(torch.from_numpy(grey).to(kind)).double().permute(0, 2, 3, 1).reshape(-1, 32).numpy()
+    values, vectors = np.linalg.eigh(np.cov(given_.T))
+    spaces = LayerSpaces("0", np.maximum(values[::-1], 0.0), vectors[:, ::-1], given_.mean(0), len(given_))
+    made, colour = project(layer, Split(Form.COLUMN, 27), outputs=spaces).double(), random.normal(size=(9, 3, 9, 9))
+    wanted = outputs(copy.deepcopy(layer).double(), colour)
+    assert float((outputs(made, colour) - wanted).norm() / wanted.norm()) < 4 * torch.finfo(kind).eps
+
+
 @pytest.mark.parametrize("weighed", [False, True])
 def test_a_matrix_with_more_inputs_than_outputs_is_whole_with_as_many_rows_as_it_reads(weighed: bool) -> None:
     torch.manual_seed(0)

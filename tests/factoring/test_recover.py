@@ -180,6 +180,15 @@ def test_the_best_epoch_is_taken_and_of_equals_the_nearest_to_the_original() -> 
     assert equal.best_epoch == distances.index(min(distances)) > 0
 
 
+def test_any_number_is_better_than_none() -> None:
+    teacher = net()
+    scores = iter([math.nan, 0.5, math.nan, 0.6])
+    found = recover(spoiled(teacher), teacher, split(), lambda *_: next(scores), epochs=3)
+    assert found.best_epoch == 3
+    worthless = recover(spoiled(teacher), teacher, split(), lambda *_: math.nan, epochs=1)
+    assert not worthless.stopped
+
+
 def test_no_epochs_give_a_copy() -> None:
     teacher = net()
     student = spoiled(teacher)
@@ -384,6 +393,23 @@ def test_a_damaged_snapshot_or_another_run_is_begun_anew(tmp_path: Path) -> None
     for file in tmp_path.rglob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-1] + b"\1")
     assert _run(Cache(tmp_path)).history == whole.history
+
+
+def test_a_run_with_other_frozen_parameters_is_another(tmp_path: Path) -> None:
+    teacher = net()
+
+    def run(frozen: bool, cache: Cache | None, progress: Callable[[str, int, int], None] | None = None) -> Recovered:
+        student = spoiled(teacher)
+        student.stem.requires_grad_(not frozen)
+        return recover(student, teacher, split(), epochs=4, batch=16, cache=cache, progress=progress)
+
+    whole = run(True, None)
+    with pytest.raises(_KilledError):
+        run(False, Cache(tmp_path), _killed_at(len(recovering.RATES) * recovering._TRIED_STEPS + 15))
+    found = run(True, Cache(tmp_path))
+    assert found.history == whole.history
+    assert same(weights(found.module), weights(whole.module))
+    assert torch.equal(found.module.stem.weight, spoiled(teacher).stem.weight)
 
 
 # ---------------------------------------------------------------- bad input
