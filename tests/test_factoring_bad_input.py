@@ -193,6 +193,14 @@ LEFT: dict[str, tuple[Callable[[Doubled], nn.Module], str]] = {
         computed(lambda layer: prune.l1_unstructured(layer, "weight", 0.25)),
         "its weight is parametrized",
     ),
+    "a parametrized bias": (
+        computed(lambda layer: parametrize.register_parametrization(layer, "bias", Halved())),
+        "its bias is parametrized",
+    ),
+    "a pruned bias": (
+        computed(lambda layer: prune.random_unstructured(layer, "bias", 0.25)),
+        "its bias is parametrized",
+    ),
     "a hook": (
         computed(lambda layer: layer.register_forward_hook(lambda module, args, result: 0.5 * result)),
         "hooks are attached to it",

@@ -247,14 +247,13 @@ _SAME = frozenset(
         "aten::dropout",
         "aten::dropout_",
         "aten::feature_dropout",
-        "aten::to",
-        "aten::_to_copy",
         "aten::lift_fresh_copy",
     ]
 )
 _POOLS = ("max_pool", "avg_pool", "adaptive", "upsample", "_unsafe_upsample", "reflection_pad", "replication_pad")
 _LINEAR = frozenset(("aten::add", "aten::sub", "aten::neg", "aten::add_", "aten::sub_"))
-_SCALES = frozenset(("aten::mul", "aten::div", "aten::mul_", "aten::div_"))
+_DIVIDES = frozenset(("aten::div", "aten::div_"))
+_SCALES = _DIVIDES | {"aten::mul", "aten::mul_"}
 _POINTWISE = frozenset(  # without a tag that says so
     [
         "hardswish",
@@ -278,7 +277,8 @@ _POINTWISE = frozenset(  # without a tag that says so
         "div",
     ]
 )
-_REDUCES = frozenset(("aten::mean", "aten::sum", "aten::amax", "aten::amin"))
+_SUMS = frozenset(("aten::mean", "aten::sum"))
+_REDUCES = _SUMS | {"aten::amax", "aten::amin"}
 
 
 class _Follower:
@@ -488,12 +488,22 @@ class _Follower:
         name = node.target._schema.name  # type: ignore[union-attr]
         numbers = any(isinstance(each, int | float) for each in node.args[1:2])
         if name in _LINEAR and not numbers:
+            # one value for all channels of another operand is no combination of them
+            self._bend(tuple(axis for axis, count in zip(result, met, strict=True) if 0 < count < len(operands)))
             return tuple(result)
-        if name in _SCALES:
+        if name in _SCALES and not node.kwargs.get("rounding_mode"):
             squared = len(operands) == 1 and not numbers
             self._bend(tuple(axis for axis, count in zip(result, met, strict=True) if count > 1 or squared))
+            if name in _DIVIDES:
+                self._bend(self._of(node.args[1]))
             return tuple(result)
         return self._bend(tuple(result))
+
+    def _cast(self, node: fx.Node) -> Axes:
+        taken = self._of(node.args[0])
+        return taken if cast(torch.Tensor, node.meta["val"]).is_floating_point() else self._bend(taken)
+
+    _op_to = _op__to_copy = _cast
 
     def _op_prelu(self, node: fx.Node) -> Axes:
         taken, slopes = (self._of(each) for each in node.args[:2])
@@ -561,7 +571,15 @@ class _Follower:
                 taken[place] = nowhere(count)
         return tuple(taken)
 
-    _op_slice = _op_constant_pad_nd = _op_pad = _sliced
+    _op_slice = _sliced
+
+    def _padded(self, node: fx.Node) -> Axes:
+        result = self._sliced(node)
+        # beside zeros every combination of channels is what it is elsewhere, beside other numbers it is not
+        number = any(isinstance(each, int | float) and each != 0 for each in (*node.args[2:], *node.kwargs.values()))
+        return self._bend(result) if number else result
+
+    _op_constant_pad_nd = _op_pad = _padded
 
     def _parts(self, node: fx.Node) -> list[Axes]:
         """Pieces along one axis."""
@@ -608,6 +626,8 @@ class _Follower:
         places = [place % len(taken) for place in places]
         for place in places:
             self.trail.pin(taken[place], "all channels are reduced to one, as in an RMS norm")
+        if node.target._schema.name not in _SUMS:  # type: ignore[union-attr]
+            self._bend(tuple(taken))
         kept = len(cast(torch.Tensor, node.meta["val"]).shape) == len(taken)
         if kept:
             return tuple(_ONE if place in places else axis for place, axis in enumerate(taken))

@@ -136,7 +136,13 @@ def weight_owners(model: nn.Module, program: torch.export.ExportedProgram) -> di
     kinds = nn.Linear | _ConvNd | _BatchNorm | nn.LayerNorm
     modules = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     owner = {id(tensor): name for name, module in reversed(modules.items()) for tensor in _tensors(module)}
-    return _owners(model, program.graph_signature, owner)
+    return _owners(_stored(model, program.graph_signature), owner)
+
+
+def computed(module: nn.Module) -> str:
+    """``weight`` or ``bias``, the first that a parametrization or a hook computes: what is put there does not stay."""
+    found = (key for key in ("weight", "bias") if key not in module._parameters and hasattr(module, key))
+    return next(found, "")
 
 
 def inside(node: fx.Node) -> str:
@@ -191,7 +197,8 @@ class _Reader:
         kinds = nn.Linear | _ConvNd | _BatchNorm
         self.modules = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
         owner = {id(tensor): name for name, module in reversed(self.modules.items()) for tensor in _tensors(module)}
-        self.owners = _owners(model, program.graph_signature, owner)
+        self.tensors = _stored(model, program.graph_signature)
+        self.owners = _owners(self.tensors, owner)
         # Parametrizations and hooks compute these weights: no parameter tells whose they are.
         first = {module: name for name, module in model.named_modules()}
         self.computed = {
@@ -218,7 +225,7 @@ class _Reader:
     def read(self) -> LayerGraph:
         names = [*self.nodes, *(name for name in self.modules if name not in self.nodes)]
         layers = tuple(self._layer(name) for name in names)
-        held = set(self.computed.values())  # what is put into such a weight is computed anew
+        held = {name for name, module in self.modules.items() if computed(module)}
         once = {
             layer.name: layer
             for layer in layers
@@ -240,10 +247,11 @@ class _Reader:
         if isinstance(module, _ConvNd) and module.transposed:
             taken = [cast(fx.Node, node.args[0]).meta["val"] for node in nodes]
             positions = self._rows(taken, module.in_channels)
+        bias = module._parameters.get("bias")
         elsewhere = any(
             user not in nodes
-            for placeholder, owner in self.owners.items()
-            if owner == name
+            for placeholder, tensor in self.tensors.items()
+            if self.owners.get(placeholder) == name or tensor is bias
             for user in self.placeholders[placeholder].users
         )
         return GraphLayer(
@@ -331,15 +339,20 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
     return [tensor for tensor in wanted if tensor is not None]
 
 
-def _owners(model: nn.Module, signature: ExportGraphSignature, owner: Mapping[int, str]) -> dict[str, str]:
-    """Placeholder name → name of the module that holds the parameter or buffer as its weight."""
-    owners = {}
+def _stored(model: nn.Module, signature: ExportGraphSignature) -> dict[str, torch.Tensor]:
+    """Placeholder name → the parameter or buffer."""
+    found = {}
     for placeholder, target in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items():
         path, _, attribute = target.rpartition(".")
         tensor = getattr(model.get_submodule(path), attribute, None)
-        if tensor is not None and id(tensor) in owner:
-            owners[placeholder] = owner[id(tensor)]
-    return owners
+        if tensor is not None:
+            found[placeholder] = tensor
+    return found
+
+
+def _owners(stored: Mapping[str, torch.Tensor], owner: Mapping[int, str]) -> dict[str, str]:
+    """Placeholder name → name of the module that holds the parameter or buffer as its weight."""
+    return {placeholder: owner[id(tensor)] for placeholder, tensor in stored.items() if id(tensor) in owner}
 
 
 def _coupled(first: nn.Module, second: nn.Module) -> bool:

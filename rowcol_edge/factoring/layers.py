@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from rowcol_edge.factoring.costs import LayerInfo
-from rowcol_edge.factoring.graph import GraphLayer, LayerGraph
+from rowcol_edge.factoring.graph import GraphLayer, LayerGraph, computed
 from rowcol_edge.factoring.openers import ClosedError, alike, called
 
 SUPPORTED: dict[type[nn.Module], str] = {
@@ -149,8 +149,8 @@ def _held(module: nn.Module) -> str:
     kind = base(module)
     if kind is None:
         return f"{type(module).__name__} is not factored"
-    if parametrize.is_parametrized(module) or module._parameters.get("weight") is None:
-        return "its weight is parametrized"
+    if parametrize.is_parametrized(module) or module._parameters.get("weight") is None or computed(module):
+        return f"its {computed(module) or 'weight'} is parametrized"
     own = any(getattr(type(module), name, None) is not getattr(kind, name, None) for name in _COMPUTES)
     if (own and not computes_alike(module, kind)) or "forward" in vars(module):
         return f"{type(module).__name__} has a forward of its own"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -332,6 +334,66 @@ def test_a_linear_bottleneck_is_factored_already_and_can_still_get_narrower() ->
         torch.testing.assert_close(second(first(x)), both(x))
     found = {each.name: each for each in coupling.find(model, traced, graph.exported(model, example))}
     assert (found["2"].size, found["2"].linear, found["2"].fixed) == (4, True, "")
+
+
+class Between(nn.Module):
+    """A layer, an operator and the layer that reads what it makes of the channels."""
+
+    def __init__(self, made: Callable[[Between, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.made = made
+        self.first, self.one, self.last = nn.Conv2d(2, 12, 3), nn.Conv2d(2, 1, 3), nn.Conv2d(12, 3, 1)
+        self.map, self.number = nn.Parameter(torch.rand(1, 1, 7, 7) + 1.0), nn.Parameter(torch.rand(()) + 1.0)
+        self.row = nn.Parameter(torch.rand(7) + 1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.made(self, self.first(x))
+        pictures: torch.Tensor = self.last(y[..., None, None] if y.dim() == 2 else y)
+        return pictures
+
+
+@pytest.mark.parametrize(
+    ("made", "linear"),
+    [
+        (lambda m, y: y, True),
+        (lambda m, y: y.mean((2, 3)), True),
+        (lambda m, y: y.sum(3, keepdim=True), True),
+        (lambda m, y: y.amax((2, 3)), False),
+        (lambda m, y: y.amin(2, keepdim=True), False),
+        (lambda m, y: y * m.map, True),
+        (lambda m, y: y / m.map, True),
+        (lambda m, y: y * 2 / m.number, True),
+        (lambda m, y: m.map / (y + y), False),
+        (lambda m, y: torch.div(y, 0.25, rounding_mode="floor"), False),
+        (lambda m, y: torch.div(y, m.map, rounding_mode="trunc"), False),
+        (lambda m, y: y + y * m.map - y.mean((2, 3), keepdim=True), True),
+        (lambda m, y: y + m.map, False),
+        (lambda m, y: m.row - y, False),
+        (lambda m, y: y + m.number, False),
+        (lambda m, y: y + m.one.weight.sum(), False),
+        (lambda m, y: y + 1.0, False),
+        (lambda m, y: y + y.sum(1, keepdim=True), False),
+        (lambda m, y: (y * 4).to(torch.int32).to(torch.float32), False),
+        (lambda m, y: y.to(torch.float64).to(torch.float32), True),
+        (lambda m, y: F.pad(y, (1, 1, 1, 1)), True),
+        (lambda m, y: F.pad(y, (1, 1, 1, 1), value=5.0), False),
+        (lambda m, y: nn.ConstantPad2d(1, -2.0)(y), False),
+        (lambda m, y: F.pad(y, (1, 1), "constant", 3.0), False),
+    ],
+)
+def test_channels_are_turned_only_where_what_lies_between_turns_with_them(
+    made: Callable[[Between, torch.Tensor], torch.Tensor], linear: bool
+) -> None:
+    torch.manual_seed(0)
+    model, example = Between(made).eval(), {"x": torch.randn(2, *PICTURE)}
+    found = {each.name: each for each in coupling.find(model, *graph.traced(model, example))}["first"]
+    assert (found.linear and not found.fixed) == linear
+    turn = torch.linalg.qr(torch.randn(12, 12))[0]
+    with torch.no_grad():
+        y = model.first(example["x"])
+        before, behind = (made(model, torch.einsum("dc,nchw->ndhw", turn, y)), made(model, y))
+        behind = torch.einsum("dc,nc...->nd...", turn, behind)
+    assert torch.allclose(before, behind, atol=1e-4) == linear
 
 
 def test_parameters_and_norms_go_with_their_channels() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from rowcol_edge.errors import ModelError
 from rowcol_edge.factoring.equalize import equalize
@@ -35,6 +36,28 @@ def test_a_residual_another_nonlinearity_and_a_mean_do_not_couple() -> None:
 def test_a_weight_that_is_used_twice_does_not_couple() -> None:
     shared = nn.Linear(4, 4)
     assert trace(nn.Sequential(shared, nn.ReLU(), shared), {"input": torch.randn(2, 4)}).couplings == ()
+
+
+class Doubling(nn.Module):
+    def forward(self, bias: torch.Tensor) -> torch.Tensor:
+        return 2.0 * bias
+
+
+@pytest.mark.parametrize("way", ["parametrized", "masked", "of two layers"])
+def test_a_bias_that_is_computed_or_somebody_elses_too_stays(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh()), torch.randn(16, 6)
+    assert trace(model, {"input": x}).couplings == (Coupling("0", "2"),)
+    if way == "parametrized":
+        parametrize.register_parametrization(model[0], "bias", Doubling())
+    elif way == "masked":
+        prune.l1_unstructured(model[0], "bias", 4)
+    else:
+        model[0].bias = model[2].bias
+    graph = trace(model, {"input": x})
+    assert graph.couplings == ()
+    with torch.no_grad():
+        assert torch.allclose(equalize(model, graph)(x), model(x), atol=1e-6)
 
 
 def test_outputs_stay_and_ranges_meet() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from rowcol_edge.datasets import Split, scan
 from rowcol_edge.errors import ModelError
@@ -51,6 +52,40 @@ def test_outputs_stay(affine: bool, bias: bool) -> None:
     assert isinstance(model[1], nn.BatchNorm2d)
     with torch.no_grad():
         assert torch.equal(model(x), before)
+
+
+class BiasReader(nn.Module):
+    """Reads the bias of a layer beside calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pictures: torch.Tensor = self.last(torch.relu(self.norm(self.first(x)))) - self.first.bias.mean()
+        return pictures
+
+
+def _masked() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1))
+    prune.random_unstructured(model[0], "bias", 0.5)
+    return model
+
+
+def _one_bias() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1))
+    model[3].bias = model[0].bias
+    return model
+
+
+@pytest.mark.parametrize("made", [BiasReader, _masked, _one_bias])
+def test_a_bias_that_is_computed_or_somebody_elses_too_is_left(made: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = _random_norms(made()), torch.randn(4, 2, 8, 8)
+    graph = trace(model, {"input" if isinstance(model, nn.Sequential) else "x": x})
+    assert graph.batchnorms == ()
+    with torch.no_grad():
+        assert torch.allclose(fold_batchnorm(model, graph)(x), model(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("bias", [True, False])
