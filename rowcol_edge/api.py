@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import platform
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack
 
 from . import config
 from .config import Options
@@ -33,11 +36,27 @@ if TYPE_CHECKING:
     from .report.figures import Figures
     from .report.gate import GateReport
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _DEMO_PROFILE_SECONDS = 25.0
 #: how the command line says the ways to a board
 _REACH = {"known_hosts": "--known-hosts", "python": "--board-python", "folder": "--board-folder"}
 
 
+def _outside_inference_mode(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``function`` as it works outside of `torch.inference_mode`, also for who calls it there: what is made in that
+    mode can be neither traced nor trained."""
+
+    @functools.wraps(function)
+    def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        torch = sys.modules.get("torch")  # what has not been imported is in no mode
+        with contextlib.nullcontext() if torch is None else torch.inference_mode(False):
+            return function(*args, **kwargs)
+
+    return called
+
+
+@_outside_inference_mode
 def build(
     model: str | nn.Module,
     *,
@@ -81,6 +100,7 @@ def _asked(model: str | nn.Module, options: Options) -> tuple[config.BuildOption
     return config.make({**options, "model": f"{type(model).__module__}:{type(model).__qualname__}"}), loaded
 
 
+@_outside_inference_mode
 def build_from(
     path: Path | None,
     options: dict[str, Any],
@@ -98,6 +118,7 @@ def build_from(
     return pipeline.build(made, force=force, cache=_cache(cache), progress=progress)
 
 
+@_outside_inference_mode
 def factor(
     model: str | nn.Module, *, cache: bool = True, progress: Progress = silent, **options: Unpack[Options]
 ) -> Factored:
@@ -115,6 +136,7 @@ def factor(
     )
 
 
+@_outside_inference_mode
 def inspect(
     model: str | nn.Module,
     *,
@@ -153,6 +175,7 @@ def inspect(
     return found
 
 
+@_outside_inference_mode
 def data(model: str | nn.Module, *, progress: Progress = silent, **options: Unpack[Options]) -> DataReport:
     """What the splits hold: the calibration subset and what it covers, near-duplicates, leakage between splits.
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 
 from .datasets import Split
@@ -158,7 +157,6 @@ def _channels(sets: Iterable[ChannelSet]) -> tuple[ChannelUse, ...]:
     return tuple(ChannelUse(name, size, groups, layers, fixed) for (name, size, groups, fixed), layers in found.items())
 
 
-@torch.inference_mode(False)
 def _fixed(known: Study, calibration: Split, progress: Progress) -> Mapping[str, LayerSpaces]:
     """The spaces of layers that stay as they are."""
     names = [

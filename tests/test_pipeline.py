@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -278,6 +279,23 @@ def test_the_callers_module_stays_as_it_was(splits: dict[str, str]) -> None:
     rowcol_edge.factor(module, energy=0.9, calib=splits["calib"])
     assert module.training
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def test_who_calls_may_be_in_inference_mode_and_have_made_the_model_there(
+    net: torch.nn.Module, splits: dict[str, str], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"metric": "balanced_accuracy", "recover": 1, **splits}
+    usual = rowcol_edge.factor(net, budget="params<=0.7x", **options)
+    with torch.inference_mode():
+        made = copy.deepcopy(net)
+        assert next(made.parameters()).is_inference()
+        found = rowcol_edge.factor(made, budget="params<=0.7x", **options)
+        (built,) = rowcol_edge.build(made, budget="params<=0.7x", out=str(tmp_path), **options)
+        seen = rowcol_edge.inspect(made, calib=splits["calib"])
+        assert torch.is_inference_mode_enabled()
+    assert found.plan == usual.plan
+    assert {layer.name for layer in seen.layers} >= {layer.name for layer in found.plan.layers}
+    assert rowcol_edge.verify(built.path).ok
 
 
 def test_nothing_is_written_if_one_of_two_targets_misses_its_budget(

@@ -6,6 +6,8 @@ its two channel axes exchanged. A tie saves bytes, not time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rowcol_edge.errors import DataError, ModelError
-from rowcol_edge.factoring.ties import Tie
+from rowcol_edge.factoring.ties import ROUNDING, Tie, check_inputs, check_moments
 
 Floats = NDArray[np.float64]
-_BATCH = 32
-"""Images that are unfolded at once: k² times their maps lie in memory."""
+_BATCH = 8
+"""Images that are unfolded at once: k² times their maps lie in memory, in double precision."""
 _TOLERANCE = 1e-2
 """Of the gradient's norm over that at the start: what is left is small beside what fine-tuning moves."""
 _MOST_STEPS = 200
@@ -52,9 +54,14 @@ class TiedKernels(nn.Module):
 
         Raises:
             ModelError: convolutions that one kernel cannot replace.
-            DataError: no inputs.
+            DataError: no inputs, or of another shape, type or device than the first convolution takes.
         """
         size = _kernel_size(first, second)
+        for conv in (first, second):
+            check_inputs(inputs, conv.weight)
+        if inputs.dim() != 4 or inputs.shape[1] != first.in_channels:
+            expected = f"(samples, {first.in_channels}, height, width)"
+            raise DataError("inputs for a tie", expected=expected, got=str(tuple(inputs.shape)))
         with torch.no_grad():
             seen = window_moments(inputs, size), window_moments(inner(first(inputs)), size)
         tie = tie_kernels_from_dense(_array(first.weight), _array(second.weight), *seen)
@@ -87,7 +94,7 @@ def tie_kernels_from_dense(
 
     Raises:
         ModelError: kernels that do not belong together.
-        DataError: moments of another size, or not finite.
+        DataError: moments of another size, not finite, or not symmetric and positive semidefinite.
     """
     first, second, C, D = (np.asarray(given, np.float64) for given in (first, second, inputs, hidden))
     if first.ndim != 4 or second.shape != (first.shape[1], first.shape[0], *first.shape[2:]):
@@ -123,20 +130,35 @@ def tie_kernels_from_dense(
 def window_moments(x: Tensor, size: int) -> Floats:
     """Second moments of the windows of ``size`` × ``size`` pixels of (N, channels, H, W), their mean taken off.
 
+    The mean goes first and both are summed in double precision: where it is large beside what varies, the difference of
+    two sums would be rounding.
+
     Raises:
         DataError: no samples.
     """
-    if not len(x):
+    if not x.numel():
         raise DataError("inputs for a tie", expected="at least one sample", got="none")
-    width = x.shape[1] * size**2
-    products, total, count = np.zeros((width, width)), np.zeros(width), 0
-    for part in torch.split(x, _BATCH):
-        windows = F.unfold(part, size, padding=size // 2).transpose(0, 1).flatten(1)
-        products += _array(windows @ windows.t())
-        total += _array(windows.sum(1))
+    width, count = x.shape[1] * size**2, 0
+    mean, moments = np.zeros(width), np.zeros((width, width))
+    for windows in _windows(x, size):
+        mean += _array(windows.sum(1))
         count += windows.shape[1]
-    mean = total / count
-    return products / count - np.outer(mean, mean)
+    mean /= count
+    middle = torch.from_numpy(mean).to(x.device)[:, None]
+    for windows in _windows(x, size):
+        off = windows - middle
+        moments += _array(off @ off.t())
+    moments /= count
+    # a place that varies by the rounding of what made it is constant
+    still = np.sqrt(np.diag(moments)) <= 4 * torch.finfo(x.dtype).eps * np.abs(mean)
+    moments[still] = moments[:, still] = 0.0
+    return moments
+
+
+def _windows(x: Tensor, size: int) -> Iterator[Tensor]:
+    """Of some samples at a time: channels·size² × windows, with zeros around the maps."""
+    for part in torch.split(x, _BATCH):
+        yield F.unfold(part.double(), size, padding=size // 2).transpose(0, 1).flatten(1)
 
 
 def _kernel_size(first: nn.Conv2d, second: nn.Conv2d) -> int:
@@ -154,10 +176,12 @@ def _kernel_size(first: nn.Conv2d, second: nn.Conv2d) -> int:
 
 
 def _check_moments(seen: Floats, size: int) -> None:
-    if seen.shape != (size, size):
-        raise DataError("moments of the windows", expected=f"{size}×{size}", got=_shape(seen))
-    if not np.isfinite(seen).all():
-        raise DataError("moments of the windows", expected="finite values", got="NaN or infinity")
+    what = "moments of the windows"
+    slack = max(ROUNDING * check_moments(what, seen, size), float(np.finfo(np.float64).tiny))
+    try:
+        np.linalg.cholesky((seen + seen.T) / 2.0 + slack * np.eye(size))
+    except np.linalg.LinAlgError:
+        raise DataError(what, expected="no negative eigenvalue", got="at least one") from None
 
 
 def _product(kernel: Floats, seen: Floats) -> Floats:

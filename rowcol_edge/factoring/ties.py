@@ -23,6 +23,8 @@ from rowcol_edge.errors import DataError, ModelError
 Floats = NDArray[np.float64]
 _NULL = 1e-12
 """Sums of eigenvalues below this share of the largest one are taken for zero: no calibration input says anything."""
+ROUNDING = 1e-6
+"""Of the largest value of moments: what they may lack in symmetry, and their eigenvalues be below zero."""
 
 
 class TiedFeedForward(nn.Module):
@@ -47,7 +49,7 @@ class TiedFeedForward(nn.Module):
 
         Raises:
             ModelError: layers that do not follow one another, or inputs of another width.
-            DataError: no inputs.
+            DataError: no inputs, or of another type or device than the layers.
         """
         _check_chain(inputs, {"expand": expand, "contract": contract})
         with torch.no_grad():
@@ -98,7 +100,7 @@ class TiedAttention(nn.Module):
 
         Raises:
             ModelError: the width is no multiple of ``heads``, or layers or inputs have another one.
-            DataError: no inputs.
+            DataError: no inputs, or of another type or device than the layers.
         """
         layer = cls(query.in_features, heads, bias=True).to(query.weight)
         if inputs.dim() != 3:
@@ -211,17 +213,36 @@ def tie_from_dense(first: Floats, second: Floats, inputs: Floats, hidden: Floats
     return Tie(W, first_error, second_error, _energy(first - W, C) + _energy(second - W.T, D))
 
 
-def _eigen(what: str, moments: Floats, size: int) -> tuple[Floats, Floats]:
-    """Eigenvalues, not below zero, and eigenvectors."""
+def check_moments(what: str, moments: Floats, size: int) -> float:
+    """Their largest value, in relation to which rounding counts.
+
+    Raises:
+        DataError: moments of another size, not finite or not symmetric.
+    """
     if moments.shape != (size, size):
         raise DataError(what, expected=f"{size}×{size}", got=_shapes(moments))
     if not np.isfinite(moments).all():
         raise DataError(what, expected="finite values", got="NaN or infinity", hint="clean the calibration data first")
     scale = float(np.abs(moments).max(initial=0.0))
-    if not np.allclose(moments, moments.T, rtol=0.0, atol=1e-6 * scale):
+    if not np.allclose(moments, moments.T, rtol=0.0, atol=ROUNDING * scale):
         raise DataError(what, expected="a symmetric matrix", got="another", hint="E[xxᵀ] over the calibration inputs")
+    return scale
+
+
+def check_inputs(inputs: Tensor, like: Tensor) -> None:
+    """Raises DataError where there are none, or the layer of this weight does not take their type or device."""
+    if not inputs.numel():
+        raise DataError("inputs for a tie", expected="at least one sample", got="none")
+    if (inputs.dtype, inputs.device) != (like.dtype, like.device):
+        expected, got = (f"{str(x.dtype).removeprefix('torch.')} on {x.device}" for x in (like, inputs))
+        raise DataError("inputs for a tie", expected=expected, got=got, hint="those of the layer: inputs.to(weight)")
+
+
+def _eigen(what: str, moments: Floats, size: int) -> tuple[Floats, Floats]:
+    """Eigenvalues, not below zero, and eigenvectors."""
+    scale = check_moments(what, moments, size)
     values, vectors = np.linalg.eigh((moments + moments.T) / 2.0)
-    if values.min(initial=0.0) < -1e-6 * scale:
+    if values.min(initial=0.0) < -ROUNDING * scale:
         raise DataError(what, expected="no negative eigenvalue", got=f"{values.min():.3g}")
     return np.maximum(values, 0.0), vectors
 
@@ -258,8 +279,8 @@ def _array(tensor: Tensor) -> Floats:
 
 def _check_chain(inputs: Tensor, layers: Mapping[str, nn.Linear]) -> None:
     """Layers one behind the other, of which the last gives the width that the first takes."""
-    if not inputs.numel():
-        raise DataError("inputs for a tie", expected="at least one sample", got="none")
+    for layer in layers.values():
+        check_inputs(inputs, layer.weight)
     width = taken = inputs.shape[-1] if inputs.dim() else 0
     for place, (name, layer) in enumerate(layers.items()):
         given = width if place == len(layers) - 1 else layer.out_features

@@ -67,6 +67,27 @@ def test_errors_are_those_measured_and_no_other_kernel_has_less() -> None:
         assert min(sum(e**2 for e in errors(rival)) for rival in rivals[:3]) > 1.05 * least
 
 
+@pytest.mark.parametrize("mean", [0.0, 1e3, 1e5])
+def test_moments_are_those_of_double_precision_whatever_the_mean(mean: float) -> None:
+    torch.manual_seed(0)
+    x = F.avg_pool2d(torch.randn(20, 3, 8, 8), 3, 1) + mean
+    windows = F.unfold(x.double(), 3, padding=1).transpose(0, 1).flatten(1).numpy()
+    assert window_moments(x, 3) == pytest.approx(np.cov(windows, bias=True), rel=1e-9, abs=1e-12 * (1 + mean**2))
+    middle = slice(4, None, 9)  # of each window: beside the others it has no zeros from around the map
+    inner = x.double().transpose(0, 1).flatten(1).numpy()
+    assert window_moments(x, 3)[middle, middle] == pytest.approx(np.cov(inner, bias=True), rel=1e-9)
+    assert window_moments(x, 1) == pytest.approx(np.cov(inner, bias=True), rel=1e-9)
+
+
+def test_channels_that_vary_by_rounding_say_nothing() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(20, 2, 8, 8)
+    x[:, 1] = 1e4 * (1.0 + 1e-7 * torch.randn(20, 8, 8))
+    moments = window_moments(x, 1)
+    assert moments[0, 0] == pytest.approx(x[:, 0].double().var(correction=0).item())
+    assert np.array_equal(moments != 0, [[True, False], [False, False]])
+
+
 def test_a_pair_of_one_kernel_calculates_the_same() -> None:
     torch.manual_seed(0)
     first, second = pair(3, 4)
@@ -93,6 +114,12 @@ def test_what_the_data_say_nothing_of_is_the_mean() -> None:
         ({"second": np.zeros((2, 2, 3, 3))}, ModelError, "a pair of kernels to tie"),
         ({"inputs": np.zeros((2, 2))}, DataError, "moments of the windows: expected 18×18, got 2×2"),
         ({"hidden": np.full((27, 27), np.nan)}, DataError, "finite"),
+        ({"hidden": np.triu(np.ones((27, 27)))}, DataError, "moments of the windows: expected a symmetric matrix"),
+        (
+            {"inputs": np.diag([-1.0, *[1.0] * 17])},
+            DataError,
+            "moments of the windows: expected no negative eigenvalue",
+        ),
     ],
 )
 def test_bad_input_is_one_error(change: dict[str, np.ndarray], error: type[Exception], match: str) -> None:
@@ -116,3 +143,18 @@ def test_convolutions_that_one_kernel_cannot_replace_are_refused(other: dict[str
 def test_no_samples_are_refused() -> None:
     with pytest.raises(DataError, match="at least one sample"):
         window_moments(torch.zeros(0, 2, 8, 8), 3)
+
+
+@pytest.mark.parametrize(
+    ("x", "got"),
+    [
+        (torch.zeros(0, 2, 8, 8), "at least one sample, got none"),
+        (torch.zeros(4, 3, 8, 8), r"\(samples, 2, height, width\), got \(4, 3, 8, 8\)"),
+        (torch.zeros(2, 8, 8), r"\(samples, 2, height, width\), got \(2, 8, 8\)"),
+        (torch.zeros(4, 2, 8, 8, dtype=torch.int64), "float32 on cpu, got int64 on cpu"),
+    ],
+)
+def test_inputs_that_the_convolutions_do_not_take_are_refused(x: torch.Tensor, got: str) -> None:
+    first, second = pair(2, 3)
+    with pytest.raises(DataError, match=f"inputs for a tie: expected {got}"):
+        TiedKernels.from_dense(first, nn.ReLU(), second, x)

@@ -203,6 +203,15 @@ def test_inputs_without_samples_are_refused(x: torch.Tensor) -> None:
         TiedAttention.from_dense(*(nn.Linear(8, 8) for _ in range(4)), 2, x)
 
 
+@pytest.mark.parametrize("x", [torch.ones(3, 5, 8, dtype=torch.int64), torch.ones(3, 5, 8, dtype=torch.float64)])
+def test_inputs_of_another_type_than_the_layers_are_refused(x: torch.Tensor) -> None:
+    words = f"inputs for a tie: expected float32 on cpu, got {str(x.dtype).removeprefix('torch.')} on cpu"
+    with pytest.raises(DataError, match=words):
+        TiedFeedForward.from_dense(nn.Linear(8, 16), nn.Linear(16, 8), x)
+    with pytest.raises(DataError, match=words):
+        TiedAttention.from_dense(*(nn.Linear(8, 8) for _ in range(4)), 2, x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_what_is_made_from_dense_has_its_type(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
