@@ -128,7 +128,7 @@ def test_a_bias_that_lies_apart_is_read_where_it_lies(convolutions: list[torch.S
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # of torch's own
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # of torch's own; its kind goes by the Python
 def test_derivatives_on_the_way_forward_are_those_of_the_layer(convolutions: list[torch.Size]) -> None:
     shape, size = LARGE
     layer, values = nn.Linear(shape[-1], size), torch.randn(shape)
