@@ -64,10 +64,12 @@ class Halved(nn.Module):
 
 
 class Borrowing(Doubled):
-    """Uses a weight without calling its layer."""
+    """Uses a weight or bias without calling its layer."""
+
+    part = "weight"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + self.inner.weight.mean()
+        return super().forward(x) + getattr(self.inner, self.part).mean()
 
 
 def doubled(kind: type[Doubled] = Doubled) -> Doubled:
@@ -132,6 +134,21 @@ def with_unused(net: Doubled) -> nn.Module:
     return net
 
 
+class Again(Doubled):
+    """One batch norm behind two layers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(x + self.outer(torch.relu(self.norm(self.inner(x)))))
+        logits: torch.Tensor = self.head(torch.relu(self.hidden(x.mean((2, 3)))))
+        return logits
+
+
+def with_one_norm(net: Doubled) -> nn.Module:
+    net.__class__ = Again
+    return net
+
+
 def with_class(kind: type[nn.Conv2d]) -> Callable[[Doubled], nn.Module]:
     def change(net: Doubled) -> nn.Module:
         net.inner.__class__ = kind
@@ -147,6 +164,19 @@ def twice(net: Doubled) -> nn.Module:
 
 def tied(net: Doubled) -> nn.Module:
     net.outer.weight = net.inner.weight
+    return net
+
+
+def tied_bias(net: Doubled) -> nn.Module:
+    net.outer.bias = net.inner.bias
+    return net
+
+
+def bias_in_a_buffer(net: Doubled) -> nn.Module:
+    values = net.inner.bias.detach().clone()
+    net.inner.bias = None
+    del net.inner.bias
+    net.inner.register_buffer("bias", values)
     return net
 
 
@@ -171,6 +201,7 @@ HANDLED: dict[str, Callable[[Doubled], nn.Module]] = {
     "constant channels": with_constant,
     "zero weights": with_zeros,
     "unused layers": with_unused,
+    "a batch norm called twice": with_one_norm,
     "a subclass": with_class(Plain),
     "channels last": lambda net: net.to(memory_format=torch.channels_last),
     "double": lambda net: net.double(),
@@ -181,6 +212,8 @@ HANDLED: dict[str, Callable[[Doubled], nn.Module]] = {
 LEFT: dict[str, tuple[Callable[[Doubled], nn.Module], str]] = {
     "a layer used twice": (twice, "shared: called 2 times"),
     "tied weights": (tied, "its weight is tied to another module"),
+    "tied biases": (tied_bias, "its bias is tied to another module"),
+    "a bias that is a buffer": (bias_in_a_buffer, "its bias is a buffer"),
     "a forward of its own": (with_class(Louder), "Louder has a forward of its own"),
     "a parametrization": (
         computed(lambda layer: parametrize.register_parametrization(layer, "weight", Halved())),
@@ -245,10 +278,12 @@ def test_what_is_left_is_named_and_the_others_are_made_smaller(name: str) -> Non
     assert float((got - wanted).norm() / wanted.norm()) < 1e-5
 
 
-def test_a_weight_that_is_borrowed_is_left() -> None:
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_part_that_is_borrowed_is_left_with_its_layer(part: str) -> None:
     model = doubled(Borrowing)
+    model.part = part
     known = study(model, split(pictures(24)), classify=True)
-    assert known.infos["inner"].skip == "its weight is used without calling it"
+    assert known.infos["inner"].skip == f"its {part} is used without calling it"
     assert distance(model, factored(known, halved(known)), pictures(32, 1)) < 1e-4
 
 

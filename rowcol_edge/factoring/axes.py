@@ -290,6 +290,7 @@ class _Follower:
         self.weights = weights
         self.layers = layers
         self.axes: dict[fx.Node, Any] = {}
+        self.carriers: dict[str, Axis] = {}  # what a batch norm takes
         signature = program.graph_signature
         self.stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
 
@@ -396,8 +397,12 @@ class _Follower:
         kept = [nowhere(count) for count in value.shape]
         if place == 1:
             kept[0] = taken[0]
+            for axis in taken[2:]:
+                self.trail.pin(axis, "a convolution moves over it")
         else:
             kept[:-1] = taken[:-1]
+        # one bias for all channels that are not its own; a layer without one may be given one, see `projections`
+        self._bend(tuple(kept))
         axis = taken[place]
         grouped = isinstance(part.module, _ConvNd) and part.module.groups > 1
         if part.held or (grouped and not _by_channel(part.module)):
@@ -432,7 +437,10 @@ class _Follower:
         ]
         if not parts or parts[0].held:
             self.trail.pin(taken[1], "read by a batch norm that is not a layer's" if not parts else parts[0].held)
+        elif parts[0].name in self.carriers:  # called more than once: on channels that have to stay alike
+            self.trail.merge(self.carriers[parts[0].name], taken[1])
         else:
+            self.carriers[parts[0].name] = taken[1]
             self.trail.carried.append((parts[0].name, taken[1]))
         return self._bend(taken)
 
@@ -445,13 +453,13 @@ class _Follower:
         if part is not None and once and not part.held and whole:
             given = self.trail.root(Root(part.name, size(taken[-1]), norm=True))
             self.trail.normed.append((part.name, last[0], len(self.trail.roots) - 1))
-            return (*taken[:-1], given)
+            return (*self._bend(taken[:-1]), given)
         for axis in taken[-len(cast(Sequence[int], node.args[1])) :]:
             self.trail.pin(axis, "a layer norm looks at all of it")
         for extra in node.args[2:4]:
             for axis in self._of(extra):
                 self.trail.pin(axis, "a layer norm looks at all of it")
-        return taken
+        return self._bend(taken)
 
     def _op_embedding(self, node: fx.Node) -> Axes:
         table, places = (self._of(each) for each in node.args[:2])
@@ -574,10 +582,16 @@ class _Follower:
     _op_slice = _sliced
 
     def _padded(self, node: fx.Node) -> Axes:
-        result = self._sliced(node)
+        result = list(self._sliced(node))
+        margins = cast(Sequence[int], node.args[1])  # before and behind, the last axis first
+        for place, count in enumerate(margins):
+            axis = len(result) - 1 - place // 2
+            if count and size(result[axis]) > 1:  # cut at one end and filled at the other, if it is as long
+                self.trail.pin(result[axis], CUT)
+                result[axis] = nowhere(size(result[axis]))
         # beside zeros every combination of channels is what it is elsewhere, beside other numbers it is not
         number = any(isinstance(each, int | float) and each != 0 for each in (*node.args[2:], *node.kwargs.values()))
-        return self._bend(result) if number else result
+        return self._bend(tuple(result)) if number else tuple(result)
 
     _op_constant_pad_nd = _op_pad = _padded
 
@@ -615,6 +629,8 @@ class _Follower:
         axes = tuple(
             axis if size(axis) == n else nowhere(n) for axis, n in zip(taken[:2], first.shape[:2], strict=True)
         )
+        for axis in taken[2:]:
+            self.trail.pin(axis, "pooled over")
         result = (*axes, *(nowhere(count) for count in first.shape[2:]))
         self._bend(result)
         return [result] * len(value) if isinstance(value, list | tuple) else result
@@ -641,10 +657,13 @@ class _Follower:
             self._unknown(node, "attention")
             return cast(Axes, self._opaque(node.meta["val"]))
         self._contract(query[-1], key[-1])
+        for axis in (key[-2], values[-2]):
+            self.trail.pin(axis, "a softmax looks at all of it")
         batch = [
             self.trail.merge(self.trail.merge(a, b), c)
             for a, b, c in zip(query[:-2], key[:-2], values[:-2], strict=True)
         ]
+        self._bend((*query[:-1], *key[:-2]))
         return (*batch, query[-2], values[-1])
 
     def _op_matmul(self, node: fx.Node) -> Axes:
@@ -654,6 +673,8 @@ class _Follower:
             return cast(Axes, self._opaque(node.meta["val"]))
         self._contract(first[-1], second[-2])
         batch = [self.trail.merge(a, b) for a, b in zip(first[:-2], second[:-2], strict=True)]
+        both = [size(a) > 1 and size(b) > 1 for a, b in zip(first[:-2], second[:-2], strict=True)]
+        self._bend(tuple(itertools.compress(batch, both)))
         return (*batch, first[-2], second[-1])
 
     _op_bmm = _op_matmul

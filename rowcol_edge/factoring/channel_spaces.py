@@ -121,7 +121,7 @@ def choose(
     if channels.norms:
         return _stream(model, channels, moments, metrics)
     means, seconds = zip(*(_second(model, channels, place, found) for place, found in enumerate(moments)), strict=True)
-    if channels.linear and len(seconds) == 1:
+    if channels.turned:
         every = zip(seconds[0], metrics[0], _prior(model, channels, 0), strict=True)
         frames = [directions(*parts)[1:] for parts in every]
         basis, dual = (np.stack(parts, dtype=np.float32, casting="same_kind") for parts in zip(*frames, strict=True))

@@ -65,6 +65,11 @@ class ChannelSet:
     loose: int = 0
     fixed: str = ""
 
+    @property
+    def turned(self) -> bool:
+        """Its channels are combined anew, not picked: one reader alone says which combinations."""
+        return self.linear and not self.norms and (self.contracted is not None or len(self.uses) == 1)
+
     @cached_property
     def layers(self) -> tuple[str, ...]:
         """Everything that changes with it, each once."""

@@ -40,7 +40,7 @@ class GraphLayer:
     name: str  # first name of the module in ``named_modules``
     calls: int  # operators that take its weight
     own_calls: int  # of these, through the module's own ``forward``
-    elsewhere: bool  # its weight also feeds another kind of operator
+    elsewhere: str  # "weight" or "bias" if that also feeds another operator, else ""
     positions: int  # rows the weight is applied to (inputs of a transposed convolution), per sample, summed over calls
     outputs: int  # rows it gives, counted alike
     second: bool  # its features are the second axis of its output, on which a batch norm acts
@@ -140,7 +140,8 @@ def weight_owners(model: nn.Module, program: torch.export.ExportedProgram) -> di
 
 
 def computed(module: nn.Module) -> str:
-    """``weight`` or ``bias``, the first that a parametrization or a hook computes: what is put there does not stay."""
+    """``weight`` or ``bias``, the first that is no parameter: computed by a parametrization or a hook, so that what is
+    put there does not stay, or a buffer."""
     found = (key for key in ("weight", "bias") if key not in module._parameters and hasattr(module, key))
     return next(found, "")
 
@@ -248,17 +249,17 @@ class _Reader:
             taken = [cast(fx.Node, node.args[0]).meta["val"] for node in nodes]
             positions = self._rows(taken, module.in_channels)
         bias = module._parameters.get("bias")
-        elsewhere = any(
-            user not in nodes
+        elsewhere = {
+            "bias" if tensor is bias else "weight"
             for placeholder, tensor in self.tensors.items()
             if self.owners.get(placeholder) == name or tensor is bias
-            for user in self.placeholders[placeholder].users
-        )
+            if not self.placeholders[placeholder].users.keys() <= set(nodes)
+        }
         return GraphLayer(
             name=name,
             calls=len(nodes),
             own_calls=self.own_calls.get(name, 0),
-            elsewhere=elsewhere,
+            elsewhere=max(elsewhere, default=""),
             positions=positions,
             outputs=outputs,
             second=bool(given) and all(value.dim() == 2 + _spatial_axes(module) for value in given),

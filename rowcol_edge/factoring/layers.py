@@ -150,7 +150,8 @@ def _held(module: nn.Module) -> str:
     if kind is None:
         return f"{type(module).__name__} is not factored"
     if parametrize.is_parametrized(module) or module._parameters.get("weight") is None or computed(module):
-        return f"its {computed(module) or 'weight'} is parametrized"
+        which = computed(module) or "weight"
+        return f"its {which} is {'a buffer' if which in module._buffers else 'parametrized'}"
     own = any(getattr(type(module), name, None) is not getattr(kind, name, None) for name in _COMPUTES)
     if (own and not computes_alike(module, kind)) or "forward" in vars(module):
         return f"{type(module).__name__} has a forward of its own"
@@ -184,15 +185,16 @@ def computes_alike(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _tied_reason(module: nn.Module, holders: Counter[int]) -> str:
-    tied = any(holders[id(parameter)] > 1 for parameter in module._parameters.values() if parameter is not None)
-    return "its weight is tied to another module" if tied else ""
+    tied = (name for name, part in module._parameters.items() if part is not None and holders[id(part)] > 1)
+    which = next(tied, "")
+    return f"its {which} is tied to another module" if which else ""
 
 
 def _use_reason(layer: GraphLayer) -> str:
     if layer.calls == 0 and layer.own_calls == 0:
         return "never called"
     if layer.own_calls == 0 or layer.elsewhere or layer.own_calls < layer.calls:
-        return "its weight is used without calling it"
+        return f"its {layer.elsewhere or 'weight'} is used without calling it"
     if layer.resized:
         return "called with an output size beside its input"
     if layer.own_calls > 1:

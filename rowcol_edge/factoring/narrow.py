@@ -56,14 +56,9 @@ class Narrowing:
 
     def rows(self, slot: Slot) -> Array | None:
         """(groups, width, size) that a giver's outputs are multiplied with; None: the first are kept as they are."""
-        first = self.channels.contracted is None or slot.name == self.channels.contracted[0]
         if self.give is None:
-            size = self.channels.size
-            return (
-                self.scale * np.eye(self.width, size)[None].repeat(self.channels.groups, 0)
-                if self.scale != 1.0 and first
-                else None
-            )
+            return None
+        first = self.channels.contracted is None or slot.name == self.channels.contracted[0]
         return self.scale * self.take if first or self.partner is None else self.partner
 
 
@@ -83,11 +78,20 @@ def _scale(channels: ChannelSet, width: int) -> float:
 
 
 def plain(model: nn.Module, channels: ChannelSet, width: int) -> Narrowing:
-    """The first ``width`` channels, the others as if nobody read them."""
+    """The first ``width`` channels, or as many directions with a part of each; the others as if nobody read them."""
     if channels.norms:
         spaces = unmeasured(model, channels)
         return Narrowing(channels, spaces.take(width), tuple(spaces.give(i, width) for i in range(len(channels.uses))))
-    return Narrowing(channels, np.eye(width, channels.size)[None], None, None, _scale(channels, width))
+    if channels.turned:
+        take = _frame(channels)[None, :, :width].transpose(0, 2, 1).repeat(channels.groups, 0)
+        give = tuple((take.transpose(0, 2, 1), np.zeros(take.shape[::2])) for _ in channels.uses)
+        return Narrowing(channels, take, give, take, _scale(channels, width))
+    return Narrowing(channels, np.eye(width, channels.size)[None], None)
+
+
+def _frame(channels: ChannelSet) -> Array:
+    """(size, size): random directions, which only what treats all combinations of channels alike lets through."""
+    return np.asarray(np.linalg.qr(np.random.default_rng(0).standard_normal((channels.size, channels.size))).Q)
 
 
 def narrow(model: nn.Module, narrowings: Iterable[Narrowing]) -> nn.Module:
@@ -314,22 +318,22 @@ def checked(
     model: nn.Module, sets: Sequence[ChannelSet], example: Mapping[str, torch.Tensor]
 ) -> tuple[ChannelSet, ...]:
     """The sets, those fixed that the model's code cannot have narrower, and those marked whose product of query and key
-    it divides by the root of their width, or whose width it keeps in attributes.
+    it divides by the root of their width, whose width it keeps in attributes, or which cannot be combined anew.
 
-    Every set is tried at two widths: the narrowed model must give what the model gives whose other channels nobody
-    reads. All at once first; halves of them where that fails.
+    Every set is tried at two widths, which differ from set to set: the narrowed model must give what the model gives
+    whose other channels, or directions, nobody reads. All at once first; halves of them where that fails.
     """
     tried = {each.name: each for each in _tried(model, [each for each in sets if not each.fixed], example)}
     return tuple(each if each.fixed else tried[each.name] for each in sets)
 
 
-_SHARES = (0.5, 0.34)
+_TRIES, _SHARES = 2, (0.34, 0.5)  # of the channels: widths between these
 _TOLD = 0.2  # of an output: a change that rounding to single precision does not hide
 
 
 def _tried(model: nn.Module, some: Sequence[ChannelSet], example: Mapping[str, torch.Tensor]) -> Sequence[ChannelSet]:
     def works(marked: Sequence[ChannelSet]) -> bool:
-        return all(_alike(model, marked, share, example) for share in _SHARES)
+        return all(_alike(model, marked, turn, example) for turn in range(_TRIES))
 
     products = any(each.contracted is not None for each in some)
     for rescale in (False, True) if products else (False,):
@@ -339,11 +343,22 @@ def _tried(model: nn.Module, some: Sequence[ChannelSet], example: Mapping[str, t
     if len(some) > 1:
         half = len(some) // 2
         return [*_tried(model, some[:half], example), *_tried(model, some[half:], example)]
-    kinds = _sizes(model, some[0])
-    for attributes in [[kind] for kind in kinds] + ([kinds] if len(kinds) > 1 else []):
-        if works(marked := [replace(some[0], sizes=tuple(itertools.chain(*attributes)))]):
-            return marked
-    return [replace(some[0], fixed="the model's code does not do with fewer")]
+    [one], kinds = some, _sizes(model, some[0])
+    kept = [[kind] for kind in kinds] + ([kinds] if len(kinds) > 1 else [])
+    found = [replace(one, sizes=tuple(itertools.chain(*attributes))) for attributes in kept]
+    if one.turned and one.contracted is None:
+        found += [replace(each, linear=False) for each in (one, *found)]
+    for each in found:
+        if works([each]):
+            return [each]
+    return [replace(one, fixed="the model's code does not do with fewer")]
+
+
+def _width(channels: ChannelSet, place: int, turn: int) -> int:
+    """To try the set at ``place`` with: neighbours get other ones, as they may in a plan."""
+    least, most = _SHARES
+    share = least + (most - least) * ((place * 0.618 + turn / _TRIES) % 1.0)  # the golden section's multiples
+    return max(2 if channels.norms else 1, int(channels.size * share))
 
 
 def _sizes(model: nn.Module, channels: ChannelSet) -> list[list[tuple[str, str]]]:
@@ -359,13 +374,17 @@ def _sizes(model: nn.Module, channels: ChannelSet) -> list[list[tuple[str, str]]
     return list(found.values())
 
 
-def _alike(model: nn.Module, sets: Sequence[ChannelSet], share: float, example: Mapping[str, torch.Tensor]) -> bool:
-    found = _outcomes(model, sets, share, example)
-    if any(_largest(whole - wanted) < _TOLD * _largest(wanted) for wanted, _, whole in found if _single(wanted)):
-        # rounding may be all that single precision shows of what the channels do: a large offset, say
-        double = {name: value.double() if _single(value) else value for name, value in example.items()}
-        found = _outcomes(copy.deepcopy(model).double(), sets, share, double)
-    return bool(found) and all(_close(*each) for each in found)
+def _alike(model: nn.Module, sets: Sequence[ChannelSet], turn: int, example: Mapping[str, torch.Tensor]) -> bool:
+    found = _outcomes(model, sets, turn, example)
+    close = bool(found) and all(_close(*each) for each in found)
+    told = all(_largest(whole - wanted) >= _TOLD * _largest(wanted) for wanted, _, whole in found if _single(wanted))
+    if not told or (found and not close and any(each.turned for each in sets)):
+        # rounding may be all that single precision shows of what the channels do (a large offset, say), and directions
+        # round otherwise than channels
+        double = {name: value.double() if value.is_floating_point() else value for name, value in example.items()}
+        found = _outcomes(copy.deepcopy(model).double(), sets, turn, double)
+        return bool(found) and all(_close(*each) for each in found)
+    return close
 
 
 def _single(values: torch.Tensor) -> bool:
@@ -373,11 +392,11 @@ def _single(values: torch.Tensor) -> bool:
 
 
 def _outcomes(
-    model: nn.Module, sets: Sequence[ChannelSet], share: float, example: Mapping[str, torch.Tensor]
+    model: nn.Module, sets: Sequence[ChannelSet], turn: int, example: Mapping[str, torch.Tensor]
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """What the model gives whose other channels nobody reads, what the narrowed one gives, and what the whole one does;
     empty where one of them does not run."""
-    widths = [max(2 if each.norms else 1, int(each.size * share)) for each in sets]
+    widths = [_width(each, place, turn) for place, each in enumerate(sets)]
     unread = copy.deepcopy(model)
     for each, width in zip(sets, widths, strict=True):
         _unread(unread, each, width)
@@ -393,14 +412,15 @@ def _outcomes(
 
 
 def _unread(model: nn.Module, channels: ChannelSet, width: int) -> None:
-    """In place: nobody reads the channels behind the first ``width``."""
-    if channels.norms:
-        frame = unmeasured(model, channels).stream
+    """In place: nobody reads the channels, or directions, behind the first ``width``."""
+    if channels.norms or channels.turned:
+        frame = unmeasured(model, channels).stream if channels.norms else _frame(channels)
         assert frame is not None
-        inside = frame[:, : width - 1] @ frame[:, : width - 1].T
+        kept = frame[:, : width - 1] if channels.norms else frame[:, :width]
+        inside = kept @ kept.T
         editor = _Editor(model)
         for slot in channels.producers:
-            editor.outputs(slot, channels.size, inside[None])
+            editor.outputs(slot, channels.size, inside[None].repeat(channels.groups, 0))
         for slot in channels.parameters:
             editor.rotate(slot, inside)
         editor.finish()
@@ -412,13 +432,6 @@ def _unread(model: nn.Module, channels: ChannelSet, width: int) -> None:
             columns = torch.from_numpy(slot.index[:, width:].reshape(-1)).to(weight.device)
             axis = 0 if _inputs_first(model.get_submodule(slot.name)) else 1
             weight.index_fill_(axis, columns, 0.0)
-        if channels.contracted is not None:
-            for slot in channels.producers:
-                layer = model.get_submodule(slot.name)
-                for part in (layer.weight, layer.bias):
-                    if isinstance(part, torch.Tensor):
-                        rows = torch.from_numpy(slot.index[:, width:].reshape(-1)).to(part.device)
-                        part.index_fill_(0, rows, 0.0)
 
 
 def _outputs(model: nn.Module, example: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -113,11 +113,13 @@ def refit(
     """
     count = min(len(array) for array in samples.values())
     fitted = copy.deepcopy(model)
-    laid = layouts.find(original, samples, names)
+    laid, there = (layouts.find(each, samples, names) for each in (original, model))
     fits = [
         _Fit(name, kept.get(name), _positions(size, count), laid[name])
         for name in names
-        if name in laid  # of the others it is not known which rows are of samples that are left to judge
+        # of the others it is not known which rows are of samples that are left to judge, or channels that got fewer are
+        # among the samples
+        if name in laid and laid[name] == there.get(name)
         # one channel left of a depthwise layer looks like a plain one, but what it gives is not chosen by itself
         if getattr(original.get_submodule(name), "groups", 1) == 1
         if (size := _fan_in(fitted.get_submodule(name))) is not None

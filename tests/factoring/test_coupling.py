@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -344,7 +345,8 @@ class Between(nn.Module):
         self.made = made
         self.first, self.one, self.last = nn.Conv2d(2, 12, 3), nn.Conv2d(2, 1, 3), nn.Conv2d(12, 3, 1)
         self.map, self.number = nn.Parameter(torch.rand(1, 1, 7, 7) + 1.0), nn.Parameter(torch.rand(()) + 1.0)
-        self.row = nn.Parameter(torch.rand(7) + 1.0)
+        self.row, self.words = nn.Parameter(torch.rand(7) + 1.0), nn.Parameter(torch.randn(1, 5, 49))
+        self.along, self.each = nn.Linear(7, 5), nn.Conv2d(1, 1, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.made(self, self.first(x))
@@ -379,6 +381,16 @@ class Between(nn.Module):
         (lambda m, y: F.pad(y, (1, 1, 1, 1), value=5.0), False),
         (lambda m, y: nn.ConstantPad2d(1, -2.0)(y), False),
         (lambda m, y: F.pad(y, (1, 1), "constant", 3.0), False),
+        (lambda m, y: F.pad(y, (0, 0, 0, 0, 1, -1)), False),
+        (lambda m, y: y.roll(1, 3), True),
+        (lambda m, y: m.along(y), False),
+        (lambda m, y: m.each(y.reshape(-1, 1, 7, 7)).reshape(-1, 12, 7, 7), False),
+        (lambda m, y: F.layer_norm(y, (7,)), False),
+        (lambda m, y: F.layer_norm(y, (7, 7), m.map[0, 0]), False),
+        (lambda m, y: y @ m.map, True),
+        (lambda m, y: y @ y.transpose(2, 3), False),
+        (lambda m, y: F.scaled_dot_product_attention(y.flatten(2), m.words, m.words).unflatten(2, (7, 7)), False),
+        (lambda m, y: F.scaled_dot_product_attention(y, m.map, m.map), False),
     ],
 )
 def test_channels_are_turned_only_where_what_lies_between_turns_with_them(
@@ -394,6 +406,61 @@ def test_channels_are_turned_only_where_what_lies_between_turns_with_them(
         before, behind = (made(model, torch.einsum("dc,nchw->ndhw", turn, y)), made(model, y))
         behind = torch.einsum("dc,nc...->nd...", turn, behind)
     assert torch.allclose(before, behind, atol=1e-4) == linear
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_what_is_thought_to_turn_with_the_channels_is_tried(linear: bool) -> None:
+    model, example = Between(lambda m, y: y if linear else y + m.map).eval(), {"x": torch.randn(2, *PICTURE)}
+    found = coupling.find(model, *graph.traced(model, example))
+    claimed = [replace(each, linear=True) for each in found]
+    [first] = [each for each in narrow.checked(model, claimed, example) if each.name == "first"]
+    assert (first.linear, first.fixed) == (linear, "")
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rounding_does_not_hide_what_turns_with_the_channels(kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    deep = [nn.Sequential(nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()) for _ in range(12)]
+    model = nn.Sequential(*deep, nn.Conv2d(16, 3, 1)).eval().to(kind)
+    example = {"input": torch.randn(2, 16, 9, 9).to(kind)}
+    found = narrow.checked(model, coupling.find(model, *graph.traced(model, example)), example)
+    assert sum(each.turned for each in found if not each.fixed) == len(deep)
+
+
+def test_widths_are_tried_that_differ_from_set_to_set() -> None:
+    class Same(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Conv2d(2, 12, 3), nn.Conv2d(2, 12, 3), nn.Conv2d(24, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            count = self.first.weight.shape[0]  # the code's idea of how many both give
+            second = self.second(x).flatten(2).reshape(len(x), count, 7, 7)
+            pictures: torch.Tensor = self.last(torch.cat([self.first(x).relu(), second.relu()], 1))
+            return pictures
+
+    model, example = Same().eval(), {"x": torch.randn(2, *PICTURE)}
+    found = narrow.checked(model, coupling.find(model, *graph.traced(model, example)), example)
+    reasons = {each.name: each.fixed for each in found}
+    assert reasons["first"] == reasons["second"] == "the model's code does not do with fewer"
+
+
+def test_channels_that_one_batch_norm_takes_stay_alike() -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(2, 12, 3), nn.Conv2d(12, 12, 3)
+            self.norm, self.last = nn.BatchNorm2d(12), nn.Conv2d(12, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in (self.first, self.second):
+                x = F.relu(self.norm(layer(x)))
+            pictures: torch.Tensor = self.last(x)
+            return pictures
+
+    found = sets(made(Again), PICTURE)["first"]
+    assert (names(found.producers), names(found.carriers)) == (["first", "second"], ["norm"])
+    assert (names(found.uses), found.fixed, found.loose) == (["second", "last"], "", 2)
 
 
 def test_parameters_and_norms_go_with_their_channels() -> None:

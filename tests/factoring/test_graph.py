@@ -130,7 +130,7 @@ def test_a_layer_whose_weight_is_computed_is_called_and_keeps_its_batch_norm(nor
     graph = trace(model, {"input": torch.randn(2, 3, 9)})
     assert [layer.name for layer in graph.layers] == ["0", "1", "3"]
     layer = graph.layers[0]
-    assert (layer.calls, layer.own_calls, layer.positions, layer.elsewhere) == (1, 1, 7, False)
+    assert (layer.calls, layer.own_calls, layer.positions, layer.elsewhere) == (1, 1, 7, "")
     assert (graph.batchnorms, graph.couplings) == ((), ())  # what is written into such a weight does not stay there
 
 

@@ -139,20 +139,18 @@ def outputs(model: nn.Module, example: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def unread(model: nn.Module, each: narrow.Narrowing) -> None:
-    """In place: nobody reads the channels that ``each`` does not keep; of a stream, the directions."""
+    """In place: nobody reads the channels that ``each`` does not keep; of a stream or of those turned, directions."""
     channels: ChannelSet = each.channels
-    if channels.norms:
-        inside = torch.from_numpy(each.take[0].T @ each.take[0])
+    if channels.norms or channels.turned:
         for slot in channels.producers:
             layer = model.get_submodule(slot.name)
-            layer.weight.copy_(torch.tensordot(inside, layer.weight, 1))
-            layer.bias.copy_(inside @ layer.bias)
+            for rows, take in zip(torch.from_numpy(slot.index[:, :, 0]), torch.from_numpy(each.take), strict=True):
+                inside = take.T @ take
+                layer.weight[rows] = torch.tensordot(inside, layer.weight[rows], 1)
+                layer.bias[rows] = inside @ layer.bias[rows]
         for slot in channels.parameters:
-            parameter = model.get_parameter(slot.name)
+            inside, parameter = torch.from_numpy(each.take[0].T @ each.take[0]), model.get_parameter(slot.name)
             parameter.copy_(torch.tensordot(parameter, inside, ([slot.axis], [0])).movedim(-1, slot.axis))
         return
     for slot in channels.uses:
         model.get_submodule(slot.name).weight[:, torch.from_numpy(slot.index[:, each.width :].ravel())] = 0.0
-    for slot in channels.producers if channels.contracted else ():
-        layer, gone = model.get_submodule(slot.name), torch.from_numpy(slot.index[:, each.width :].ravel())
-        layer.weight[gone], layer.bias[gone] = 0.0, 0.0

@@ -85,6 +85,29 @@ def test_a_depthwise_layer_of_which_one_channel_is_left_keeps_its_weights() -> N
     assert not torch.equal(first.get_submodule("back").weight, second.get_submodule("back").weight)
 
 
+class Rows(nn.Module):
+    """Filters that see each channel by itself, as samples of their own; (N, 24, 8) → (N, 24, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spread, self.each = nn.Linear(8, 48), nn.Conv1d(1, 4, 5, padding=2)
+        self.mixed, self.last = nn.Conv1d(4, 1, 5, padding=2), nn.Linear(48, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.spread(x).transpose(1, 2)
+        rows = self.mixed(torch.relu(self.each(rows.reshape(-1, 1, rows.shape[2])))).reshape(rows.shape)
+        return self.last(rows.transpose(1, 2))  # type: ignore[no-any-return]
+
+
+def test_layers_that_see_fewer_channels_as_fewer_samples_keep_their_weights() -> None:
+    known = study(made(Rows), split(inputs((24, 8), 64, 0)), classify=False)
+    plan = FactorPlan((), channels=(ChannelPlan("spread", 20),), refit=True)
+    result = factored(known, plan)
+    for name in ("each", "mixed"):
+        assert torch.equal(result.get_submodule(name).weight, known.folded.get_submodule(name).weight)
+    assert result.get_submodule("spread").weight.shape == (20, 8)
+
+
 def test_a_model_that_loses_nothing_is_returned_as_it_was() -> None:
     model = made(Encoder)
     same = copy.deepcopy(model)
