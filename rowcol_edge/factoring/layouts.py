@@ -13,16 +13,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rowcol_edge.calling import bind, evaluating, feed
+from rowcol_edge.factoring.places import channel_axis
 
 _COUNTS = (2, 3)  # samples in the two batches that are compared; not one, whose axis code may take away
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """``axis`` holds ``each`` entries a sample, one sample after the other."""
+    """``axis`` holds ``each`` entries a sample, one sample after the other; with other axes ``positions`` rows of
+    features a sample."""
 
     axis: int = 0
     each: int = 1
+    positions: int = 1
 
     def first(self, values: Tensor) -> Tensor:
         """With that axis in front."""
@@ -40,7 +43,7 @@ def find(model: nn.Module, samples: Mapping[str, NDArray[Any]], names: Sequence[
         return {}
     seen = []
     for count in _COUNTS:
-        shapes: dict[str, torch.Size] = {}
+        shapes: dict[str, tuple[torch.Size, int]] = {}
         args, kwargs = bind(model, feed(model, {name: array[:count] for name, array in samples.items()}))
         try:
             with evaluating(model), torch.no_grad(), _noting(model, names, shapes):
@@ -49,27 +52,31 @@ def find(model: nn.Module, samples: Mapping[str, NDArray[Any]], names: Sequence[
             return {}
         seen.append(shapes)
     pairs = {name: (few, seen[1][name]) for name, few in seen[0].items() if name in seen[1]}
-    found = {name: _layout(few, more) for name, (few, more) in pairs.items()}
+    found = {name: _layout(few, more, size) for name, ((few, size), (more, _)) in pairs.items()}
     return {name: layout for name, layout in found.items() if layout is not None}
 
 
-def _layout(few: torch.Size, more: torch.Size) -> Layout | None:
+def _layout(few: torch.Size, more: torch.Size, features: int) -> Layout | None:
     if len(few) != len(more):
         return None
     axes = [axis for axis, sizes in enumerate(zip(few, more, strict=True)) if sizes[0] != sizes[1]]
     if len(axes) != 1:
         return None
     each, rest = divmod(few[axes[0]], _COUNTS[0])
-    return Layout(axes[0], each) if not rest and more[axes[0]] == each * _COUNTS[1] else None
+    if rest or more[axes[0]] != each * _COUNTS[1]:
+        return None
+    return Layout(axes[0], each, few.numel() // (features * _COUNTS[0]))
 
 
 @contextlib.contextmanager
-def _noting(model: nn.Module, names: Sequence[str], shapes: dict[str, torch.Size]) -> Iterator[None]:
+def _noting(model: nn.Module, names: Sequence[str], shapes: dict[str, tuple[torch.Size, int]]) -> Iterator[None]:
+    """What each layer gives first: its shape, and how many of it are features."""
     handles = []
     for name in names:
 
         def hook(module: nn.Module, args: tuple[Any, ...], result: Tensor, name: str = name) -> None:
-            shapes.setdefault(name, result.shape)
+            last = module[-1] if isinstance(module, nn.Sequential) else module  # of a split
+            shapes.setdefault(name, (result.shape, result.shape[channel_axis(last)]))
 
         handles.append(model.get_submodule(name).register_forward_hook(hook))
     try:

@@ -355,10 +355,11 @@ def _tried(model: nn.Module, some: Sequence[ChannelSet], example: Mapping[str, t
 
 
 def _width(channels: ChannelSet, place: int, turn: int) -> int:
-    """To try the set at ``place`` with: neighbours get other ones, as they may in a plan."""
-    least, most = _SHARES
-    share = least + (most - least) * ((place * 0.618 + turn / _TRIES) % 1.0)  # the golden section's multiples
-    return max(2 if channels.norms else 1, int(channels.size * share))
+    """To try the set at ``place`` with: neighbours of a size get other ones, as they may in a plan, and each of them
+    another one in its second turn."""
+    least, most = (max(2 if channels.norms else 1, int(channels.size * share)) for share in _SHARES)
+    count = max(1, min(max(most, least + 1), channels.size - 1) - least + 1)
+    return least + (place + turn * max(1, count // _TRIES)) % count
 
 
 def _sizes(model: nn.Module, channels: ChannelSet) -> list[list[tuple[str, str]]]:

@@ -118,7 +118,7 @@ def refit(
         _Fit(name, kept.get(name), _positions(size, count), laid[name])
         for name in names
         # of the others it is not known which rows are of samples that are left to judge, or channels that got fewer are
-        # among the samples
+        # among their samples or positions
         if name in laid and laid[name] == there.get(name)
         # one channel left of a depthwise layer looks like a plain one, but what it gives is not chosen by itself
         if getattr(original.get_submodule(name), "groups", 1) == 1

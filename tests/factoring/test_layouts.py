@@ -44,7 +44,8 @@ class Mixed(nn.Module):
 
 
 KINDS = {
-    "samples first": Layout(), "tokens first": Layout(axis=1), "flattened": Layout(each=TOKENS),
+    "samples first": Layout(positions=TOKENS), "tokens first": Layout(axis=1, positions=TOKENS),
+    "flattened": Layout(each=TOKENS, positions=TOKENS),
 }  # fmt: skip
 
 
