@@ -320,7 +320,7 @@ def checked(
     """The sets, those fixed that the model's code cannot have narrower, and those marked whose product of query and key
     it divides by the root of their width, whose width it keeps in attributes, or which cannot be combined anew.
 
-    Every set is tried at two widths, which differ from set to set: the narrowed model must give what the model gives
+    Every set is tried at two widths, neighbours at different ones: the narrowed model must give what the model gives
     whose other channels, or directions, nobody reads. All at once first; halves of them where that fails.
     """
     tried = {each.name: each for each in _tried(model, [each for each in sets if not each.fixed], example)}
